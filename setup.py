@@ -1,0 +1,31 @@
+"""Build the distribution; all metadata comes from settings.ini."""
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import setup
+
+config = ConfigParser(delimiters=["="])
+config.read(Path(__file__).with_name("settings.ini"), encoding="utf-8")
+settings = config["DEFAULT"]
+
+
+def lines(key: str) -> list[str]:
+    return [line.strip() for line in settings.get(key, "").splitlines() if line.strip()]
+
+
+setup(
+    name=settings["lib_name"],
+    version=settings["version"],
+    description=settings["description"],
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=settings["author"],
+    license=settings["license"],
+    keywords=settings["keywords"],
+    python_requires=f">={settings['min_python']}",
+    packages=[settings["lib_path"]],
+    package_data={settings["lib_path"]: ["py.typed"]},
+    install_requires=lines("requirements"),
+    extras_require={extra: lines(f"{extra}_requirements") for extra in settings["extras"].split()},
+    entry_points={"nbdev": [f"{settings['lib_path']} = {settings['lib_path']}._modidx:d"]},
+)
