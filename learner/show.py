@@ -16,17 +16,6 @@ import torch
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-# %% ../nbs/01_show.ipynb #a2787adb
-def _new_figure(figsize: tuple[float, float] | None) -> "Figure":
-    import matplotlib.pyplot as plt
-    from matplotlib.figure import Figure
-
-    try:
-        return plt.figure(figsize=figsize, layout="constrained")
-    except ImportError:  # the backend that the user set needs a screen, and there is none
-        return Figure(figsize=figsize, layout="constrained")
 
 # %% ../nbs/01_show.ipynb #1b14265a
 def new_axes(
@@ -40,7 +29,9 @@ def new_axes(
     from matplotlib.axes import Axes
 
     if ax is None:
-        ax = _new_figure(figsize).subplots()
+        import matplotlib.pyplot as plt
+
+        ax = plt.figure(figsize=figsize, layout="constrained").subplots()
     elif not isinstance(ax, Axes):
         raise TypeError(f"ax must be one matplotlib Axes, got {type(ax).__name__}: for an array of them pass one item")
     if title is not None: ax.set_title(title)
@@ -222,7 +213,8 @@ def show_images(
         top = i // columns * (tall + _GAP + text_height) + text_height
         half = scale * pixels_wide / 2
         _draw(ax, array, limits, extent=(middle - half, middle + half, top + scale * pixels_high, top))
-        ax.text(middle, top - 0.03, text, ha="center", va="bottom", size=points, color=ink, parse_math=False)
+        words_above = {"ha": "center", "va": "bottom", "size": points, "color": ink, "parse_math": False}
+        ax.annotate(text, (middle, top), (0, 2), textcoords="offset points", **words_above)  # 2 points above
     ax.set_xlim(0, columns * (1 + _GAP) - _GAP)
     ax.set_ylim(math.ceil(count / columns) * (tall + _GAP + text_height) - _GAP, 0)
     ax.axis("off")
@@ -314,7 +306,7 @@ def plot_curves(
         else:
             ax.plot(x, y, label=name, **dots)
     if ax.get_xscale() == "linear" and all((x % 1 == 0).all() for x, _ in points.values()):
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.grid(alpha=0.3)
     ax.legend()
     return ax
