@@ -1,0 +1,2 @@
+from learner.core import Learner
+from learner.stages import Callback

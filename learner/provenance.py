@@ -21,7 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import IterableDataset, TensorDataset
 
-# %% ../nbs/02_provenance.ipynb #7b958e6d
+# %% ../nbs/02_provenance.ipynb #7bab65d7
+_SEEDS = 2**32  # how many there are
+
+
 def seed_everything(
     seed: int,  # from 0 to 2**32 - 1
 ) -> int:  # the seed
@@ -31,7 +34,7 @@ def seed_everything(
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
         raise TypeError(f"seed must be an int, got {type(seed).__name__} {seed!r}")
     seed = int(seed)
-    if not 0 <= seed < 2**32:
+    if not 0 <= seed < _SEEDS:
         raise ValueError(f"seed must be at least 0 and below 2**32, got {seed}")
     random.seed(seed)
     np.random.seed(seed)
@@ -141,6 +144,7 @@ def kept_rng() -> Iterator[None]:
 
 # %% ../nbs/02_provenance.ipynb #dfa013cf
 _TIMEOUT = 30.0  # seconds for one command
+_SETTINGS = ("-c", "core.fsmonitor=false", "-c", "diff.autoRefreshIndex=false")
 _OTHER_REPOSITORY = frozenset(  # set in a hook of git, where they name the repository of the hook
     f"GIT_{name}"
     for name in ("DIR", "WORK_TREE", "INDEX_FILE", "PREFIX", "COMMON_DIR", "NAMESPACE", "OBJECT_DIRECTORY")
@@ -159,7 +163,7 @@ def _git(
     """The output of a git command that changes nothing. Raises `_GitError`."""
     environment = {key: value for key, value in os.environ.items() if key not in _OTHER_REPOSITORY}
     environment |= {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "GIT_NO_LAZY_FETCH": "1", "LC_ALL": "C"}
-    command = ["git", "--no-pager", "-c", "core.fsmonitor=false", *arguments]
+    command = ["git", "--no-pager", *_SETTINGS, *arguments]
     try:
         done = subprocess.run(
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT
@@ -183,6 +187,7 @@ _DIFF = (
 def _changed(top: Path, base: str) -> list[tuple[str, bytes]]:
     """Name and patch of each file that differs from `base`."""
     patches = re.split(rb"(?m)^(?=diff --git )", _git(top, *_DIFF, base, "--"))[1:]
+    patches = [patch for patch in patches if patch.count(b"\n") > 1]  # a line alone: only the time of the file differs
     heads = [patch.partition(b"\n")[0].decode(errors="replace") for patch in patches]
     return [(head.rpartition(" b/")[2], patch) for head, patch in zip(heads, patches, strict=True)]
 
@@ -248,8 +253,8 @@ def git_state(
     except (_GitError, OSError, ValueError) as error:
         return state._replace(problem=str(error))
 
-# %% ../nbs/02_provenance.ipynb #ca19fa77
-_BLOCK = 2**24  # bytes
+# %% ../nbs/02_provenance.ipynb #a2a98ab6
+_BLOCK = 2**22  # bytes
 
 
 def _blocks(array: Any) -> Iterator[Any]:
@@ -316,7 +321,8 @@ class _Hasher:
         self.write(f"array {str(value.dtype).removeprefix('torch.')} {','.join(map(str, value.shape))}")
         for block in _blocks(value.detach()):
             block = block.cpu().resolve_conj().resolve_neg().contiguous()
-            self.sha.update(block.view(-1).view(torch.uint8).numpy())
+            flat = block.as_strided((block.numel(),), (1,))  # a view would keep odd strides of a single number
+            self.sha.update(flat.view(torch.uint8).numpy())
 
     def array(self, value: Any, where: _Where) -> None:
         import numpy as np

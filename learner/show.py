@@ -120,9 +120,8 @@ def show_image(
     ax.axis("off")
     return ax
 
-# %% ../nbs/01_show.ipynb #49e65d87
-_TITLE = 9.0  # points: size of a title
-_LETTER = 0.6 * _TITLE / 72  # inches: width of a letter of that size, on average
+# %% ../nbs/01_show.ipynb #a1d6edc9
+_TITLE, _SMALL, _TINY = 9.0, 7.0, 4.0  # points: size of a title; where columns get wider instead; never below
 _GAP = 0.08  # space between two images, in widths of an image
 _LEAST, _MOST = 0.9, 2.0  # inches: width of an image in a new figure, if the number of columns is free
 
@@ -142,12 +141,21 @@ def _image_width(
 
 def _columns(
     count: int,  # number of images
-    letters: int,  # length of the longest line of a title
+    widest: float,  # inches: width of the longest title
 ) -> int:
     """The number of columns in a new figure: what fits its width, evened out over the rows."""
-    room = max(_LEAST, letters * _LETTER) * (1 + _GAP)
+    room = max(_LEAST, widest * _SMALL / _TITLE) * (1 + _GAP)
     rows = math.ceil(count / max(1, int(_WIDTH / room)))
     return math.ceil(count / rows)
+
+# %% ../nbs/01_show.ipynb #7ee38d60
+def _text_width(line: str) -> float:
+    """Width of a line of a title, in inches."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    points, _, _ = text_to_path.get_text_width_height_descent(line, FontProperties(size=_TITLE), ismath=False)
+    return points / 72
 
 # %% ../nbs/01_show.ipynb #cd14faf1
 def _one_each(values: Any, count: int, name: str) -> list[Any]:
@@ -189,12 +197,13 @@ def show_images(
     _check_colours(inks)
 
     count = len(arrays)
-    letters = max(len(line) for text in words for line in text.split("\n"))
-    text_height = max(text.count("\n") + 1 for text in words) * 1.3 * _TITLE / 72 if letters else 0.0  # inches
+    widest = max(_text_width(line) for text in words for line in text.split("\n"))  # inches
+    text_height = max(text.count("\n") + 1 for text in words) * 1.3 * _TITLE / 72 if widest else 0.0  # inches
     tall = min(2.0, max(array.shape[0] / array.shape[1] for array in arrays))  # in widths of an image
     if ax is None:
-        columns = min(columns or _columns(count, letters), count)
-        image = min(_MOST, _image_width(count, columns, tall, text_height, (_WIDTH, math.inf)))  # inches
+        columns = min(columns or _columns(count, widest), count)
+        room = _image_width(count, columns, tall, text_height, (_WIDTH, math.inf))
+        image = min(room, max(_MOST, widest * _SMALL / _TITLE))  # inches
         height = math.ceil(count / columns) * (image * (tall + _GAP) + text_height)
         ax = new_axes(None, (columns * image * (1 + _GAP), height + (0.3 if title else 0.0)), title)
     else:
@@ -203,7 +212,7 @@ def show_images(
         box = (size.width / ax.figure.dpi, size.height / ax.figure.dpi)
         columns = columns or max(range(1, count + 1), key=lambda n: _image_width(count, n, tall, text_height, box))
         image = _image_width(count, columns, tall, text_height, box)
-    points = max(4.0, min(_TITLE, _TITLE * image * (1 + _GAP) / (letters * _LETTER))) if letters else _TITLE
+    points = max(_TINY, min(_TITLE, _TITLE * image * (1 + _GAP / 2) / widest)) if widest else _TITLE
 
     text_height /= image  # from here on all lengths are in widths of an image
     for i, (array, text, ink) in enumerate(zip(arrays, words, inks, strict=True)):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['LABELS', 'map_tensors', 'to_device', 'BatchError', 'split_batch', 'call_model', 'batch_size']
+__all__ = ['LABELS', 'map_tensors', 'to_device', 'BatchError', 'split_batch', 'call_model', 'batch_size', 'open_batch']
 
 # %% ../nbs/00_tree.ipynb #132a6a2c
 def map_tensors(
@@ -24,8 +24,9 @@ def map_tensors(
     if isinstance(tree, Mapping):
         mapped = {key: map_tensors(function, value) for key, value in tree.items()}
         return mapped if type(tree) is dict else _like(tree, mapped)
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"): return type(tree)(*(map_tensors(function, leaf) for leaf in tree))
-    if isinstance(tree, tuple | list): return type(tree)(map_tensors(function, leaf) for leaf in tree)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(map_tensors(function, leaf) for leaf in tree))
+    if isinstance(tree, (tuple, list)): return type(tree)(map_tensors(function, leaf) for leaf in tree)
     return tree
 
 def _like(mapping: Mapping[str, Any], values: dict[str, Any]) -> Any:
@@ -38,9 +39,6 @@ def to_device(
     device: torch.device,
 ) -> Any:
     "Put every tensor of a batch on a device, without waiting for the copy."
-    # The common case first: comparing devices costs a fifth of a `.to` that has nothing to do.
-    if type(tree) is tuple or type(tree) is list: return type(tree)(to_device(leaf, device) for leaf in tree)
-    if isinstance(tree, Tensor): return tree if tree.device == device else tree.to(device, non_blocking=True)
     return map_tensors(lambda leaf: leaf.to(device, non_blocking=True), tree)
 
 # %% ../nbs/00_tree.ipynb #b17fb4ae
@@ -51,17 +49,21 @@ LABELS = ("labels", "label")  # the keys of a mapping under which its labels are
 
 def split_batch(
     batch: Any,
-) -> tuple[Any, Any]:  # inputs: a tensor, a tuple of arguments or a mapping of keywords; and the labels (None: a mapping has none)
+    whole: bool = False,  # leave a mapping's labels among the inputs, and do without: the model computes its own loss
+) -> tuple[Any, Any]:  # inputs: a tensor, a tuple of arguments or a mapping of keywords; and labels
     "Tell inputs from labels; raises BatchError for what is no batch."
-    if isinstance(batch, tuple | list) and batch:
+    if isinstance(batch, (tuple, list)) and batch:
         if len(batch) == 2: return batch[0], batch[1]
         return (tuple(batch[:-1]), batch[-1]) if len(batch) > 2 else (batch[0], batch[0])
     if isinstance(batch, Tensor): return batch, batch
     if isinstance(batch, Mapping) and batch:
         key = next((key for key in LABELS if key in batch), None)
-        return {k: v for k, v in batch.items() if k != key}, None if key is None else batch[key]
-    what = f"an empty {type(batch).__name__}" if isinstance(batch, tuple | list | Mapping) else f"a {type(batch).__name__}"
-    raise BatchError(f"the loader yielded {what}; a batch is a tensor, a tuple or list with the labels last, or a mapping")
+        if whole: return batch, None if key is None else batch[key]
+        if key is None: raise BatchError(f"the batch has no {LABELS[0]} for loss_func; its keys are {list(batch)}")
+        return {k: v for k, v in batch.items() if k != key}, batch[key]
+    what = f"an empty {type(batch).__name__}" if isinstance(batch, (tuple, list, Mapping)) else repr(batch)[:60]
+    raise BatchError(f"the loader yielded {what}; a batch is a tensor, a tuple or list with the labels last, "
+                     "or a mapping")
 
 def call_model(
     model: Callable[..., Any],
@@ -70,16 +72,31 @@ def call_model(
     "Call a model with the inputs of a batch: a tensor, positional arguments or keywords."
     if isinstance(data, Tensor): return model(data)
     if isinstance(data, Mapping): return model(**data)
-    if isinstance(data, tuple | list): return model(*data)
+    if isinstance(data, (tuple, list)): return model(*data)
     return model(data)
 
 def batch_size(
     batch: Any,
 ) -> int:
     "How many examples a batch has: the length of its first tensor, 1 where there is none or it is a scalar."
-    if isinstance(batch, Tensor): return batch.shape[0] if batch.ndim else 1
-    if isinstance(batch, Mapping): batch = batch.values()
-    if not isinstance(batch, str | bytes) and hasattr(batch, "__iter__"):
-        for leaf in batch:
-            if isinstance(leaf, Tensor | tuple | list | Mapping): return batch_size(leaf)
+    if isinstance(batch, (tuple, list)): leaves = batch
+    elif isinstance(batch, Tensor): return batch.shape[0] if batch.ndim else 1
+    else: leaves = list(batch.values()) if isinstance(batch, Mapping) else []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor): return leaf.shape[0] if leaf.ndim else 1
+        if isinstance(leaf, (tuple, list, Mapping)): return batch_size(leaf)
     return 1
+
+# %% ../nbs/00_tree.ipynb #e13a38de
+def open_batch(
+    batch: Any,
+    device: torch.device,
+    whole: bool = False,  # as in `split_batch`
+) -> tuple[Any, Any, Any, int]:  # the batch on the device, its inputs, its labels, its size
+    "Put a batch on the device, split it and count it."
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        data, labels = batch
+        if type(data) is type(labels) is Tensor and data.device == labels.device == device and data.ndim:
+            return batch, data, labels, data.shape[0]
+    batch = to_device(batch, device)
+    return batch, *split_batch(batch, whole), batch_size(batch)

@@ -1,0 +1,213 @@
+"""What a training loop costs on a small step: microseconds per batch and the ratio to a plain loop.
+
+Linear(16, 16)-ReLU-Linear(16, 10), batches of 32, SGD, ready batches in a list, one thread. The rounds of all rows
+alternate in one process; each ratio is to the plain loop of the same round, and the medians are printed. Output goes to
+a file. Peers that are installed are timed beside; those that are not are left out.
+"""
+import argparse
+import contextlib
+import importlib
+import logging
+import sys
+import tempfile
+import warnings
+from functools import partial
+from statistics import median
+from time import perf_counter
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from learner import Learner
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 10))
+
+
+def sgd(model): return torch.optim.SGD(model.parameters(), lr=0.01)
+
+
+def timed(run):
+    def once():
+        start = perf_counter()
+        run()
+        return perf_counter() - start
+    return once
+
+
+# Each row is a function of the batches that returns a function which trains one epoch and returns its seconds.
+
+def plain(batches):
+    model = net()
+    optimiser = sgd(model)
+
+    def run():
+        model.train()
+        for x, y in batches:
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+    return timed(run)
+
+
+def plain_shown(batches):
+    from tqdm import tqdm
+    model = net()
+    optimiser = sgd(model)
+
+    def run():
+        total, correct, count = 0.0, 0, 0
+        model.train()
+        bar = tqdm(batches, file=sys.stdout)
+        for x, y in bar:
+            predictions = model(x)
+            loss = F.cross_entropy(predictions, y)
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            total += loss.item() * len(x)
+            correct += (predictions.argmax(1) == y).sum().item()
+            count += len(x)
+            bar.set_postfix(loss=total / count, accuracy=correct / count, refresh=False)
+    return timed(run)
+
+
+def learner(batches, callbacks=()):
+    model = net()
+    learn = Learner(model, sgd(model), F.cross_entropy, {"train": batches}, callbacks)
+    return timed(learn.train)
+
+
+def learner_shown(batches):
+    from learner.metrics import Metrics, MulticlassAccuracy
+    from learner.progress import Progress
+    return learner(batches, [Metrics(accuracy=MulticlassAccuracy()), Progress()])
+
+
+def miniai_(batches, shown=False):
+    from miniai import learner as m
+    from torcheval.metrics import MulticlassAccuracy
+
+    class Loaders:
+        train, valid = batches, []
+    model = net()
+    callbacks = [m.MetricsCB(accuracy=MulticlassAccuracy()), m.ProgressCB()] if shown else []
+    learn = m.TrainLearner(model, Loaders, F.cross_entropy, lr=0.01, cbs=callbacks, opt_func=torch.optim.SGD)
+    return timed(lambda: learn.fit(1, valid=False))
+
+
+def ignite_(batches, shown=False):
+    from ignite.engine import Events, create_supervised_trainer
+    from ignite.handlers.tqdm_logger import ProgressBar
+    from ignite.metrics import Accuracy, RunningAverage
+    model = net()
+    trainer = create_supervised_trainer(model, sgd(model), F.cross_entropy,
+                                        output_transform=lambda x, y, predictions, loss: (predictions, y, loss))
+    if shown:
+        Accuracy(output_transform=lambda out: out[:2]).attach(trainer, "accuracy")
+        RunningAverage(output_transform=lambda out: out[2].item()).attach(trainer, "loss")
+        ProgressBar(file=sys.stdout).attach(trainer, ["loss"])
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: print(engine.state.metrics))
+    return timed(lambda: trainer.run(batches, max_epochs=1))
+
+
+def fastai_(batches, shown=False):
+    from fastai.data.core import DataLoaders
+    import fastai.callback.progress  # adds no_bar to the learner
+    from fastai.learner import Learner as Fastai
+    from fastai.metrics import accuracy
+    from fastai.optimizer import SGD
+
+    class Loader(list):
+        "The least that fastai asks of a loader."
+        device, after_batch = torch.device("cpu"), None
+    loader = Loader(batches)
+    learn = Fastai(DataLoaders(loader, Loader(batches[:1])), net(), loss_func=F.cross_entropy, opt_func=SGD, lr=0.01,
+                   metrics=accuracy if shown else None)
+
+    def run():
+        with contextlib.nullcontext() if shown else learn.no_bar(), learn.no_logging(): learn.fit(1)
+    return timed(run)
+
+
+def lightning_(batches, shown=False):
+    import lightning
+    from torchmetrics.classification import MulticlassAccuracy
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net, self.accuracy = net(), MulticlassAccuracy(10, average="micro")
+
+        def training_step(self, batch, index):
+            x, y = batch
+            predictions = self.net(x)
+            loss = F.cross_entropy(predictions, y)
+            if shown:
+                self.accuracy(predictions, y)
+                self.log("accuracy", self.accuracy, on_step=False, on_epoch=True, prog_bar=True)
+                self.log("loss", loss, on_step=True, on_epoch=True, prog_bar=True)
+            return loss
+
+        def configure_optimizers(self): return sgd(self)
+        def on_train_epoch_start(self): self.start = perf_counter()
+        def on_train_epoch_end(self): self.seconds = perf_counter() - self.start
+
+    module = Module()
+
+    def once():
+        trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+                                    enable_model_summary=False, enable_progress_bar=shown)
+        trainer.fit(module, batches)
+        return module.seconds  # of the epoch alone, without what is set up before it
+    return once
+
+
+PEERS = {"miniai": miniai_, "fastai": fastai_, "ignite": ignite_, "lightning": lightning_}
+
+
+def installed(name):
+    try: return bool(importlib.import_module(name))
+    except ImportError: return False
+
+
+def all_rows():
+    rows = {"plain loop": plain, "Learner": learner, "Learner: accuracy, progress": learner_shown}
+    if installed("tqdm"): rows["plain loop: accuracy by hand, tqdm"] = plain_shown
+    for name, make in PEERS.items():
+        if installed(name): rows |= {name: make, f"{name}: accuracy, progress": partial(make, shown=True)}
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batches", type=int, default=2_000)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--only", default="", help="rows whose name contains this, and the plain loop")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(32, 16, generator=generator), torch.randint(10, (32,), generator=generator))
+               for _ in range(args.batches)]
+    seconds: dict[str, list[float]] = {}
+    with tempfile.TemporaryFile("w") as file:
+        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            wanted = {name: make for name, make in all_rows().items() if args.only in name or name == "plain loop"}
+            rows = {name: make(batches) for name, make in wanted.items()}
+            for _ in range(args.rounds + 1):
+                for name, run in rows.items(): seconds.setdefault(name, []).append(run())
+    print(f"{'':<36}{'µs per batch':>14}{'ratio':>8}")
+    for name, times in seconds.items():
+        counted = list(zip(times, seconds["plain loop"], strict=True))[1:]  # the first round warms up
+        ratio = median(own / bare for own, bare in counted)
+        print(f"{name:<36}{median(own for own, _ in counted) / args.batches * 1e6:>14.1f}{ratio:>8.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,611 @@
+"""The Learner against a bare loop, its memory, and every message for a mistake."""
+import copy
+import gc
+import math
+import warnings
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from learner.core import Learner, LossError
+from learner.history import History, HistoryError, Mean
+from learner.stages import (
+    Callback,
+    CancelBatchException,
+    CancelEpochException,
+    CancelStepException,
+    CancelTrainException,
+    Stage,
+)
+from learner.tree import BatchError
+
+
+def tensors(n=70, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 5, generator=generator), torch.randint(3, (n,), generator=generator)
+
+
+def net(dropout=0.0):
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 3))
+
+
+def batches(n=70, size=16, seed=0):  # the last one is ragged
+    x, y = tensors(n, seed)
+    return [(x[i:i + size], y[i:i + size]) for i in range(0, n, size)]
+
+
+def loaders(): return {"train": batches(), "validation": batches(40, seed=1), "test": batches(20, seed=2)}
+
+
+def learner(model=None, loaders_=None, callbacks=None, optimiser=None, loss_func=F.cross_entropy, **kwargs):
+    model = net() if model is None else model
+    return Learner(model, optimiser or torch.optim.SGD(model.parameters(), lr=0.1), loss_func,
+                   loaders() if loaders_ is None else loaders_, callbacks, device="cpu", **kwargs)
+
+
+def same(a, b): return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+# The oracle
+
+def bare_loop(model, optimiser, train, validation, epochs):
+    for _ in range(epochs):
+        model.train()
+        for x, y in train:
+            F.cross_entropy(model(x), y).backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        model.eval()
+        with torch.no_grad():
+            for x, y in validation: F.cross_entropy(model(x), y)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("make", [lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9),
+                                  lambda ps: torch.optim.AdamW(ps, lr=0.01, weight_decay=0.1)], ids=["SGD", "AdamW"])
+def test_weights_are_bit_identical_to_the_bare_loop(make, dropout):
+    oracle, model = net(dropout), net(dropout)
+    torch.manual_seed(7)
+    bare_loop(oracle, make(oracle.parameters()), batches(), batches(40, seed=1), 3)
+    torch.manual_seed(7)
+    learn = learner(model, optimiser=make(model.parameters()))
+    learn.train(3)
+    assert same(oracle, model)
+
+
+def test_a_shuffling_dataloader_too():
+    def loader(): return DataLoader(TensorDataset(*tensors()), 16, shuffle=True, generator=torch.Generator().manual_seed(3))
+    oracle, model = net(), net()
+    bare_loop(oracle, torch.optim.SGD(oracle.parameters(), lr=0.1), loader(), [], 3)
+    learner(model, {"train": loader()}).train(3)
+    assert same(oracle, model)
+
+
+def test_two_calls_of_train_are_one_longer_run():
+    one, two = learner(optimiser=torch.optim.AdamW), learner(optimiser=torch.optim.AdamW)
+    one.train(3, learning_rate=0.01)
+    two.train(1, learning_rate=0.01)
+    two.train(2)
+    assert same(one.model, two.model)
+    assert two.history["epoch"] == [0, 1, 2]
+
+
+def test_means_are_exact_over_a_ragged_last_batch():
+    learn = learner(optimiser=lambda ps, lr: torch.optim.SGD(ps, lr=0.0))
+    learn.train(1, learning_rate=0.0)
+    x, y = tensors(40, 1)
+    learn.model.eval()
+    with torch.no_grad(): whole = F.cross_entropy(learn.model(x), y).item()
+    assert learn.history[-1]["validation_loss"] == pytest.approx(whole, rel=1e-6)
+
+
+def test_mean_of_changing_weights_and_many_values():
+    values, weights = [0.1 * i for i in range(1000)], [1 + i % 3 * (i > 500) for i in range(1000)]
+    mean = Mean(keep=True)
+    for value, weight in zip(values, weights, strict=True): mean.add(torch.tensor(value), weight)
+    assert mean.compute() == pytest.approx(sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights), rel=1e-6)
+    assert mean.values() == pytest.approx(values)
+    assert math.isnan(Mean().compute()) and Mean().values() == []
+
+
+def test_history_columns_and_rows():
+    learn = learner()
+    learn.on("after_epoch", lambda learn, epoch: learn.log(late=epoch, tensor=torch.tensor(2.0)))
+    learn.train(3, validation_epochs=2)
+    assert learn.history.columns == ["epoch", "train_loss", "validation_loss", "test_loss", "late", "tensor"]
+    assert [row.get("validation_loss") is not None for row in learn.history] == [False, True, True]
+    assert [row.get("test_loss") is not None for row in learn.history] == [False, False, True]
+    assert learn.history["late"] == [0, 1, 2] and learn.history[-1]["tensor"] == 2.0
+    assert learn.results is learn.history[-1] and len(learn.history) == 3
+
+
+def test_history_writes_and_reads_back(tmp_path):
+    import csv
+    learn = learner()
+    learn.train(2)
+    learn.history.to_csv(tmp_path / "history.csv")
+    rows = list(csv.DictReader((tmp_path / "history.csv").read_text().splitlines()))
+    assert [float(row["train_loss"]) for row in rows] == learn.history["train_loss"]
+
+
+def test_evaluation_changes_nothing_and_returns_numbers():
+    learn = learner()
+    before = copy.deepcopy(learn.model.state_dict())
+    assert set(learn.validate()) == {"validation_loss"} and set(learn.test()) == {"test_loss"}
+    assert all(torch.equal(before[k], v) for k, v in learn.model.state_dict().items())
+    assert len(learn.history) == 0 and all(m.training for m in learn.model.modules())
+
+
+def test_steps_are_kept_on_request():
+    learn = learner()
+    learn.history.keep_steps = True
+    learn.train(2)
+    assert {name: len(values) for name, values in learn.history.steps.items()} == {
+        "train_loss": 10, "validation_loss": 6, "test_loss": 2}
+
+
+# Batches
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, a, b=0): return self.layer(a + b)
+
+
+class Reconstruct(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 5)
+
+    def forward(self, x): return self.layer(x)
+
+
+x, y = tensors(8)
+FORMS = {
+    "pair": (Two(), (x, y), F.cross_entropy, x, y),
+    "list": (Two(), [x, y], F.cross_entropy, x, y),
+    "two inputs": (Two(), (x, x, y), F.cross_entropy, (x, x), y),
+    "nested inputs": (Two(), ((x, x), y), F.cross_entropy, (x, x), y),
+    "mapping": (Two(), {"a": x, "labels": y}, F.cross_entropy, {"a": x}, y),
+    "mapping with label": (Two(), {"a": x, "b": x, "label": y}, F.cross_entropy, {"a": x, "b": x}, y),
+    "single tensor": (Reconstruct(), x, F.mse_loss, x, x),
+    "tuple of one": (Reconstruct(), (x,), F.mse_loss, x, x),
+}
+
+
+def equal(a, b):
+    if isinstance(a, dict): return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, tuple): return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_batches(form):
+    model, batch, loss_func, data, labels = FORMS[form]
+    seen = []
+    learn = learner(copy.deepcopy(model), {"train": [batch]}, loss_func=loss_func, optimiser=torch.optim.SGD)
+    learn.on("after_loss", lambda learn, batch_size: seen.append((learn.data, learn.labels, batch_size)))
+    learn.train()
+    assert equal(seen[0][0], data) and equal(seen[0][1], labels) and seen[0][2] == 8
+
+
+def test_a_model_with_its_own_loss():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+
+        def forward(self, a, labels): return SimpleNamespace(loss=F.cross_entropy(self.layer(a), labels))
+    learn = learner(Own(), {"train": [{"a": x, "labels": y}]}, loss_func=None, optimiser=torch.optim.SGD)
+    learn.train(2, learning_rate=0.1)
+    assert learn.history[1]["train_loss"] < learn.history[0]["train_loss"]
+
+
+def test_any_iterable_of_batches_and_a_loader_that_counts_epochs():
+    class Stream:
+        epochs = []
+        def set_epoch(self, epoch): self.epochs.append(epoch)
+        def __iter__(self): yield from batches()
+    learn = learner(loaders_={"train": Stream()})
+    learn.train(2)
+    learn.train(1)
+    assert Stream.epochs == [0, 1, 2]
+
+
+# Optimiser and modes
+
+def test_learning_rate_goes_to_the_factory_and_later_to_the_groups():
+    def factory(parameters, lr):
+        parameters = list(parameters)
+        return torch.optim.SGD([{"params": parameters[:2], "lr": lr / 10}, {"params": parameters[2:]}], lr=lr)
+    learn = learner(optimiser=factory)
+    learn.train(1, learning_rate=0.5)
+    assert [g["lr"] for g in learn.optimiser.param_groups] == [0.05, 0.5]
+    learn.train(1, learning_rate=0.2)
+    assert [g["lr"] for g in learn.optimiser.param_groups] == pytest.approx([0.02, 0.2])
+    assert learn.optimiser.param_groups[1]["lr"] == 0.2
+    learn.train(1)
+    assert learn.optimiser.param_groups[1]["lr"] == 0.2
+
+
+def test_modes_are_as_before():
+    model = net()
+    model[1].eval()
+    seen = []
+    learn = learner(model)
+    learn.on("after_predict", lambda phase, model: seen.append((phase, model.training, torch.is_grad_enabled())))
+    learn.train()
+    assert {*seen} == {("train", True, True), ("validation", False, False), ("test", False, False)}
+    assert (model.training, model[0].training, model[1].training) == (True, True, False)
+
+
+# Cancelling
+
+def cancelling(hook, exception, when=lambda learn: True):
+    class Canceller(Callback): ...
+
+    def raise_it(learn):
+        if when(learn): raise exception
+    return lambda learn: learn.on(hook, raise_it)
+
+
+def test_a_cancelled_batch_leaves_no_gradients_and_no_loss():
+    learn = learner()
+    seen = []
+    cancelling("after_backward", CancelBatchException, lambda learn: learn.batch_num == 1)(learn)
+    learn.on("before_predict", lambda phase, model: phase == "train" and
+             seen.append(all(p.grad is None for p in model.parameters())))
+    kept = []
+    learn.on("after_batch", lambda loss, batch_size: kept.append((loss.item(), batch_size)))
+    learn.train()
+    assert len(kept) == 4 and all(seen)
+    assert learn.history[0]["train_loss"] == pytest.approx(sum(v * n for v, n in kept) / sum(n for _, n in kept))
+
+
+def test_a_cancelled_step_keeps_the_gradients():
+    oracle, model = net(), net()
+    optimiser = torch.optim.SGD(oracle.parameters(), lr=0.1)
+    for i, (a, b) in enumerate(batches()):
+        F.cross_entropy(oracle(a), b).backward()
+        if i % 2:
+            optimiser.step()
+            optimiser.zero_grad()
+    learn = learner(model, {"train": batches()})
+    cancelling("before_step", CancelStepException, lambda learn: learn.batch_num % 2 == 0)(learn)
+    learn.train()
+    assert same(oracle, model)
+
+
+def test_an_override_may_cancel_its_own_step():
+    class Careful(Learner):
+        def step(self):
+            if self.batch_num: raise CancelStepException
+            super().step()
+    model = net()
+    learn = Careful(model, torch.optim.SGD(model.parameters(), lr=0.1), F.cross_entropy, {"train": batches()})
+    steps = []
+    learn.on("after_step", lambda batch_num: steps.append(batch_num))
+    learn.train()
+    assert steps == [0]
+
+
+def test_cancelling_the_pass_still_validates_and_writes_a_row():
+    learn = learner()
+    cancelling("after_batch", CancelEpochException)(learn)
+    learn.train(2)
+    assert len(learn.history) == 2 and learn.history["validation_loss"][1] is not None
+
+
+def test_cancelling_training_still_tests():
+    learn = learner()
+    cancelling("after_epoch", CancelTrainException)(learn)
+    learn.train(5)
+    assert len(learn.history) == 1 and "test_loss" in learn.history[0]
+
+
+def test_cancelling_train_inside_an_epoch_leaves_no_row():
+    learn = learner(loaders_={"train": batches()})
+    cancelling("after_batch", CancelTrainException)(learn)
+    learn.train(5)
+    assert len(learn.history) == 0 and "train_loss" in learn.results
+
+
+# Overrides
+
+def test_an_overridden_batch_is_logged():
+    class Own(Learner):
+        def train_batch(self):
+            self.act("prepare", "predict", "loss", "backward", "step")
+            return {"double": 2 * self.loss, "number": self.batch_size}
+
+        def validation_batch(self):
+            self.act("prepare", "predict")
+            return {"loss": self.predictions.mean() * 0 + 3}
+    model = net()
+    learn = Own(model, torch.optim.SGD(model.parameters(), lr=0.1), F.cross_entropy, loaders())
+    learn.train()
+    row = learn.history[0]
+    assert row["train_double"] == pytest.approx(2 * row["train_loss"])
+    assert row["train_number"] == pytest.approx((4 * 16 * 16 + 6 * 6) / 70)
+    assert row["validation_loss"] == 3 and row["test_loss"] == 3
+
+
+def test_a_routine_of_ones_own_with_its_own_stage():
+    class Gan(Learner):
+        stages = (*Learner.stages, Stage("generator", "batch", leaves="generator_loss"))
+        def train_batch(self):
+            data, _ = self.batch
+            with self.stage("generator"):
+                self.generator_loss = self.model(data).square().mean()
+                self.generator_loss.backward()
+                self.step()
+            return {"generator_loss": self.generator_loss}
+    seen = []
+    model = net()
+    learn = Gan(model, torch.optim.SGD(model.parameters(), lr=0.1), None, {"train": batches()})
+    learn.on("after_generator", lambda generator_loss: seen.append(generator_loss.item()))
+    learn.train()
+    assert len(seen) == 5 and learn.history.columns == ["epoch", "train_generator_loss"]
+    assert learn.history[0]["train_generator_loss"] == pytest.approx(sum(v * n for v, n in zip(seen, [16] * 4 + [6], strict=True)) / 70)
+    assert not hasattr(learn, "generator_loss")
+
+
+# Memory
+
+def live_tensors(): return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+
+class Peak:
+    "The largest number of bytes alive in tensors of a size, seen at each forward of a module, plain loop and learner alike."
+    def __init__(self, model):
+        self.most, self.seen = 0, weakref.WeakSet()
+        model.register_forward_hook(self.note)
+
+    def note(self, module, args, output):
+        self.seen.add(output)
+        self.most = max(self.most, sum(t.nbytes for t in self.seen))
+
+
+def test_peak_memory_is_no_higher_than_the_plain_loops():
+    def run(train):
+        model = nn.Sequential(nn.Linear(5, 1000), nn.ReLU(), nn.Linear(1000, 3))
+        peaks = [Peak(module) for module in model]
+        train(model)
+        return [peak.most for peak in peaks]
+
+    def plain(model):
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+        for a, b in batches():
+            loss = F.cross_entropy(model(a), b)
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+    gc.disable()
+    try: assert run(lambda model: learner(model, {"train": batches()}).train()) <= run(plain)
+    finally: gc.enable()
+
+
+@pytest.mark.parametrize("end", ["train", "error", "interrupt"])
+def test_a_learner_is_freed_at_once(end):
+    gc.collect()
+    gc.disable()
+    try:
+        model, data = net(), loaders()
+        learn = learner(model, data)
+        losses = []
+        learn.on("after_loss", lambda loss: losses.append(weakref.ref(loss)))
+        if end != "train":
+            @learn.on("after_backward")
+            def fail(): raise KeyboardInterrupt if end == "interrupt" else ValueError
+            with pytest.raises((ValueError, KeyboardInterrupt)): learn.train()
+        else: learn.train(2)
+        assert not any(loss() is not None for loss in losses)
+        refs = [weakref.ref(learn), weakref.ref(model), weakref.ref(data["train"][0][0])]
+        if end != "train": del fail
+        del learn, model, data
+        assert [ref() for ref in refs] == [None] * 3
+    finally: gc.enable()
+
+
+def test_no_growth_over_many_batches_and_failed_trainings():
+    learn = learner(loaders_={"train": batches() * 20})
+    learn.train()
+    gc.collect()
+    before = live_tensors()
+    learn.train(10)
+    fail = learn.on("after_loss", lambda batch_num: 1 / (batch_num - 50))
+    for _ in range(20):
+        with pytest.raises(ZeroDivisionError): learn.train()
+    learn.remove(fail)
+    gc.collect()
+    assert live_tensors() <= before
+
+
+def test_no_synchronisation_in_a_batch():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        reads = 0
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            Count.reads += "_local_scalar_dense" in str(function)
+            return function(*args, **(kwargs or {}))
+    counts = []
+    learn = learner(loaders_={"train": batches() * 100})
+    for hook in ("before_training", "after_training"): learn.on(hook, lambda: counts.append(Count.reads), priority=-1)
+    with Count(): learn.train()
+    assert counts[1] - counts[0] == 1  # the mean of the pass, read when it has ended
+
+
+# Errors
+
+def test_an_error_leaves_the_learner_whole():
+    model = net().eval()
+    learn = learner(model)
+    fail = learn.on("after_backward", lambda epoch, batch_num: 1 / (1 - epoch * batch_num))
+    with pytest.raises(ZeroDivisionError) as caught: learn.train(3, callbacks=Callback())
+    assert caught.value.__notes__ == ["in <lambda> on after_backward (epoch 1, batch 1)"]
+    assert len(learn.history) == 1 and len(learn.callbacks) == 1 and not model.training
+    assert all(p.grad is None for p in model.parameters())
+    learn.remove(fail)
+    learn.train(2)
+    assert learn.history["epoch"] == [0, 1, 2]
+
+
+def test_an_error_in_the_model_says_where():
+    class Breaks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+
+        def forward(self, x):
+            if len(x) < 16: raise IndexError("too few")
+            return self.layer(x)
+    with pytest.raises(IndexError) as caught: learner(Breaks()).train()
+    assert caught.value.__notes__ == ["in train (epoch 0, batch 4)"]
+
+
+def test_nan_is_a_row_and_one_warning():
+    learn = learner(optimiser=torch.optim.SGD, loss_func=lambda p, t: F.cross_entropy(p, t) * math.nan,
+                    loaders_={"train": batches()})
+    with pytest.warns(UserWarning, match=r"train_loss is nan \(epoch 0, batch 4\); try a lower learning rate") as caught:
+        learn.train(3)
+    assert len(caught) == 1 and all(math.isnan(v) for v in learn.history["train_loss"])
+
+
+class NotAnOptimiser: ...
+
+
+CONSTRUCTION = {
+    "model class": (dict(model=nn.Linear), TypeError, "model is <class 'torch.nn.modules.linear.Linear'>; pass an instance: Linear(...)"),
+    "no model": (dict(model=3), TypeError, "model is 3, not a torch.nn.Module"),
+    "optimiser": (dict(optimiser=3), TypeError, "optimiser is 3; pass a torch Optimizer or a factory such as torch.optim.AdamW"),
+    "other parameters": (dict(optimiser=torch.optim.SGD(net().parameters())), ValueError,
+                         "optimiser: SGD has no parameter of the model in it; make it from model.parameters()"),
+    "no lr": (dict(optimiser=lambda parameters: 0), TypeError,
+              "optimiser: the factory <lambda>(parameters) takes no lr; it is called as factory(parameters, lr=learning_rate)"),
+    "loss class": (dict(loss_func=nn.MSELoss), TypeError, "loss_func: MSELoss is a class; pass an instance: MSELoss()"),
+    "loss": (dict(loss_func="mse"), TypeError, "loss_func is 'mse'; pass a function of predictions and labels, or None"),
+    "one loader": (dict(dataloaders=[1]), TypeError, "dataloaders is a list; pass a mapping such as {\"train\": loader}"),
+    "loader name": (dict(dataloaders={"valid": []}), ValueError,
+                    "dataloaders: 'valid' is none of ['train', 'validation', 'test']; did you mean validation?"),
+    "no iterable": (dict(dataloaders={"train": 3}), TypeError, "dataloaders[\"train\"] is 3; pass an iterable of batches"),
+    "callback class": (dict(callbacks=Callback), TypeError, "callbacks: Callback is a class; pass an instance: Callback()"),
+    "device": (dict(device="abacus"), ValueError, "device is 'abacus', which cannot be used: *"),
+}
+
+
+@pytest.mark.parametrize("case", CONSTRUCTION)
+def test_construction(case):
+    given, kind, message = CONSTRUCTION[case]
+    model = net()
+    parts = dict(model=model, optimiser=torch.optim.SGD, loss_func=F.cross_entropy, dataloaders=loaders(), device="cpu")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(kind) as caught: Learner(**{**parts, **given})
+    assert str(caught.value) == message or (message.endswith("*") and str(caught.value).startswith(message[:-1]))
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def frozen():
+    model = net()
+    for p in model.parameters(): p.requires_grad_(False)
+    return model
+
+
+TRAINING = {
+    "no train loader": (dict(loaders_={"test": batches()}), {}, ValueError, "dataloaders has no \"train\" loader, it has ['test']; add one"),
+    "empty loader": (dict(loaders_={"train": []}), {}, ValueError, "dataloaders[\"train\"] is empty; give it at least one batch"),
+    "empty validation": (dict(loaders_={"train": batches(), "validation": []}), {}, ValueError,
+                         "dataloaders[\"validation\"] is empty; give it at least one batch"),
+    "read once": (dict(loaders_={"train": iter([])}), {}, ValueError,
+                  "dataloaders[\"train\"] yielded no batch; an iterator can be read only once, so give a list or a DataLoader"),
+    "a number": (dict(loaders_={"train": [3]}), {}, BatchError,
+                 "the loader yielded 3; a batch is a tensor, a tuple or list with the labels last, or a mapping"),
+    "None": (dict(loaders_={"train": [None]}), {}, BatchError,
+             "the loader yielded None; a batch is a tensor, a tuple or list with the labels last, or a mapping"),
+    "empty tuple": (dict(loaders_={"train": [()]}), {}, BatchError,
+                    "the loader yielded an empty tuple; a batch is a tensor, a tuple or list with the labels last, or a mapping"),
+    "no labels": (dict(loaders_={"train": [{"input": x, "target": y}]}), {}, BatchError,
+                  "the batch has no labels for loss_func; its keys are ['input', 'target']"),
+    "vector loss": (dict(loss_func=lambda p, t: F.cross_entropy(p, t, reduction="none")), {}, LossError,
+                    "loss_func returned a tensor of shape (16,); the loss must be a scalar: take its .mean()"),
+    "float loss": (dict(loss_func=lambda p, t: 1.0), {}, LossError, "loss_func returned a float; the loss must be a scalar tensor"),
+    "no loss": (dict(loss_func=lambda p, t: None), {}, LossError, "loss_func returned a NoneType; the loss must be a scalar tensor"),
+    "no own loss": (dict(loss_func=None), {}, LossError, "loss_func is None and the model's output has no .loss; pass one"),
+    "no gradient": (dict(model=frozen()), {}, LossError, "the loss needs no gradient: it depends on no parameter that is trained; "
+                    "is the model frozen, or the loss detached?"),
+    "epochs 0": ({}, dict(epochs=0), ValueError, "epochs is 0; it must be a whole number of at least 1"),
+    "epochs -1": ({}, dict(epochs=-1), ValueError, "epochs is -1; it must be a whole number of at least 1"),
+    "epochs 2.5": ({}, dict(epochs=2.5), ValueError, "epochs is 2.5; it must be a whole number of at least 1"),
+    "epochs True": ({}, dict(epochs=True), ValueError, "epochs is True; it must be a whole number of at least 1"),
+    "validation_epochs": ({}, dict(validation_epochs=0), ValueError, "validation_epochs is 0; it must be a whole number of at least 1"),
+    "learning_rate": ({}, dict(learning_rate=-0.1), ValueError, "learning_rate is -0.1; it must be a finite number of at least 0"),
+    "learning_rate nan": ({}, dict(learning_rate=math.nan), ValueError, "learning_rate is nan; it must be a finite number of at least 0"),
+    "learning_rate text": ({}, dict(learning_rate="1e-3"), ValueError, "learning_rate is '1e-3'; it must be a finite number of at least 0"),
+    "factory": (dict(optimiser=lambda ps, lr=0: NotAnOptimiser), {}, TypeError,
+                "optimiser: the factory returned <class 'test_core.NotAnOptimiser'>; it must return a torch Optimizer"),
+    "factory of other parameters": (dict(optimiser=lambda ps, lr=0.1: torch.optim.SGD(net().parameters(), lr=lr)), {}, ValueError,
+                                    "optimiser: SGD has no parameter of the model in it; make it from model.parameters()"),
+    "logging a vector": (dict(callbacks=None), "log", ValueError, "log: wide has shape (3,); log scalars, such as its mean"),
+}
+
+
+@pytest.mark.parametrize("case", TRAINING)
+def test_training(case):
+    construction, call, kind, message = TRAINING[case]
+    learn = learner(**construction)
+    if call == "log":
+        call = {}
+        learn.on("after_loss", lambda learn: learn.log(wide=torch.zeros(3)))
+    before = copy.deepcopy(learn.model.state_dict())
+    optimiser, callbacks = learn.optimiser, learn.callbacks
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(kind) as caught: learn.train(**call, callbacks=Callback())
+    assert str(caught.value) == message
+    assert learn.callbacks == callbacks and len(learn.history) == 0 and not learn.is_running
+    assert learn.optimiser is optimiser or case not in ("factory", "factory of other parameters")
+    if "log" not in case and case not in ("no gradient", "read once") and "batch" not in str(caught.value):
+        assert all(torch.equal(v, learn.model.state_dict()[k]) for k, v in before.items() if "running" not in k and "num_" not in k)
+
+
+def test_evaluation_without_a_loader():
+    learn = learner(loaders_={"train": batches()})
+    for call in ("validate", "test"):
+        with pytest.raises(ValueError, match="dataloaders has no .* loader, it has \\['train'\\]; add one"): getattr(learn, call)()
+
+
+def test_calls_inside_a_call_are_refused():
+    for call in ("train", "validate", "test"):
+        learn = learner()
+        learn.on("after_batch", lambda learn, call=call: getattr(learn, call)())
+        with pytest.raises(RuntimeError, match=f"{call}\\(\\) was called inside train\\(\\); call it afterwards"): learn.train()
+
+
+def test_history_names():
+    history = History()
+    history.rows = [{"epoch": 0, "train_loss": 1.0, "validation_accuracy": 0.5}]
+    with pytest.raises(HistoryError, match="history has no column train_los; did you mean train_loss"): history["train_los"]
+    with pytest.raises(HistoryError, match="plot: the history has no accurracy; did you mean accuracy"): history.plot("accurracy")
+    assert "History: no epoch yet" in repr(History())
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
+def test_on_an_accelerator(kind):
+    if not torch.accelerator.is_available() or torch.accelerator.current_accelerator().type != kind:
+        pytest.skip(f"needs an accelerator of kind {kind}; run the tests on a machine that has one")
+    model = net()
+    learn = Learner(model, torch.optim.SGD(model.parameters(), lr=0.1), F.cross_entropy, loaders())
+    assert learn.device.type == kind
+    learn.train(2)
+    oracle = net()
+    bare_loop(oracle, torch.optim.SGD(oracle.parameters(), lr=0.1), batches(), batches(40, seed=1), 2)
+    for p, q in zip(model.parameters(), oracle.parameters(), strict=True): torch.testing.assert_close(p.cpu(), q, rtol=1e-3, atol=1e-4)
