@@ -116,8 +116,8 @@ def ignite_(batches, shown=False):
 
 
 def fastai_(batches, shown=False):
+    import fastai.callback.progress  # noqa: F401  adds no_bar to the learner
     from fastai.data.core import DataLoaders
-    import fastai.callback.progress  # adds no_bar to the learner
     from fastai.learner import Learner as Fastai
     from fastai.metrics import accuracy
     from fastai.optimizer import SGD
@@ -196,12 +196,11 @@ def main():
     batches = [(torch.randn(32, 16, generator=generator), torch.randint(10, (32,), generator=generator))
                for _ in range(args.batches)]
     seconds: dict[str, list[float]] = {}
-    with tempfile.TemporaryFile("w") as file:
-        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-            wanted = {name: make for name, make in all_rows().items() if args.only in name or name == "plain loop"}
-            rows = {name: make(batches) for name, make in wanted.items()}
-            for _ in range(args.rounds + 1):
-                for name, run in rows.items(): seconds.setdefault(name, []).append(run())
+    with tempfile.TemporaryFile("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        wanted = {name: make for name, make in all_rows().items() if args.only in name or name == "plain loop"}
+        rows = {name: make(batches) for name, make in wanted.items()}
+        for _ in range(args.rounds + 1):
+            for name, run in rows.items(): seconds.setdefault(name, []).append(run())
     print(f"{'':<36}{'µs per batch':>14}{'ratio':>8}")
     for name, times in seconds.items():
         counted = list(zip(times, seconds["plain loop"], strict=True))[1:]  # the first round warms up

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from .errors import check_number, check_whole, did_you_mean
 from .history import History, Mean
-from .stages import Callback, Staged
-from .stages import CancelEpochException, CancelException, CancelTrainException
+from .stages import Callback, CancelEpochException, CancelException, CancelTrainException, Staged
 from .tree import batch_size, call_model, open_batch
 
 PASSES = {  # by phase: the stage of the pass, and of its batches
@@ -230,6 +229,7 @@ class Learner(Staged):
             column = f"{self.phase}_{name}"
             self.results[column] = mean.compute()
             if mean.blocks: self.history.steps.setdefault(column, []).extend(mean.values())
+        self._means = {}
         loss = self.results.get(f"{self.phase}_loss", 0.0)
         if math.isnan(loss) and not any(math.isnan(row.get(f"{self.phase}_loss") or 0.0) for row in self.history):
             warnings.warn(f"{self.phase}_loss is nan ({self.position()}); try a lower learning rate, "

@@ -671,7 +671,7 @@ class Staged:
         if self._running:
             raise RuntimeError(f"{call}() was called inside {self._running}(); call it afterwards")
         before, guests = self._callbacks, as_callbacks(callbacks)
-        self.add(*guests)
+        self._set_callbacks([*before, *guests])  # also where there are no guests: priorities may have changed
         self._running, self.times = call, {}
         self.measure(True)
         try: yield

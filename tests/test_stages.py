@@ -106,7 +106,7 @@ def test_a_cancel_ends_the_innermost_stage_that_names_it(kind, stage, cancel, pl
             raise cancel
         if kind == "around": yield
     if kind != "around":
-        def hook(self):  # noqa: F811  the same without a yield
+        def hook(self):
             if not raised:
                 raised.append(True)
                 raise cancel

@@ -1,0 +1,46 @@
+# Every target sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
+PYTHON ?= python3.11
+BIN := .venv/bin
+READY := .venv/.ready
+RUNS ?= runs
+
+.PHONY: demo test check export notebooks docs bench clean
+
+demo: $(READY)  ## Train a small network on digits; pictures and history.csv go to runs/demo
+	$(BIN)/python nbs/examples/demo.py $(RUNS)/demo
+
+test: $(READY) check  ## Everything that has to hold: export, notebooks, tests, style, types
+	$(BIN)/nbdev-test --n_workers 2
+	$(BIN)/python -m pytest
+
+check: $(READY)  ## The quick part of test: the export is up to date, notebooks are clean, style, types
+	$(BIN)/python tests/check_export.py
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+export: $(READY)  ## Notebooks to modules
+	$(BIN)/nbdev-export
+
+notebooks: $(READY)  ## Run every notebook in a real kernel and keep its outputs; NB=nbs/11_core.ipynb for one
+	$(BIN)/python tests/run_notebooks.py $(NB)
+	$(BIN)/nbdev-clean
+	$(BIN)/nbdev-export
+
+docs: $(READY)  ## A web page of every notebook, in _docs
+	$(BIN)/python -m pip install -q -c constraints.txt nbconvert
+	$(BIN)/jupyter nbconvert --to html --output-dir _docs nbs/*.ipynb
+
+bench: $(READY)  ## Side-by-side timings; peers that are installed in .venv are timed too
+	$(BIN)/python benchmarks/dispatch.py
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/loading.py
+
+$(READY): settings.ini setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv || python3 -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade -c constraints.txt pip setuptools wheel
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	git rev-parse --git-dir >/dev/null 2>&1 && git config core.hooksPath .githooks || true
+	touch $(READY)
+
+clean:
+	rm -rf .venv build dist *.egg-info _docs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,99 @@
+"""The house rules: imports go down only, importing is cheap, what is installed works."""
+import os
+import re
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS = {path.stem[3:]: int(path.stem[:2]) for path in (ROOT / "nbs").glob("[0-9][0-9]_*.ipynb")}
+MODULES = sorted(path.stem for path in (ROOT / "learner").glob("*.py") if path.stem not in ("_modidx", "__init__"))
+
+
+def python(code, **environment):
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_from_lower_floors(module):
+    source = (ROOT / "learner" / f"{module}.py").read_text()
+    imported = {a or b for a, b in re.findall(r"^\s*from (?:\.(\w+)|learner\.(\w+)) import", source, re.M)}
+    assert "from learner import" not in source
+    for other in imported: assert FLOORS[other] < FLOORS[module], f"{module} imports {other}"
+
+
+def test_every_module_has_a_notebook_of_its_name():
+    assert set(MODULES) == set(FLOORS) - {"init"}
+
+
+def test_only_the_lowest_floors_know_torch():
+    out = python("import sys; import learner, learner.errors, learner.stages; print('torch' in sys.modules)")
+    assert out.strip() == "False"  # the command line and the stages do without
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_importing_a_module_loads_nothing_heavy(module):
+    heavy = ["matplotlib", "sklearn", "torcheval", "torchmetrics", "fastprogress", "fasthtml", "IPython", "pandas"]
+    out = python(f"import sys; import torch; had = set(sys.modules); import learner.{module}; "
+                 f"print([m for m in {heavy} if m in sys.modules and m not in had])")
+    assert out.strip() == "[]"
+
+
+def test_the_main_names_are_handed_on():
+    out = python("import learner, learner.all as everything; "
+                 "print(all(getattr(learner, n) is getattr(everything, n) for n in everything.__all__), "
+                 "set(everything.__all__) <= set(dir(learner)), learner.__version__)")
+    assert out.split()[:2] == ["True", "True"]
+    from configparser import ConfigParser
+    config = ConfigParser()
+    config.read(ROOT / "settings.ini")
+    assert out.split()[2] == config["DEFAULT"]["version"]
+
+
+def test_the_notebooks_tell_no_lies_about_the_main_names():
+    assert "did you mean Learner?" in python("import learner\ntry: learner.Learnr\nexcept AttributeError as e: print(e)")
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_to_files_are_alive(name):
+    text = (ROOT / name).read_text()
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        if not link.startswith("http"): assert (ROOT / link).exists(), f"{name}: {link}"
+
+
+def test_the_examples_in_the_readme_run(tmp_path):
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert code
+    script = tmp_path / "readme.py"
+    script.write_text("\n\n".join(code))
+    done = subprocess.run([sys.executable, "-W", "error", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "validation_accuracy" in done.stdout
+
+
+def test_the_demo_leaves_what_it_says(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "nbs/examples/demo.py", tmp_path / "demo"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not re.search(r"[\x00-\x08\x0b-\x1f]", done.stdout)  # a pipe gets plain rows
+    accuracy = float(re.search(r"([\d.]+)% of the test images are right", done.stdout)[1])
+    assert accuracy >= 98
+    assert len((tmp_path / "demo/history.csv").read_text().splitlines()) == 13
+    for name in ("loss.png", "predictions.png"): assert (tmp_path / "demo" / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_wheel_works_in_an_empty_environment(tmp_path):
+    def run(*command): return subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT))
+    wheel = next(tmp_path.glob("nblearner-*.whl"))
+    venv.create(tmp_path / "empty", with_pip=True)
+    own = tmp_path / "empty/bin/python"
+    run(own, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", wheel)
+    out = run(own, "-c", "from learner import Learner; import learner, pathlib; "
+              "print(Learner.__name__, (pathlib.Path(learner.__file__).parent / 'py.typed').exists(), learner.__file__)").stdout
+    assert out.split()[:2] == ["Learner", "True"] and str(tmp_path) in out.split()[2]
