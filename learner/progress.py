@@ -250,8 +250,9 @@ class LossGraph:
         figure, png = Figure((6.0, 3.5), layout="constrained"), BytesIO()
         curves = {name: self.curves[name] for name in ("train_loss", "validation_loss") if self.curves[name][0]}
         ax = plot_curves(curves or {"train_loss": []}, figure.subplots(), xlabel="epochs trained", ylabel="loss")
-        for line in ax.lines: line.set(marker="o", markersize=4, markevery=None)
-        ax.plot(*self.curves["batches"], color="C0", alpha=0.3, linewidth=1, zorder=1, label="single batches")
+        for line in ax.lines: line.set(marker="o", markersize=4, markevery=None, clip_on=False)
+        if len(self.curves["batches"][0]) > 2 * len(self.curves["train_loss"][0]):  # enough of them to say something
+            ax.plot(*self.curves["batches"], color="C0", alpha=0.3, linewidth=1, zorder=1, label="single batches")
         ax.legend()
         ax.set_xlim(self.first, self.last)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

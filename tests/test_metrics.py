@@ -193,7 +193,7 @@ def test_predictions_of_several_tensors_reach_a_function_without_their_graph():
 class Counting(MulticlassAccuracy):
     """Like a metric of torcheval that notes the size of every update."""
 
-    sizes: list[int] = []  # noqa: RUF012 - shared by the copies on purpose
+    sizes: list[int] = []
 
     def update(self, input, target):
         self.sizes.append(len(target))
