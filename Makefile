@@ -10,7 +10,7 @@ demo: $(READY)  ## Train a small network on digits; pictures and history.csv go 
 	$(BIN)/python nbs/examples/demo.py $(RUNS)/demo
 
 test: $(READY) check  ## Everything that has to hold: export, notebooks, tests, style, types
-	$(BIN)/nbdev-test --n_workers 2
+	$(BIN)/nbdev-test --n-workers 2
 	$(BIN)/python -m pytest
 
 check: $(READY)  ## The quick part of test: the export is up to date, notebooks are clean, style, types
