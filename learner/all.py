@@ -34,6 +34,6 @@ _all_ = [
 def __getattr__(name: str) -> object:
     "Hand on torcheval's accuracy, imported when it is first asked for."
     if name == "MulticlassAccuracy":
-        from learner import metrics
-        return metrics.MulticlassAccuracy
+        from learner.metrics import MulticlassAccuracy
+        return MulticlassAccuracy
     raise AttributeError(f"module {__name__} has no attribute {name}")

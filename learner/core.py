@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
+from html import escape
 from typing import Any, ClassVar
 
 import torch
@@ -280,11 +281,23 @@ class Learner(Staged):
         batch = f"{self.phase} batch {self.batch_num}" if self.phase != "train" else f"batch {self.batch_num}"
         return batch if self.phase == "test" or not self.num_epochs else f"epoch {self.epoch}, {batch}"
 
-    def __repr__(self) -> str:
+    def _summary(self) -> dict[str, str]:
         parameters = sum(p.numel() for p in self.model.parameters())
-        optimiser = getattr(self.optimiser, "__name__", type(self.optimiser).__name__)
-        return (f"Learner({type(self.model).__name__} with {parameters:,} parameters, {optimiser}, on {self.device}, "
-                f"loaders {', '.join(self.dataloaders)}, {len(self.history)} epochs trained)")
+        return {
+            "model": f"{type(self.model).__name__} with {parameters:,} parameters, on {self.device}",
+            "optimiser": getattr(self.optimiser, "__name__", type(self.optimiser).__name__),
+            "loss_func": getattr(self.loss_func, "__name__", type(self.loss_func).__name__),
+            "dataloaders": ", ".join(self.dataloaders),
+            "callbacks": ", ".join(map(repr, self.callbacks)) or "none",
+            "trained": f"{len(self.history)} epochs",
+        }
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}: {value}' for name, value in self._summary().items())})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><th>{name}</th><td>{escape(value)}</td></tr>" for name, value in self._summary().items())
+        return f"<table><caption>{type(self).__name__}</caption>{rows}</table>"
 
 # %% ../nbs/11_core.ipynb #7856c0bd
 def _is_optimiser(value: Any) -> bool:
