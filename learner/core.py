@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from html import escape
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -203,17 +204,24 @@ class Learner(Staged):
         "Add to the row of the epoch: from within a batch the pass's mean, as `<phase>_<name>`; else as `<name>`."
         size = self._batch_size() if "batch" in vars(self) else 0
         for name, value in values.items():
-            if isinstance(value, Tensor) and value.ndim:
-                raise ValueError(f"log: {name} has shape {tuple(value.shape)}; log scalars, such as its mean")
+            if isinstance(value, Tensor):
+                if value.ndim: raise ValueError(f"log: {name} has shape {tuple(value.shape)}; log a scalar")
+                value = value.detach().clone() if size else value.item()  # a copy, since its owner may go on with it
+            elif size and not isinstance(value, Real):
+                raise ValueError(f"log: {name} is {value!r}; within a batch log numbers or scalar tensors")
             if size: self._means[name].add(value, size)
-            else: self.results[name] = value.item() if isinstance(value, Tensor) else value
+            else: self.results[name] = value
 
     def _batch_size(self) -> int:
         return self.batch_size if "batch_size" in vars(self) else batch_size(self.batch)
 
     def _log_batch(self, values: Mapping[str, Any] | None) -> None:
         "Log the loss and what an override returned."
-        if values: self.log(**values)
+        if values is not None:
+            if not isinstance(values, Mapping):
+                raise TypeError(f"the batch routine returned a {type(values).__name__}; it may return a mapping of "
+                                "values to log, or nothing")
+            self.log(**values)
         try: loss, size = self.loss, self.batch_size
         except AttributeError:  # an override that names its losses otherwise, or prepares the batch in its own way
             if "loss" not in vars(self): return

@@ -338,6 +338,25 @@ def test_an_overridden_batch_is_logged():
     assert row["validation_loss"] == 3 and row["test_loss"] == 3
 
 
+def test_a_logged_tensor_may_change_afterwards():
+    learn, count = learner(loaders_={"train": batches(64)}), torch.zeros(())
+    learn.on("after_batch", lambda learn: learn.log(count=count.add_(1)))
+    learn.train()
+    assert learn.history[0]["train_count"] == (1 + 2 + 3 + 4) / 4
+
+
+@pytest.mark.parametrize("returned, message", [
+    (torch.zeros(()), "the batch routine returned a Tensor; it may return a mapping of values to log, or nothing"),
+    ({"note": "text"}, "log: note is 'text'; within a batch log numbers or scalar tensors")])
+def test_what_an_override_may_not_return(returned, message):
+    class Own(Learner):
+        def train_batch(self): return returned
+    model = net()
+    with pytest.raises((TypeError, ValueError)) as caught:
+        Own(model, torch.optim.SGD(model.parameters()), F.cross_entropy, {"train": batches()}).train()
+    assert str(caught.value) == message
+
+
 def test_a_routine_of_ones_own_with_its_own_stage():
     class Gan(Learner):
         stages = (*Learner.stages, Stage("generator", "batch", leaves="generator_loss"))
@@ -555,7 +574,7 @@ TRAINING = {
                 "optimiser: the factory returned <class 'test_core.NotAnOptimiser'>; it must return a torch Optimizer"),
     "factory of other parameters": (dict(optimiser=lambda ps, lr=0.1: torch.optim.SGD(net().parameters(), lr=lr)), {}, ValueError,
                                     "optimiser: SGD has no parameter of the model in it; make it from model.parameters()"),
-    "logging a vector": (dict(callbacks=None), "log", ValueError, "log: wide has shape (3,); log scalars, such as its mean"),
+    "logging a vector": (dict(callbacks=None), "log", ValueError, "log: wide has shape (3,); log a scalar"),
 }
 
 
