@@ -477,6 +477,8 @@ class Resolution:
         callbacks: Sequence[Callback],  # in order of addition
     ):
         self.learn, self.tree = type(learn), learn.tree
+        lent = vars(learn)["_resolved"].owners if "_resolved" in vars(learn) else {}  # may be alive just now
+        self.taken = {"learn", *self.learn.fixtures, *self.tree.fixtures(), *(vars(learn).keys() - lent.keys())}
         self.hooks: dict[str, dict[str, list[Hook]]] = {}  # by stage and kind, in firing order
         self.providers: dict[str, dict[str, Hook]] = {}  # by stage and fixture
         self.owners: Owners = {}
@@ -492,7 +494,7 @@ class Resolution:
         if stage not in self.tree.stages:
             raise CallbackError(f"{label} is provided at {stage}, which is no stage"
                                 f"{did_you_mean(stage, self.tree.stages)}")
-        if fixture in ("learn", *self.learn.fixtures, *self.tree.fixtures()) or hasattr(self.learn, fixture):
+        if fixture in self.taken or hasattr(self.learn, fixture):
             raise CallbackError(f"{label} provides {fixture}, which {self.learn.__name__} has already; rename one")
         for other, owner in self.owners.get(fixture, ()):
             if stage == other or other in self.tree.ancestors(stage) or stage in self.tree.ancestors(other):
@@ -712,6 +714,16 @@ class Staged:
     def position(self) -> str:
         "How far the routine has got, for messages."
         return ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was compiled for a run belongs to this very object; a copy makes its own.
+        made = ("_plans", "_open", "_actions", "_resolved")
+        kept = {name: value for name, value in vars(self).items() if name not in made}
+        return {**kept, "_running": "", "_timed": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._set_callbacks(self._callbacks)
 
     def explain(self) -> None:
         "Print the stages, every hook in firing order with what it asks for, and the mean time of each in the last run."

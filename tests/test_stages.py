@@ -351,6 +351,28 @@ def test_nothing_keeps_a_learner_alive():
         gc.enable()
 
 
+def test_copies_and_pickles_are_learners_of_their_own():
+    import copy
+    import pickle
+    routine = Routine(Gives())
+    routine.train()
+    for make in (copy.copy, copy.deepcopy, lambda r: pickle.loads(pickle.dumps(r))):
+        other = make(routine)
+        other.log = []
+        assert len(other.callbacks) == 1
+        other.train()
+        assert other.log == ["step"] * 4 and routine.log == ["step"] * 4
+        assert other.stage("batch").learn is other
+
+
+def test_callbacks_can_be_added_while_a_fixture_is_alive():
+    routine = Routine(Gives())
+    late = define(after_training=lambda self, basket: basket.append("late"))()
+    routine.on("before_batch", lambda learn, epoch, batch_num: epoch == batch_num == 0 and learn.add(late))
+    routine.train()
+    assert late in routine.callbacks
+
+
 def test_explain_tells_all(capsys):
     class Half(Callback):
         def loss(self, learn, predictions): learn.loss = predictions
@@ -442,6 +464,10 @@ ATTACHMENTS = {
                    "Loud.loss provides loss, which Routine has already; rename one"),
     "taken attribute": ([define(train=provides("epoch")(lambda self: 0))()],
                         "Loud.train provides train, which Routine has already; rename one"),
+    "taken value": ([define(model=provides("epoch")(lambda self: 0))()],
+                    "Loud.model provides model, which Routine has already; rename one"),
+    "taken instance attribute": ([define(times=provides("epoch")(lambda self: 0))()],
+                                 "Loud.times provides times, which Routine has already; rename one"),
     "provided at no stage": ([define(thing=provides("epok")(lambda self: 0))()],
                              "Loud.thing is provided at epok, which is no stage; did you mean epoch?"),
     "two replace": ([Replaces(), ReplacesToo()],
