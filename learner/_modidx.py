@@ -34,6 +34,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'learner.core._check_optimiser': ('core.html#_check_optimiser', 'learner/core.py'),
                               'learner.core._check_parts': ('core.html#_check_parts', 'learner/core.py'),
                               'learner.core._is_optimiser': ('core.html#_is_optimiser', 'learner/core.py'),
+                              'learner.core._not_scalar': ('core.html#_not_scalar', 'learner/core.py'),
                               'learner.core._place': ('core.html#_place', 'learner/core.py'),
                               'learner.core._what_is_wrong': ('core.html#_what_is_wrong', 'learner/core.py')},
             'learner.data': { 'learner.data.DataLoaders': ('data.html#dataloaders', 'learner/data.py'),

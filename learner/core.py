@@ -95,8 +95,8 @@ class Learner(Staged):
             self.num_epochs, self.results = epochs, {}
             with suppress(CancelTrainException), self.stage("train"):
                 for self.epoch in range(epochs):
+                    self.results = {"epoch": len(self.history)}  # before the stage, so that before_epoch logs into it
                     with suppress(CancelEpochException), self.stage("epoch"):
-                        self.results = {"epoch": len(self.history)}
                         self._pass("train")
                         if (self.epoch + 1) % validation_epochs == 0 or self.epoch + 1 == epochs:
                             self._pass("validation")
@@ -165,6 +165,7 @@ class Learner(Staged):
         "Compute the gradients."
         try: self.loss.backward()
         except RuntimeError as error:
+            if self.loss.ndim: raise LossError(_not_scalar(self.loss)) from error
             if self.loss.requires_grad: raise
             raise LossError("the loss needs no gradient: it depends on no parameter that is trained; "
                             "is the model frozen, or the loss detached?") from error
@@ -226,6 +227,7 @@ class Learner(Staged):
         except AttributeError:  # an override that names its losses otherwise, or prepares the batch in its own way
             if "loss" not in vars(self): return
             loss, size = self.loss, self._batch_size()
+        if loss.ndim: raise LossError(_not_scalar(loss))  # a callback or an override may have made it
         if not values or "loss" not in values: self._means["loss"].add(loss, size)
 
     def _end_pass(self) -> None:
@@ -344,6 +346,9 @@ def _check_parts(model: Any, optimiser: Any, loss_func: Any, dataloaders: Any) -
             raise ValueError(f"dataloaders: {name!r} is none of {list(PASSES)}{did_you_mean(str(name), PASSES)}")
         if not hasattr(dataloaders[name], "__iter__"):
             raise TypeError(f"dataloaders[\"{name}\"] is {dataloaders[name]!r}; pass an iterable of batches")
+
+def _not_scalar(loss: Tensor) -> str:
+    return f"the loss has shape {tuple(loss.shape)}; it must be a scalar: take its .mean()"
 
 def _what_is_wrong(loss: Any, loss_func: Any) -> str:
     if loss_func is None and loss is None: return "loss_func is None and the model's output has no .loss; pass one"

@@ -338,6 +338,21 @@ def test_an_overridden_batch_is_logged():
     assert row["validation_loss"] == 3 and row["test_loss"] == 3
 
 
+def test_what_before_epoch_logs_is_in_its_own_row():
+    learn = learner()
+    learn.on("before_epoch", lambda learn, epoch: learn.log(begun=epoch))
+    learn.train(3)
+    assert learn.history["begun"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("call", ["train", "validate"])
+def test_a_loss_that_a_callback_makes_must_be_a_scalar(call):
+    class Vector(Callback):
+        def loss(self, learn, predictions, labels): learn.loss = F.cross_entropy(predictions, labels, reduction="none")
+    with pytest.raises(LossError, match=r"the loss has shape \(16,\); it must be a scalar"):
+        getattr(learner(callbacks=Vector()), call)()
+
+
 def test_a_logged_tensor_may_change_afterwards():
     learn, count = learner(loaders_={"train": batches(64)}), torch.zeros(())
     learn.on("after_batch", lambda learn: learn.log(count=count.add_(1)))
