@@ -615,14 +615,14 @@ class Staged:
         self,
         *callbacks: Callback,  # checked together; if one cannot work, none is added
     ) -> None:
-        "Add callbacks, also from a hook; they take part from the next stage that opens."
+        "Add callbacks, also from a hook: from the next stage on, in the actions of a batch from the next batch on."
         self._set_callbacks([*self._callbacks, *as_callbacks(callbacks)])
 
     def remove(
         self,
         *callbacks: Callback | Callable[..., Any],  # callbacks, or functions registered with `on`
     ) -> None:
-        "Remove callbacks, also from a hook; they take no part from the next stage that opens."
+        "Remove callbacks, also from a hook: from the next stage on, in the actions of a batch from the next batch on."
         def is_it(callback: Callback, given: Any) -> bool:
             return callback is given or (isinstance(callback, FunctionCallback) and callback.function == given)
         for given in callbacks:
