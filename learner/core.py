@@ -11,6 +11,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from functools import partial
 from html import escape
 from numbers import Real
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from .errors import check_number, check_whole, did_you_mean
 from .history import History, Mean
+from .provenance import kept_rng
 from .stages import Callback, CancelEpochException, CancelException, CancelTrainException, Staged
 from .tree import batch_size, call_model, open_batch
 
@@ -198,6 +200,20 @@ class Learner(Staged):
             self._pass(phase)
             return dict(self.results)
 
+    @contextmanager
+    def trial(self) -> Iterator[Learner]:
+        "A copy to try things on, for a `with`: it shares the loaders, has no watchers, and leaves no trace."
+        if self._running: raise RuntimeError(f"trial() was called inside {self._running}(); call it afterwards")
+        watchers = [callback for callback in self._callbacks if callback.watches]
+        shared = {id(part): part for part in (self.dataloaders, *watchers)} | {id(self.history): History()}
+        generators = {generator: generator.get_state() for generator in _generators(self.dataloaders.values())}
+        with kept_rng():
+            copy = deepcopy(self, shared)
+            copy.remove(*watchers)
+            try: yield copy
+            finally:
+                for generator, state in generators.items(): generator.set_state(state)
+
     def log(
         self,
         **values: Any,  # scalars
@@ -346,6 +362,13 @@ def _check_parts(model: Any, optimiser: Any, loss_func: Any, dataloaders: Any) -
             raise ValueError(f"dataloaders: {name!r} is none of {list(PASSES)}{did_you_mean(str(name), PASSES)}")
         if not hasattr(dataloaders[name], "__iter__"):
             raise TypeError(f"dataloaders[\"{name}\"] is {dataloaders[name]!r}; pass an iterable of batches")
+
+def _generators(loaders: Iterable[Any]) -> Iterator[torch.Generator]:
+    "The random generators that loaders and their samplers own."
+    for loader in loaders:
+        samplers = (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
+        for part in (loader, *samplers, *(getattr(sampler, "sampler", None) for sampler in samplers)):
+            if isinstance(getattr(part, "generator", None), torch.Generator): yield part.generator
 
 def _not_scalar(loss: Tensor) -> str:
     return f"the loss has shape {tuple(loss.shape)}; it must be a scalar: take its .mean()"

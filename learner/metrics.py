@@ -185,6 +185,7 @@ class Chunk:
 class Metrics(Callback):
     "Measures every pass; the columns are called `train_<name>`, `validation_<name>` and `test_<name>`."
     priority = -10  # before the callbacks that read the results of a pass
+    watches = True
     max_batches = 128  # held for one update
     max_bytes = 2 << 20  # of predictions and labels held; as much again while they are handed on
 

@@ -338,6 +338,7 @@ class Progress(Callback):
 
     Raises `TypeError` if `plot` is not a bool."""
     priority = 1000  # late, when the others have logged what belongs into the row
+    watches = True
 
     def __init__(
         self,

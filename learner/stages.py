@@ -211,6 +211,7 @@ def provides(
 class Callback:
     "Base of callbacks: methods named after stages are hooks, their parameters name the fixtures that they get."
     priority: int = 0  # lowest first; ties in the order in which callbacks were added
+    watches: bool = False  # it changes nothing that training depends on, so that a trial run can do without it
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
