@@ -5,7 +5,6 @@
 # %% ../nbs/11_core.ipynb #0b317c26
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections import defaultdict
@@ -19,9 +18,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from .errors import check_number, check_whole, did_you_mean
+from .errors import check_number, check_whole
 from .history import History, Mean
+from .parts import accepts, check_optimiser, check_parts, is_optimiser, kept_order
+from .parts import length_of, no_loss, not_scalar, place_model, samplers_of
 from .provenance import kept_rng
 from .stages import Callback, CancelEpochException, CancelException, CancelTrainException, Staged
 from .tree import batch_size, call_model, open_batch
@@ -61,6 +63,8 @@ class Learner(Staged):
     predictions: Any
     loss: Tensor
 
+    measure_every: int = 128  # of so many batches, one is measured for `explain`
+
     def __init__(
         self,
         model: nn.Module,
@@ -70,13 +74,16 @@ class Learner(Staged):
         callbacks: Callback | Iterable[Callback] | None = None,
         device: str | torch.device | None = None,  # None: the best accelerator, else the CPU
     ):
-        _check_parts(model, optimiser, loss_func, dataloaders)
+        check_parts(model, optimiser, loss_func, dataloaders)
         self.model, self.optimiser, self.loss_func, self.dataloaders = model, optimiser, loss_func, dataloaders
         self.history, self.results = History(), {}
         self.phase, self.num_epochs, self.epoch, self.batch_num = "", 0, 0, 0
         self._means: dict[str, Mean] = {}  # of the pass that is under way, by quantity
+        self._logged: list[tuple[int, str, Any]] = []  # by batches; counts when the routine of the batch is done
+        self._done = True  # the batch's routine
+        self._steps: dict[str, list[float]] = {}  # every batch's values, which go to the history with the row
         super().__init__(callbacks)
-        self.device = _place(model, device)
+        self._asked_device, self.device = device, place_model(model, device)
 
     # The loop
 
@@ -91,19 +98,20 @@ class Learner(Staged):
         epochs = check_whole("epochs", epochs)
         validation_epochs = check_whole("validation_epochs", validation_epochs)
         if learning_rate is not None: learning_rate = check_number("learning_rate", learning_rate)
-        self._check_loaders("train", *self.dataloaders)
-        with self.running("train", callbacks), self._modes_kept():
+        with self._call("train", callbacks, "train", *self.dataloaders):
             self._set_learning_rate(learning_rate)
             self.num_epochs, self.results = epochs, {}
             with suppress(CancelTrainException), self.stage("train"):
                 for self.epoch in range(epochs):
-                    self.results = {"epoch": len(self.history)}  # before the stage, so that before_epoch logs into it
-                    with suppress(CancelEpochException), self.stage("epoch"):
+                    if self.epoch: self.results = {}  # what before_train logs is in the first row
+                    self.results["epoch"] = len(self.history)
+                    with suppress(CancelEpochException), self.stage("epoch"), self._row_written():
                         self._pass("train")
                         if (self.epoch + 1) % validation_epochs == 0 or self.epoch + 1 == epochs:
                             self._pass("validation")
-                        self.history.rows.append(self.results)
+            if self.history.rows: self.results = self.history[-1]  # the results of a test belong to the last row
             self._pass("test")
+            self._write_steps()
 
     def _pass(self, phase: str) -> None:
         "One pass over the loader of a phase, if there is one."
@@ -111,16 +119,24 @@ class Learner(Staged):
         pass_stage, batch_stage = PASSES[phase]
         self.phase, self.batch_num = phase, -1
         self._means = defaultdict(partial(Mean, self.history.keep_steps))
-        self.model.train(phase == "train")
-        with torch.set_grad_enabled(phase == "train"), suppress(CancelEpochException), self.stage(pass_stage):
-            try:
-                for self.batch_num, self.batch in enumerate(self._loader(phase)):
-                    if self.batch_num % 128 < 3: self.measure(self.batch_num % 128 == 1)
-                    self.act(batch_stage)
-            except CancelException:
+        training, model, loader = phase == "train", self.model, self._loader(phase)
+        model.train(training)
+        try:
+            with torch.set_grad_enabled(training), suppress(CancelEpochException), self.stage(pass_stage):
+                if self.model is not model: self.model.train(training)  # a hook has put another in its place
+                every, measured = self.measure_every, 0 if self.measure_every == 1 or length_of(loader) == 1 else 1
+                try:
+                    for self.batch_num, self.batch in enumerate(loader):
+                        if self.batch_num % every < 3: self.measure(self.batch_num % every == measured)
+                        self._done = False
+                        self.act(batch_stage)
+                except CancelException:
+                    self._end_pass()
+                    raise
                 self._end_pass()
-                raise
-            self._end_pass()
+        finally:  # also where an interrupt hit between two batches
+            for name in self.tree.drops(batch_stage): vars(self).pop(name, None)
+            self._means, self._logged, self._done = {}, [], True
 
     def _train_batch(self) -> None:
         try: values = self.train_batch()
@@ -160,21 +176,25 @@ class Learner(Staged):
         loss: Any
         if self.loss_func is not None: loss = self.loss_func(self.predictions, self.labels)
         else: loss = getattr(self.predictions, "loss", None)
-        if getattr(loss, "ndim", None) != 0: raise LossError(_what_is_wrong(loss, self.loss_func))
+        if getattr(loss, "ndim", None) != 0: raise LossError(no_loss(loss, self.loss_func))
         self.loss = loss
 
     def backward(self) -> None:
         "Compute the gradients."
         try: self.loss.backward()
         except RuntimeError as error:
-            if self.loss.ndim: raise LossError(_not_scalar(self.loss)) from error
+            if self.loss.ndim: raise LossError(not_scalar(self.loss)) from error
             if self.loss.requires_grad: raise
             raise LossError("the loss needs no gradient: it depends on no parameter that is trained; "
-                            "is the model frozen, or the loss detached?") from error
+                            "is the model frozen, the loss detached, or inference mode on?") from error
 
     def step(self) -> None:
         "Take a step and drop the gradients."
-        self.optimiser.step()
+        try: self.optimiser.step()
+        except TypeError as error:
+            if accepts(self.optimiser.step): raise
+            raise TypeError(f"optimiser: {type(self.optimiser).__name__}.step needs a closure, which the loop does not "
+                            "give; take another optimiser, or override step() in a subclass") from error
         self.optimiser.zero_grad()
 
     # Other calls
@@ -194,11 +214,19 @@ class Learner(Staged):
         return self._evaluate("test", "test", callbacks)
 
     def _evaluate(self, call: str, phase: str, callbacks: Callback | Iterable[Callback] | None) -> dict[str, Any]:
-        self._check_loaders(phase)
-        with self.running(call, callbacks), self._modes_kept():
+        with self._call(call, callbacks, phase):
             self.results = {}
             self._pass(phase)
             return dict(self.results)
+
+    @contextmanager
+    def _call(self, call: str, callbacks: Callback | Iterable[Callback] | None, *phases: str) -> Iterator[None]:
+        "The frame of a public call: everything is checked, since anything may have been replaced; modes stay."
+        check_parts(self.model, self.optimiser, self.loss_func, self.dataloaders)
+        self._check_loaders(*phases)
+        with self.running(call, callbacks), self._modes_kept():
+            self.device, self._steps = place_model(self.model, self._asked_device), {}
+            yield
 
     @contextmanager
     def trial(self) -> Iterator[Learner]:
@@ -206,13 +234,10 @@ class Learner(Staged):
         if self._running: raise RuntimeError(f"trial() was called inside {self._running}(); call it afterwards")
         watchers = [callback for callback in self._callbacks if callback.watches]
         shared = {id(part): part for part in (self.dataloaders, *watchers)} | {id(self.history): History()}
-        generators = {generator: generator.get_state() for generator in _generators(self.dataloaders.values())}
-        with kept_rng():
+        with kept_rng(), kept_order(self.dataloaders.values()):
             copy = deepcopy(self, shared)
             copy.remove(*watchers)
-            try: yield copy
-            finally:
-                for generator, state in generators.items(): generator.set_state(state)
+            yield copy
 
     def log(
         self,
@@ -226,14 +251,18 @@ class Learner(Staged):
                 value = value.detach().clone() if size else value.item()  # a copy, since its owner may go on with it
             elif size and not isinstance(value, Real):
                 raise ValueError(f"log: {name} is {value!r}; within a batch log numbers or scalar tensors")
-            if size: self._means[name].add(value, size)
-            else: self.results[name] = value
+            if not size: self.results[name] = value
+            elif self._done: self._means[name].add(value, size)
+            else: self._logged.append((self.batch_num, name, value))
 
     def _batch_size(self) -> int:
         return self.batch_size if "batch_size" in vars(self) else batch_size(self.batch)
 
     def _log_batch(self, values: Mapping[str, Any] | None) -> None:
         "Log the loss and what an override returned."
+        logged, self._logged, self._done = self._logged, [], True
+        for batch_num, name, value in logged:  # without those of a batch that was cancelled
+            if batch_num == self.batch_num: self._means[name].add(value, self._batch_size())
         if values is not None:
             if not isinstance(values, Mapping):
                 raise TypeError(f"the batch routine returned a {type(values).__name__}; it may return a mapping of "
@@ -243,11 +272,28 @@ class Learner(Staged):
         except AttributeError:  # an override that names its losses otherwise, or prepares the batch in its own way
             if "loss" not in vars(self): return
             loss, size = self.loss, self._batch_size()
-        if loss.ndim: raise LossError(_not_scalar(loss))  # a callback or an override may have made it
+        if loss.ndim: raise LossError(not_scalar(loss))  # a callback or an override may have made it
         if not values or "loss" not in values: self._means["loss"].add(loss, size)
 
+    @contextmanager
+    def _row_written(self) -> Iterator[None]:
+        "Write the row of an epoch that comes to its end, or is cancelled when there is something in it."
+        try: yield
+        except CancelTrainException:
+            if len(self.results) > 1: self._write_row()
+            raise
+        self._write_row()
+
+    def _write_row(self) -> None:
+        self.history.rows.append(self.results)
+        self._write_steps()
+
+    def _write_steps(self) -> None:
+        for column, values in self._steps.items(): self.history.steps.setdefault(column, []).extend(values)
+        self._steps = {}
+
     def _end_pass(self) -> None:
-        "Write the means of the pass into the row."
+        "Put the means of the pass into the row."
         self.measure(True)
         if self.batch_num < 0:
             raise ValueError(f"dataloaders[\"{self.phase}\"] yielded no batch; an iterator can be read only once, "
@@ -255,8 +301,7 @@ class Learner(Staged):
         for name, mean in self._means.items():
             column = f"{self.phase}_{name}"
             self.results[column] = mean.compute()
-            if mean.blocks: self.history.steps.setdefault(column, []).extend(mean.values())
-        self._means = {}
+            if mean.blocks: self._steps[column] = mean.values()
         loss = self.results.get(f"{self.phase}_loss", 0.0)
         if math.isnan(loss) and not any(math.isnan(row.get(f"{self.phase}_loss") or 0.0) for row in self.history):
             warnings.warn(f"{self.phase}_loss is nan ({self.position()}); try a lower learning rate, "
@@ -266,8 +311,8 @@ class Learner(Staged):
         "The loader of a phase; one that shuffles by epoch is told which epoch it is."
         loader = self.dataloaders[phase]
         if phase == "train":
-            for part in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
-                if hasattr(part, "set_epoch"): part.set_epoch(len(self.history))  # type: ignore[union-attr]
+            for part in samplers_of(loader):
+                if hasattr(part, "set_epoch"): part.set_epoch(len(self.history))
         return loader
 
     def _check_loaders(self, *phases: str) -> None:
@@ -275,16 +320,17 @@ class Learner(Staged):
         for phase in phases:
             if phase not in self.dataloaders:
                 raise ValueError(f"dataloaders has no \"{phase}\" loader, it has {list(self.dataloaders)}; add one")
-            with suppress(TypeError):  # a loader of unknown length
-                if len(self.dataloaders[phase]) == 0:  # type: ignore[arg-type]
-                    raise ValueError(f"dataloaders[\"{phase}\"] is empty; give it at least one batch")
+            if length_of(self.dataloaders[phase]) == 0:
+                raise ValueError(f"dataloaders[\"{phase}\"] is empty; give it at least one batch")
 
     def _set_learning_rate(self, learning_rate: float | None) -> None:
         "Make the optimiser if that is still to be done, and set the learning rate of its groups."
-        if not _is_optimiser(self.optimiser):
+        if not is_optimiser(self.optimiser):
             given = {} if learning_rate is None else {"lr": learning_rate}
+            if not accepts(self.optimiser, self.model.parameters(), **given):
+                raise ValueError("optimiser: the factory needs a learning rate; pass one: train(learning_rate=0.01)")
             made = self.optimiser(self.model.parameters(), **given)
-            _check_optimiser(made, self.model)
+            check_optimiser(made, self.model)
             self.optimiser = made
         elif learning_rate is not None:
             groups = self.optimiser.param_groups
@@ -295,10 +341,11 @@ class Learner(Staged):
 
     @contextmanager
     def _modes_kept(self) -> Iterator[None]:
-        "Put every module back into the mode, training or evaluation, that it was in."
-        modes = [(module, module.training) for module in self.model.modules()]
+        "Put every module back into the mode, training or evaluation, that it was in; and gradients on or off."
+        modes, grad = [(module, module.training) for module in self.model.modules()], torch.is_grad_enabled()
         try: yield
         finally:
+            torch.set_grad_enabled(grad)
             for module, training in modes: module.training = training
 
     def position(self) -> str:
@@ -308,9 +355,11 @@ class Learner(Staged):
         return batch if self.phase == "test" or not self.num_epochs else f"epoch {self.epoch}, {batch}"
 
     def _summary(self) -> dict[str, str]:
-        parameters = sum(p.numel() for p in self.model.parameters())
+        parameters = list(self.model.parameters())
+        count = f"{sum(p.numel() for p in parameters if not is_lazy(p)):,} parameters"
+        if any(map(is_lazy, parameters)): count += " so far"
         return {
-            "model": f"{type(self.model).__name__} with {parameters:,} parameters, on {self.device}",
+            "model": f"{type(self.model).__name__} with {count}, on {self.device}",
             "optimiser": getattr(self.optimiser, "__name__", type(self.optimiser).__name__),
             "loss_func": getattr(self.loss_func, "__name__", type(self.loss_func).__name__),
             "dataloaders": ", ".join(self.dataloaders),
@@ -324,70 +373,3 @@ class Learner(Staged):
     def _repr_html_(self) -> str:
         rows = "".join(f"<tr><th>{name}</th><td>{escape(value)}</td></tr>" for name, value in self._summary().items())
         return f"<table><caption>{type(self).__name__}</caption>{rows}</table>"
-
-# %% ../nbs/11_core.ipynb #7856c0bd
-def _is_optimiser(value: Any) -> bool:
-    return not isinstance(value, type) and all(hasattr(value, name) for name in ("step", "zero_grad", "param_groups"))
-
-def _check_optimiser(optimiser: Any, model: nn.Module) -> None:
-    if not _is_optimiser(optimiser):
-        raise TypeError(f"optimiser: the factory returned {optimiser!r}; it must return a torch Optimizer")
-    own = {id(parameter) for parameter in model.parameters()}
-    if not any(id(parameter) in own for group in optimiser.param_groups for parameter in group["params"]):
-        raise ValueError(f"optimiser: {type(optimiser).__name__} has no parameter of the model in it; "
-                         "make it from model.parameters()")
-
-def _check_parts(model: Any, optimiser: Any, loss_func: Any, dataloaders: Any) -> None:
-    "Raise TypeError or ValueError for what cannot be trained."
-    if not isinstance(model, nn.Module):
-        hint = f"; pass an instance: {model.__name__}(...)" if isinstance(model, type) else ", not a torch.nn.Module"
-        raise TypeError(f"model is {model!r}{hint}")
-    if _is_optimiser(optimiser): _check_optimiser(optimiser, model)
-    elif not callable(optimiser):
-        raise TypeError(f"optimiser is {optimiser!r}; pass a torch Optimizer or a factory such as torch.optim.AdamW")
-    else:
-        try: inspect.signature(optimiser).bind(model.parameters(), lr=0.1)
-        except TypeError:
-            name = getattr(optimiser, "__name__", repr(optimiser))
-            raise TypeError(f"optimiser: the factory {name}{inspect.signature(optimiser)} takes no lr; "
-                            "it is called as factory(parameters, lr=learning_rate)") from None
-    if loss_func is not None and not callable(loss_func):
-        raise TypeError(f"loss_func is {loss_func!r}; pass a function of predictions and labels, or None")
-    if isinstance(loss_func, type):
-        raise TypeError(f"loss_func: {loss_func.__name__} is a class; pass an instance: {loss_func.__name__}()")
-    if not isinstance(dataloaders, Mapping):
-        raise TypeError(f"dataloaders is a {type(dataloaders).__name__}; pass a mapping such as {{\"train\": loader}}")
-    for name in dataloaders:
-        if name not in PASSES:
-            raise ValueError(f"dataloaders: {name!r} is none of {list(PASSES)}{did_you_mean(str(name), PASSES)}")
-        if not hasattr(dataloaders[name], "__iter__"):
-            raise TypeError(f"dataloaders[\"{name}\"] is {dataloaders[name]!r}; pass an iterable of batches")
-
-def _generators(loaders: Iterable[Any]) -> Iterator[torch.Generator]:
-    "The random generators that loaders and their samplers own."
-    for loader in loaders:
-        samplers = (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
-        for part in (loader, *samplers, *(getattr(sampler, "sampler", None) for sampler in samplers)):
-            if isinstance(getattr(part, "generator", None), torch.Generator): yield part.generator
-
-def _not_scalar(loss: Tensor) -> str:
-    return f"the loss has shape {tuple(loss.shape)}; it must be a scalar: take its .mean()"
-
-def _what_is_wrong(loss: Any, loss_func: Any) -> str:
-    if loss_func is None and loss is None: return "loss_func is None and the model's output has no .loss; pass one"
-    source = "loss_func returned" if loss_func is not None else "the model's output has as its .loss"
-    if not isinstance(loss, Tensor): return f"{source} a {type(loss).__name__}; the loss must be a scalar tensor"
-    return f"{source} a tensor of shape {tuple(loss.shape)}; the loss must be a scalar: take its .mean()"
-
-def _place(model: nn.Module, device: str | torch.device | None) -> torch.device:
-    "Move the model if need be; return where it is."
-    places = {parameter.device for parameter in model.parameters()} | {buffer.device for buffer in model.buffers()}
-    if device is None:
-        if any(place.type != "cpu" for place in places):  # somebody has put it there, perhaps on several devices
-            return next(iter(place for place in places if place.type != "cpu"))
-        accelerated = torch.accelerator.is_available()
-        device = (torch.accelerator.current_accelerator() if accelerated else None) or "cpu"
-    try: model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device is {device!r}, which cannot be used: {str(error).splitlines()[0]}") from error
-    return next((parameter.device for parameter in model.parameters()), torch.device(device))

@@ -33,6 +33,7 @@ class Mean:
     ):
         self.pending: list[Tensor] = []  # values of one weight that are not in the total yet
         self.weight, self.total, self.count = 0.0, torch.tensor(0.0), 0.0
+        self.numbers = 0.0  # the part of the total that plain numbers make
         self.blocks: list[Tensor] | None = [] if keep else None
 
     def add(
@@ -43,7 +44,11 @@ class Mean:
         "Take a value in."
         if weight != self.weight or len(self.pending) == 128: self.flush(weight)
         try: self.pending.append(value.detach())
-        except AttributeError: self.pending.append(torch.tensor(float(value)))
+        except AttributeError:  # a number, which needs no device
+            self.flush(weight)
+            self.numbers += float(value) * weight
+            self.count += weight
+            if self.blocks is not None: self.blocks.append(torch.tensor([value]))
 
     def flush(self, weight: float = 0.0) -> None:
         "Add the pending values to the total; those that follow have this weight."
@@ -59,12 +64,12 @@ class Mean:
     def compute(self) -> float:
         "The mean so far, read from the device."
         self.flush()
-        return self.total.item() / self.count if self.count else math.nan
+        return (self.total.item() + self.numbers) / self.count if self.count else math.nan
 
     def values(self) -> list[float]:
         "Every value so far, if they are kept."
         self.flush()
-        return torch.cat(self.blocks).tolist() if self.blocks else []
+        return [value for block in self.blocks or () for value in block.tolist()]
 
 # %% ../nbs/03_history.ipynb #c74a3d84
 PHASES = ("train", "validation", "test")  # the passes over data; columns are called `<phase>_<quantity>`
@@ -114,7 +119,9 @@ class History:
     def __getitem__(self, key: int | str) -> Any:
         if not isinstance(key, str): return self.rows[key]
         if key not in self.columns:
-            raise HistoryError(f"history has no column {key}{did_you_mean(key, self.columns)}; it has {self.columns}")
+            full = [name for name in self.columns if split_column(name)[1] == key]  # "loss" of "train_loss"
+            hint = f"; did you mean {' or '.join(full)}?" if full else did_you_mean(key, self.columns)
+            raise HistoryError(f"history has no column {key}{hint}; it has {self.columns}")
         return [row.get(key) for row in self.rows]
 
     def table(self) -> list[list[str]]:
@@ -145,13 +152,13 @@ class History:
 
     def plot(
         self,
-        quantity: str = "loss",  # every column that ends in it: train_loss, validation_loss ...
+        quantity: str = "loss",  # every column that ends in it: train_loss, validation_loss ...; or one column
         ax: Axes | None = None,  # None: a new figure
     ) -> Axes:
         "Draw the curves of a quantity over the epochs."
         from learner.show import plot_curves
         quantities = {name: split_column(name)[1] for name in self.columns}
-        names = [name for name, its in quantities.items() if its == quantity]
+        names = [quantity] if quantity in quantities else [n for n, its in quantities.items() if its == quantity]
         if not names:
             raise HistoryError(f"plot: the history has no {quantity}{did_you_mean(quantity, quantities.values())}; "
                              f"it has {sorted({*quantities.values()} - {'epoch'})}")

@@ -270,6 +270,7 @@ class Metrics(Callback):
             column = f"{learn.phase}_{name}"
             if column in learn.results: raise MetricError(f"metric {name}: {column} was logged already; rename one")
             learn.log(**{column: _compute(name, metric)})
+        self._kind = None  # told, also where a hook cancels the pass after this one
 
     after_validation = after_test = cancelled_training = cancelled_validation = cancelled_test = after_training
 

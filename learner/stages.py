@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from time import perf_counter
 from typing import Any, ClassVar, TypeVar, cast
 from weakref import ref
@@ -18,10 +19,11 @@ from weakref import ref
 from .errors import did_you_mean
 
 # %% auto #0
-__all__ = ['STAGES', 'KINDS', 'TREE', 'Owners', 'CancelException', 'CancelTrainException', 'CancelEpochException',
+__all__ = ['STAGES', 'KINDS', 'TREE', 'Times', 'Owners', 'CancelException', 'CancelTrainException', 'CancelEpochException',
            'CancelBatchException', 'CancelStepException', 'CallbackError', 'Stage', 'StageTree', 'provides', 'Callback',
-           'check_kind', 'Hook', 'define', 'compile_hooks', 'OpenStage', 'TimedStage', 'FunctionCallback', 'Resolution',
-           'in_order', 'as_callbacks', 'Actions', 'Staged', 'format_seconds', 'explain_lines']
+           'check_kind', 'FunctionCallback', 'label_of', 'hooks_of', 'providers_of', 'Hook', 'define', 'compile_hooks',
+           'OpenStage', 'Stopwatch', 'TimedContext', 'TimedStage', 'Resolution', 'in_order', 'as_callbacks', 'Actions',
+           'Staged', 'format_seconds', 'explain_lines']
 
 # %% ../nbs/10_stages.ipynb #5cdc08df
 class CancelException(Exception):
@@ -85,6 +87,12 @@ STAGES = (
 KINDS = ("before", "around", "after", "cancelled", "cleanup")
 _HOOK = re.compile(rf"({'|'.join(KINDS)})_(\w+)")
 
+_ELSEWHERE = {  # what other libraries call a stage
+    "fit": "train", "forward": "predict", "pred": "predict", "validate": "validation", "eval": "validation",
+    "optimizer_step": "step", "optimiser_step": "step", "train_epoch": "training", "train_batch": "batch",
+    "training_step": "batch", "iteration": "batch",
+}
+
 class StageTree:
     "The stages of a routine and what follows from them: which hooks exist, which fixtures are alive in each."
 
@@ -128,11 +136,29 @@ class StageTree:
         hook: str,  # that names no stage
         cutoff: float = 0.6,  # how near a name must be, from 0 to 1
     ) -> str:  # "; did you mean X?", or nothing
-        "Which hook was meant: the same kind for the nearest stage, else the nearest name."
+        "Which hook was meant: the same kind for the stage that others call so or the nearest, else the nearest name."
         match = _HOOK.fullmatch(hook)
         if not match: return did_you_mean(hook, self.hooks)
-        near = get_close_matches(match[2], self.stages, n=1, cutoff=cutoff)
+        meant = [_ELSEWHERE.get(match[2], ""), *get_close_matches(match[2], self.stages, n=1, cutoff=cutoff)]
+        near = [name for name in meant if name in self.stages]
         return f"; did you mean {match[1]}_{near[0]}?" if near else ""
+
+    def mistaken(
+        self,
+        name: str,  # of a callback's method that is no hook
+    ) -> str:  # what is wrong, or nothing
+        "Whether a method looks like a hook or an action and would never be called."
+        if _HOOK.fullmatch(name) or get_close_matches(name, self.hooks, n=1, cutoff=0.87):
+            hint = self.suggest(name, cutoff=0.75)
+            return hint and f"names no stage{hint}"
+        if re.fullmatch(r"on_\w+_(start|begin|end)", name):
+            return "would never be called; hooks are named before_X and after_X for a stage X, such as after_epoch"
+        for stage in self.stages.values():
+            if name == stage.action: return f"would never be called; to replace the learner's own, call it {stage.name}"
+            if f"_{name}" == stage.action: return "would never be called; override it in a subclass of the learner"
+        actions = [s.name for s in self.stages.values() if s.action == s.name]
+        near = get_close_matches(name, actions, n=1, cutoff=0.9)
+        return f"would never be called; did you mean {near[0]}?" if near else ""
 
     # nesting
 
@@ -203,6 +229,9 @@ def provides(
     stage: str,  # the fixture is made when this stage opens and goes when it has ended
 ) -> Callable[[_Function], _Function]:
     "Mark a callback's method as the maker of the fixture that it is named after; what follows a `yield` tidies up."
+    if not isinstance(stage, str):
+        raise TypeError(f"provides takes the name of a stage, as in @provides(\"epoch\"); it got {stage!r}")
+
     def mark(method: _Function) -> _Function:
         method.provided_at = stage  # type: ignore[attr-defined]
         return method
@@ -215,55 +244,95 @@ class Callback:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name, method in _methods(cls): _check_definition(f"{cls.__name__}.{name}", name, method)
-
-    def hooks(self, tree: StageTree) -> dict[str, Callable[..., Any]]:
-        "The hooks of this callback by name."
-        return {name: getattr(self, name) for name, _ in _methods(type(self))
-                if _HOOK.fullmatch(name) or tree.parse(name)}
-
-    def providers(self) -> dict[str, tuple[str, Callable[..., Any]]]:
-        "The fixtures that this callback provides: by name, the stage and the maker."
-        return {name: (method.provided_at, getattr(self, name)) for name, method in _methods(type(self))
-                if hasattr(method, "provided_at")}
-
-    def label(self, hook: str) -> str:
-        "What messages call a hook of this callback."
-        return f"{type(self).__name__}.{hook}"
+        for name in dir(cls): _check_definition(cls, name, inspect.getattr_static(cls, name))
 
     def __repr__(self) -> str: return f"{type(self).__name__}()"
 
-_INHERITED = ("hooks", "providers", "label")  # public methods of Callback itself, which are no hooks
-
-def _methods(cls: type) -> Iterator[tuple[str, Callable[..., Any]]]:
-    "The public functions of a callback's class, in order of name."
-    for name in dir(cls):
-        static = inspect.getattr_static(cls, name)
-        function = getattr(static, "__func__", static)  # of a static or class method
-        if not name.startswith("_") and name not in _INHERITED and inspect.isroutine(function): yield name, function
-
-def check_kind(label: str, kind: str, function: Callable[..., Any]) -> None:
+def check_kind(
+    label: str,  # of the hook, for messages
+    kind: str,
+    function: Callable[..., Any],
+) -> None:
     "Raise CallbackError unless around_ hooks, and they alone, yield, and none is asynchronous."
+    if not (inspect.isroutine(function) or isinstance(function, partial)): function = type(function).__call__
+    inner = inspect.unwrap(function)
+    if inner is not function and inspect.isgeneratorfunction(inner) and not inspect.isgeneratorfunction(function):
+        raise CallbackError(f"{label} is a context manager; leave @contextmanager out, a plain generator will do")
     if inspect.iscoroutinefunction(function): raise CallbackError(f"{label} is async and would never run; drop async")
     yields = inspect.isgeneratorfunction(function)
     if kind == "around" and not yields:
         raise CallbackError(f"{label} does not yield; an around_ hook yields once, where its stage runs")
-    if kind != "around" and yields:
+    if kind not in ("around", "provides") and yields:
         raise CallbackError(f"{label} yields, and would never run; only around_ hooks yield")
 
-def _check_definition(label: str, name: str, method: Callable[..., Any]) -> None:
-    "What can be said of a method before it is known which learner it will meet."
-    parsed = TREE.parse(name)
+def _check_definition(cls: type, name: str, static: Any) -> None:
+    "What can be said of a callback's attribute before it is known which learner it will meet."
+    function = getattr(static, "__func__", static)  # of a static or class method
+    if name.startswith("_") or not callable(function): return
+    label, parsed = f"{cls.__name__}.{name}", TREE.parse(name)
+    lost = next((base for base in cls.__mro__[1:] if hasattr(vars(base).get(name), "provided_at")), None)
+    if lost and not hasattr(static, "provided_at"):
+        stage = vars(lost)[name].provided_at
+        raise CallbackError(f"{label} takes the place of a provider of {lost.__name__}; mark it with "
+                            f"@provides(\"{stage}\") too")
     if parsed is None:
-        looks_like_one = _HOOK.fullmatch(name) or get_close_matches(name, TREE.hooks, n=1, cutoff=0.87)
-        hint = TREE.suggest(name, cutoff=0.75) if looks_like_one else ""
-        if hint: raise CallbackError(f"{label} names no stage{hint}")
+        hint = TREE.mistaken(name)
+        if hint: raise CallbackError(f"{label} {hint}")
         return
-    check_kind(label, parsed[0], method)
+    check_kind(label, parsed[0], function)
+    if inspect.isfunction(static) and not inspect.signature(static).parameters:
+        raise CallbackError(f"{label} has no self; a hook is a method")
     _, some = TREE.alive(*parsed)
-    for fixture, parameter in inspect.signature(method).parameters.items():
+    for fixture, parameter in inspect.signature(function).parameters.items():
         if parameter.default is parameter.empty and TREE.lifetime(fixture) and fixture not in some:
             raise CallbackError(f"{label} asks for {fixture}, which {TREE.lifetime(fixture)}")
+
+class FunctionCallback(Callback):
+    "A plain function as a callback with one hook: what `learn.on` makes."
+
+    def __init__(
+        self,
+        hook: str,  # such as "after_loss"
+        function: Callable[..., Any],
+        priority: int = 0,
+    ):
+        self.hook, self.function, self.priority = hook, function, priority
+
+    def __repr__(self) -> str: return label_of(self, self.hook)
+
+def label_of(
+    callback: Callback,
+    hook: str,
+) -> str:
+    "What messages call a hook of a callback."
+    if not isinstance(callback, FunctionCallback): return f"{type(callback).__name__}.{hook}"
+    return f"{getattr(callback.function, '__name__', callback.function)} on {hook}"
+
+def hooks_of(
+    callback: Callback,
+    tree: StageTree,  # which says what is a hook
+) -> Iterator[tuple[str, Callable[..., Any]]]:  # name and function
+    "The hooks of a callback, methods and attributes alike; raises CallbackError for one that cannot be called."
+    if isinstance(callback, FunctionCallback):
+        yield callback.hook, callback.function
+        return
+    for name in sorted({*dir(type(callback)), *vars(callback)}):
+        parsed = tree.parse(name)
+        if not (parsed or _HOOK.fullmatch(name)): continue
+        if parsed and parsed[0] == "action" and not callable(getattr(type(callback), name, None)):
+            continue  # `self.loss = nn.MSELoss()` is something that the callback keeps
+        function = getattr(callback, name)
+        if callable(function): yield name, function
+        elif parsed and parsed[0] != "action" and function is not None:  # None turns an inherited hook off
+            raise CallbackError(f"{label_of(callback, name)} is {function!r}; a hook is a function, None for none")
+
+def providers_of(
+    callback: Callback,
+) -> Iterator[tuple[str, str, Callable[..., Any]]]:  # fixture, stage and maker
+    "The fixtures that a callback provides."
+    for name in dir(type(callback)):
+        stage = getattr(inspect.getattr_static(type(callback), name), "provided_at", None)
+        if stage is not None: yield name, stage, getattr(callback, name)
 
 # %% ../nbs/10_stages.ipynb #12484537
 @dataclass(frozen=True)
@@ -318,25 +387,17 @@ class OpenStage:
         hooks: Mapping[str, list[Hook]],  # by kind, in firing order
         providers: Mapping[str, Hook],  # makers of the fixtures that live in this stage, by name
     ):
-        def each(hooks: Iterable[Hook]) -> list[tuple[str, Callable[[], Any]]]:
-            return [(hook.label, compile_hooks(learn, (hook,))) for hook in hooks]
-
-        def contexts(hooks: Iterable[Hook]) -> list[tuple[str, Callable[[], Any]]]:
-            return each(replace(hook, function=_as_context(hook.function)) for hook in hooks)
-
         self.learn, self.stage, self.attributes = learn, stage, vars(learn)
         self.before, self.after, self.cancelled = (
             self._compile(hooks.get(kind, ())) for kind in ("before", "after", "cancelled"))
-        self.cleanup = each(hooks.get("cleanup", ()))
-        self.around = contexts(hooks.get("around", ()))
-        self.makers = dict(zip(providers, contexts(providers.values()), strict=True))
+        self.cleanup = [(hook.label, self._compile([hook])) for hook in hooks.get("cleanup", ())]
+        self.around = [self._context(hook) for hook in hooks.get("around", ())]
+        self.makers = {fixture: self._context(hook) for fixture, hook in providers.items()}
         self.drops = (*learn.tree.drops(stage.name), *providers)
-        self.drop = define("drop", [f"pop({name!r}, None)" for name in self.drops] or ["pass"],
-                           {"pop": self.attributes.pop})
         self.cancels = (stage.cancel,) if stage.cancel else ()
+        self.hooked = any(hooks.values()) or bool(providers)
         self.plain = not (self.cancelled or self.cleanup or self.around or self.makers)
-        self.silent = self.plain and not (self.before or self.after or self.cancels or self.drops)
-        if stage.action: self.action = self._compile(hooks.get("action", ())) or getattr(learn, stage.action)
+        if stage.action: self.action = self._replacing(hooks.get("action", ())) or getattr(learn, stage.action)
 
     def __enter__(self) -> None:
         if self.plain:
@@ -364,31 +425,57 @@ class OpenStage:
             last.callback(self.drop)
             for fixture, maker in self.makers.items(): self.attributes[fixture] = self._enter(last, *maker)
             for hook in reversed(self.cleanup): last.callback(self._clean_up, *hook)
+            entered = False
             try:
                 if self.before: self.before()
                 with ExitStack() as wrapped:
                     for hook in self.around: self._enter(wrapped, *hook)
+                    entered = True
                     yield
+                if not entered:
+                    raise CallbackError(f"an around_{self.stage.name} hook swallowed what another raised before the "
+                                        "stage had run; let it pass, or raise a Cancel exception")
                 if self.after: self.after()
             except CancelException:
                 if self.cancelled: self.cancelled()
                 raise
 
-    def run(self) -> None:
-        "The whole of a stage that is one action, cancelling included."
-        if self.plain:  # as below, without the price of a `with`
-            try:
-                if self.before: self.before()
-                self.action()
-                if self.after: self.after()
-            except self.cancels: pass
-            finally:
-                if self.drops: self.drop()
-        else:
-            with suppress(*self.cancels), self: self.action()
+    def drop(self) -> None:
+        "Take away the fixtures whose life is over."
+        for name in self.drops: self.attributes.pop(name, None)
+
+    def source(
+        self,
+        scope: dict[str, Any],  # receives the names that it uses
+        i: int,  # which tells them apart
+    ) -> list[str]:
+        "The whole of a stage that is one action, cancelling included, as lines of source."
+        scope |= {f"action{i}": self.action, f"stage{i}": self, f"cancel{i}": self.cancels, "pop": self.attributes.pop}
+        lines, last = [f"with stage{i}: action{i}()"], []
+        if self.plain:  # the same without the price of a `with`
+            calls = {f"before{i}": self.before, f"action{i}": self.action, f"after{i}": self.after}
+            scope |= calls
+            lines = [f"{name}()" for name, function in calls.items() if function]
+            last = ["finally:", *(f" pop({name!r}, None)" for name in self.drops)] if self.drops else []
+        ends = [f"except cancel{i}: pass"] * bool(self.cancels) + last
+        return ["try:", *(f" {line}" for line in lines), *ends] if ends else lines
 
     def _compile(self, hooks: Sequence[Hook]) -> Callable[[], Any] | None:
         return compile_hooks(self.learn, hooks) if hooks else None
+
+    def _replacing(self, hooks: Sequence[Hook]) -> Callable[[], None] | None:
+        "A callback's action; it assigns what it makes."
+        if not hooks: return None
+        act, label = cast(Callable[[], Any], self._compile(hooks)), hooks[0].label
+        leaves = " and ".join(f"learn.{name}" for name in self.stage.leaves) or "on the learner what it changes"
+
+        def action() -> None:
+            if act() is not None: raise CallbackError(f"{label} returned a value; assign {leaves} instead")
+        return action
+
+    def _context(self, hook: Hook) -> tuple[str, Callable[[], Any]]:
+        "A hook or provider that opens a context."
+        return hook.label, compile_hooks(self.learn, [replace(hook, function=_as_context(hook.function))])
 
     def _enter(self, stack: ExitStack, label: str, open_context: Callable[[], Any]) -> Any:
         "Enter an around hook or a maker, to be left with the stack; what it raises is its own."
@@ -413,60 +500,78 @@ class OpenStage:
             raise CallbackError(f"{label} raised {type(error).__name__}; its stage has ended: a cleanup_ hook cannot "
                                 "cancel") from None
 
-# %% ../nbs/10_stages.ipynb #71a4dfae
-class TimedStage(OpenStage):
-    "A stage that measures itself and its hooks, in seconds, into `learn.times`."
+# %% ../nbs/10_stages.ipynb #adfc394e
+Times = dict[tuple[str, ...], list[float]]  # by path, such as ("train", "epoch"): how often measured, seconds in all
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        self.silent = False  # an action without hooks is measured too
-
-    def __enter__(self) -> None:
-        self.start = perf_counter()
-        super().__enter__()
-
-    def __exit__(self, *raised: Any) -> bool | None:
-        try: return super().__exit__(*raised)
-        finally: _took(self.learn.times, self.stage.name, self.start)
-
-    def run(self) -> None:
-        with suppress(*self.cancels), self: self.action()
-
-    def _compile(self, hooks: Sequence[Hook]) -> Callable[[], Any] | None:
-        return super()._compile([replace(hook, function=self._measured(hook)) for hook in hooks])
-
-    def _measured(self, hook: Hook) -> Callable[..., Any]:
-        times = self.learn.times  # not self: the stage refers to this function, and a circle would outlive the run
-
-        def measured(*args: Any, **kwargs: Any) -> Any:
-            start = perf_counter()
-            try: return hook.function(*args, **kwargs)
-            finally: _took(times, hook.label, start)
-        return measured
-
-def _took(times: dict[str, list[float]], label: str, start: float) -> None:
-    entry = times.setdefault(label, [0, 0.0])
-    entry[0] += 1
-    entry[1] += perf_counter() - start
-
-# %% ../nbs/10_stages.ipynb #ac5e76c2
-class FunctionCallback(Callback):
-    "A plain function as a callback with one hook: what `learn.on` makes."
+class Stopwatch:
+    "Measures the body of a `with` into `learn.times`, under the path of those that are open."
 
     def __init__(
         self,
-        hook: str,  # such as "after_loss"
-        function: Callable[..., Any],
-        priority: int = 0,
+        learn: Staged,
+        name: str,
     ):
-        self.hook, self.function, self.priority = hook, function, priority
+        self.learn, self.name = learn, name
 
-    def hooks(self, tree: StageTree) -> dict[str, Callable[..., Any]]: return {self.hook: self.function}
+    def __enter__(self) -> None:
+        self.learn.path.append(self.name)
+        self.start = self.learn.clock()
 
-    def label(self, hook: str) -> str: return f"{getattr(self.function, '__name__', self.function)} on {hook}"
+    def __exit__(self, *raised: Any) -> None:
+        entry = self.learn.times.setdefault(tuple(self.learn.path), [0, 0.0])
+        entry[0] += 1
+        entry[1] += self.learn.clock() - self.start
+        self.learn.path.pop()
 
-    def __repr__(self) -> str: return self.label(self.hook)
+class TimedContext:
+    "The context that an around hook or a provider opens, its opening and its closing measured."
 
+    def __init__(
+        self,
+        watch: Stopwatch,
+        open_context: Callable[[], Any],
+    ):
+        self.watch, self.open_context = watch, open_context
+
+    def __enter__(self) -> Any:
+        with self.watch:
+            self.manager = self.open_context()
+            return self.manager.__enter__()
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        with self.watch: return self.manager.__exit__(*raised)
+
+class TimedStage(OpenStage):
+    "A stage that measures itself and its hooks."
+
+    def __init__(self, learn: Staged, stage: Stage, *args: Any):
+        super().__init__(learn, stage, *args)
+        self.watch, self.plain = Stopwatch(learn, stage.name), False
+
+    def __enter__(self) -> None:
+        with ExitStack() as on_error:
+            on_error.enter_context(self.watch)
+            super().__enter__()
+            on_error.pop_all()
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        try: return super().__exit__(*raised)
+        finally: self.watch.__exit__()
+
+    def _compile(self, hooks: Sequence[Hook]) -> Callable[[], Any] | None:
+        def measured(hook: Hook) -> Hook:
+            watch = Stopwatch(self.learn, hook.label)
+
+            def function(*args: Any, **kwargs: Any) -> Any:
+                with watch: return hook.function(*args, **kwargs)
+            return replace(hook, function=function)
+        return super()._compile([measured(hook) for hook in hooks])
+
+    def _context(self, hook: Hook) -> tuple[str, Callable[[], Any]]:
+        label, open_context = super()._context(hook)
+        return label, partial(TimedContext, Stopwatch(self.learn, label), open_context)
+
+# %% ../nbs/10_stages.ipynb #5f981e10
 Owners = dict[str, list[tuple[str, str]]]  # of the fixtures that callbacks provide: stage and provider
 
 class Resolution:
@@ -485,11 +590,11 @@ class Resolution:
         self.owners: Owners = {}
         ordered = in_order(callbacks)
         for callback in ordered:
-            for fixture, (stage, maker) in callback.providers().items():
-                self._add_provider(callback.label(fixture), fixture, stage, maker)
+            for fixture, stage, maker in providers_of(callback):
+                self._add_provider(label_of(callback, fixture), fixture, stage, maker)
         for callback in ordered:
-            for name, function in callback.hooks(self.tree).items():
-                self._add_hook(callback.label(name), name, function)
+            for name, function in hooks_of(callback, self.tree):
+                self._add_hook(label_of(callback, name), name, function)
 
     def _add_provider(self, label: str, fixture: str, stage: str, maker: Callable[..., Any]) -> None:
         if stage not in self.tree.stages:
@@ -501,6 +606,7 @@ class Resolution:
             if stage == other or other in self.tree.ancestors(stage) or stage in self.tree.ancestors(other):
                 raise CallbackError(f"{label} provides {fixture} in {stage}, and {owner} provides it in {other}; "
                                     "rename one")
+        check_kind(label, "provides", maker)
         self.providers.setdefault(stage, {})[fixture] = self._ask(label, maker, "before", stage)
         self.owners.setdefault(fixture, []).append((stage, label))
 
@@ -512,7 +618,8 @@ class Resolution:
         same = self.hooks.setdefault(stage, {}).setdefault(kind, [])
         if kind == "action" and same:
             raise CallbackError(f"{same[0].label} and {label} both replace {stage}; only one callback can")
-        same.append(self._ask(label, function, kind, stage))
+        twins = sum(hook.label.split(" (")[0] == label for hook in same)
+        same.append(self._ask(f"{label} ({twins + 1})" if twins else label, function, kind, stage))
 
     def _ask(self, label: str, function: Callable[..., Any], kind: str, stage: str) -> Hook:
         "Turn a function's parameters into arguments."
@@ -536,9 +643,13 @@ class Resolution:
                 if name in some: arguments.append(f"**present('{name}')")
         return Hook(label, function, ", ".join(arguments))
 
+    def lifetime(self, fixture: str) -> str:
+        "When a fixture that a callback provides lives, in words; nothing for any other."
+        stages = " and ".join(stage for stage, _ in self.owners.get(fixture, ()))
+        return stages and f"lives in {stages}"
+
     def _absence(self, name: str, some: set[str]) -> str:
-        lifetime = self.tree.lifetime(name)
-        if name in self.owners: lifetime = f"lives in {' and '.join(stage for stage, _ in self.owners[name])}"
+        lifetime = self.lifetime(name) or self.tree.lifetime(name)
         if name in some: return f"which {lifetime}, and may be absent here; give it a default: {name}=None"
         if lifetime: return f"which {lifetime}"
         known = ["learn", *self.learn.fixtures, *self.owners, *self.tree.fixtures()]
@@ -574,13 +685,20 @@ class Actions(dict[tuple[str, ...], Callable[[], Any]]):
 
     def __missing__(self, names: tuple[str, ...]) -> Callable[[], Any]:
         learn = cast(Staged, self.learn())
+        if not names: raise CallbackError("act() names no action; name at least one")
         stages = [learn.stage(name) for name in names]
         for stage in stages:
             if not stage.stage.action:
                 raise CallbackError(f"act: {stage.stage.name} is no action; open it with learn.stage(...)")
-        calls = {f"call{i}": stage.action if stage.silent else stage.run for i, stage in enumerate(stages)}
-        act = calls["call0"] if len(calls) == 1 else define("act", [f"{call}()" for call in calls], calls)
-        if learn.is_running: self[names] = act  # it refers to the learner, so it is kept no longer than a run
+        if not learn.is_running:
+            raise RuntimeError(f"act({', '.join(names)}) was called outside a run; it belongs where a stage is open")
+        scope: dict[str, Any] = {"learn": learn}
+        lines: list[str] = []
+        for i, stage in enumerate(stages):
+            lines += stage.source(scope, i)
+            if stage.hooked and i + 1 < len(names):  # a hook may have changed the callbacks
+                lines.append(f"if learn.changes != {learn.changes}: return learn.act{names[i + 1:]}")
+        act = self[names] = define("act", lines, scope)
         return act
 
 class Staged:
@@ -588,18 +706,27 @@ class Staged:
     stages: ClassVar[tuple[Stage, ...]] = STAGES  # a subclass adds its own: `stages = (*Learner.stages, Stage(...))`
     fixtures: ClassVar[tuple[str, ...]] = ()  # attributes that every hook may ask for, at any time
     tree: ClassVar[StageTree] = TREE
+    _callbacks: list[Callback]  # in order of addition
+    _resolved: Resolution
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "stages" in vars(cls): cls.tree = StageTree(cls.stages)
+        for name, value in vars(cls).items():
+            if callable(value) and (cls.tree.parse(name) or ("", ""))[0] in KINDS:
+                raise CallbackError(f"{cls.__name__}.{name} would never be called: hooks belong to a Callback; "
+                                    "give it to callbacks, or use learn.on")
 
     def __init__(
         self,
         callbacks: Callback | Iterable[Callback] | None = None,
     ):
-        self.times: dict[str, list[float]] = {}  # of the last run, by stage and hook: times measured, seconds in all
+        self.times: Times = {}  # of the last run, by path
+        self.clock: Callable[[], float] = perf_counter
+        self.path: list[str] = []  # of the measured stages that are open
+        self.changes = 0  # of callbacks so far
         self._running = ""  # the public call that is under way
-        self._timed = False
+        self._timed, self._blamed = False, (0, "")
         self._set_callbacks(as_callbacks(callbacks))
 
     @property
@@ -616,14 +743,14 @@ class Staged:
         self,
         *callbacks: Callback,  # checked together; if one cannot work, none is added
     ) -> None:
-        "Add callbacks, also from a hook: from the next stage on, in the actions of a batch from the next batch on."
+        "Add callbacks, also from a hook: they act from the next stage that opens."
         self._set_callbacks([*self._callbacks, *as_callbacks(callbacks)])
 
     def remove(
         self,
         *callbacks: Callback | Callable[..., Any],  # callbacks, or functions registered with `on`
     ) -> None:
-        "Remove callbacks, also from a hook: from the next stage on, in the actions of a batch from the next batch on."
+        "Remove callbacks, also from a hook: they act no more from the next stage that opens."
         def is_it(callback: Callback, given: Any) -> bool:
             return callback is given or (isinstance(callback, FunctionCallback) and callback.function == given)
         for given in callbacks:
@@ -640,6 +767,7 @@ class Staged:
     ) -> Callable[..., Any]:  # the function, for `remove`
         "Register a plain function as a hook."
         if function is None: return lambda function: self.on(hook, function, priority=priority)
+        if not callable(function): raise TypeError(f"on: the hook {hook} got {function!r}; pass a function")
         self.add(FunctionCallback(hook, function, priority))
         return function
 
@@ -673,24 +801,36 @@ class Staged:
         "The frame of a public call; raises RuntimeError inside another."
         if self._running:
             raise RuntimeError(f"{call}() was called inside {self._running}(); call it afterwards")
-        before, guests = self._callbacks, as_callbacks(callbacks)
-        self._set_callbacks([*before, *guests])  # also where there are no guests: priorities may have changed
-        self._running, self.times = call, {}
-        self.measure(True)
+        guests = as_callbacks(callbacks)
+        self._set_callbacks(self._callbacks)  # priorities and methods may have changed
+        own, resolved = self._callbacks, self._resolved
+        all_of_them = own
+        try:
+            if guests: self._set_callbacks([*own, *guests])
+            all_of_them = self._callbacks
+            self._running, self.times, self.path, self._blamed = call, {}, [], (0, "")
+            self.measure(True)
+            with self._explained(call): yield
+        finally:  # by assignment first, which nothing can interrupt
+            now, self._running, self._callbacks, self._resolved = self._callbacks, "", own, resolved
+            self._forget_plans()
+            if now is not all_of_them:  # some were added or removed on the way
+                with suppress(CallbackError):  # one that stays needs one that goes
+                    self._set_callbacks([c for c in now if not any(c is guest for guest in guests)])
+
+    @contextmanager
+    def _explained(self, call: str) -> Iterator[None]:
+        "Say of an exception that leaves a run where it came from, and of a cancel that it ended nothing."
         try: yield
         except CancelException as error:
-            ends = " or ".join(s.name for s in self.tree.stages.values() if s.cancel and isinstance(error, s.cancel))
-            raise CallbackError(f"{getattr(error, 'raised_in', call)} raised {type(error).__name__} where no {ends} "
-                                "is open for it to end") from None
+            stages = self.tree.stages.values()
+            ends = " or ".join(s.name for s in stages if s.cancel and isinstance(error, s.cancel))
+            fix = (f" where no {ends} is open for it to end" if ends else ", which ends no stage; raise one of "
+                   + ", ".join(dict.fromkeys(s.cancel.__name__ for s in stages if s.cancel)))
+            raise CallbackError(f"{self._blamed_for(error) or call} raised {type(error).__name__}{fix}") from None
         except Exception as error:
-            if not hasattr(error, "raised_in"): self.blame(error, call)
+            if not self._blamed_for(error): self.blame(error, call)
             raise
-        finally:
-            self._running = ""
-            left = [c for c in self._callbacks if not any(c is guest for guest in guests)]
-            try: self._set_callbacks(left)
-            except CallbackError: self._set_callbacks(before)  # one that stays needs one that goes
-            self.measure(False)
 
     def measure(
         self,
@@ -705,12 +845,19 @@ class Staged:
         label: str,  # of the hook that raised it
     ) -> None:
         "Say in a note where an exception came from; its type stays."
-        error.raised_in = label  # type: ignore[attr-defined]
+        self._blamed = id(error), label
         if isinstance(error, CancelException) or not isinstance(error, Exception): return
-        error.add_note(f"in {label}{self.position() and f' ({self.position()})'}")
+        notes = [f"in {label}{self.position() and f' ({self.position()})'}"]
         if isinstance(error, AttributeError) and error.obj is self:
-            lifetime = self.tree.lifetime(str(error.name))
-            if lifetime: error.add_note(f"learn.{error.name} {lifetime}")
+            name = str(error.name)
+            lifetime, provided = self.tree.lifetime(name), self._resolved.lifetime(name)
+            if lifetime: notes.append(f"learn.{name} {lifetime}")
+            if provided: notes.append(f"learn.{name} {provided}; its provider has to be there when that opens")
+        with suppress(Exception):  # an exception that takes no notes
+            for note in notes: error.add_note(note)
+
+    def _blamed_for(self, error: BaseException) -> str:
+        return self._blamed[1] if self._blamed[0] == id(error) else ""
 
     def position(self) -> str:
         "How far the routine has got, for messages."
@@ -718,9 +865,9 @@ class Staged:
 
     def __getstate__(self) -> dict[str, Any]:
         # What was compiled for a run belongs to this very object; a copy makes its own.
-        made = ("_plans", "_open", "_actions", "_resolved")
+        made = ("_plans", "_open", "_actions", "_resolved", "path")
         kept = {name: value for name, value in vars(self).items() if name not in made}
-        return {**kept, "_running": "", "_timed": False}
+        return {**kept, "path": [], "_running": "", "_timed": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -736,7 +883,11 @@ class Staged:
             if any(callback is other for other in callbacks[:i]):
                 raise CallbackError(f"callbacks: {callback!r} is there twice; add another instance")
         self._resolved, self._callbacks = Resolution(self, callbacks), callbacks
-        # Opened stages and actions by name, unmeasured and measured; filled when first used, new when callbacks change.
+        self._forget_plans()
+
+    def _forget_plans(self) -> None:
+        "Stages and actions by name, unmeasured and measured, are made when first used, and anew when callbacks change."
+        self.changes += 1
         self._plans: list[tuple[dict[str, OpenStage], Actions]] = [({}, Actions(self)) for _ in range(2)]
         self.measure(self._timed)
 
@@ -754,25 +905,29 @@ def explain_lines(
     resolved: Resolution,
 ) -> list[str]:
     "The lines that `explain` prints."
-    rows: list[tuple[str, str, str]] = []  # what, who, and the name under which its time is kept
+    rows: list[tuple[str, str, tuple[str, ...]]] = []  # what, who, and the path under which its time is kept
 
-    def walk(stage: Stage, depth: int) -> None:
+    def walk(stage: Stage, outer: tuple[str, ...]) -> None:
         def show(kind: str) -> None:
-            for hook in hooks.get(kind, ()): rows.append((f"{pad}  · {kind}", asked(hook), hook.label))
+            for hook in hooks.get(kind, ()): rows.append((f"{pad}  · {kind}", asked(hook), (*path, hook.label)))
 
-        hooks, pad = resolved.hooks.get(stage.name, {}), "  " * depth
+        hooks, pad, path = resolved.hooks.get(stage.name, {}), "  " * len(outer), (*outer, stage.name)
         own = f"{type(learn).__name__}.{stage.action.lstrip('_')}" if stage.action else ""
         for hook in hooks.get("action", ()): own = f"{asked(hook)} replaces {own}"
-        rows.append((pad + stage.name, own, stage.name))
+        rows.append((pad + stage.name, own, path))
         for fixture, maker in resolved.providers.get(stage.name, {}).items():
-            rows.append((f"{pad}  · provides {fixture}", asked(maker), maker.label))
+            rows.append((f"{pad}  · provides {fixture}", asked(maker), (*path, maker.label)))
         for kind in ("before", "around"): show(kind)
-        for child in learn.tree.children(stage.name): walk(child, depth + 1)
+        for child in learn.tree.children(stage.name): walk(child, path)
         for kind in ("after", "cancelled", "cleanup"): show(kind)
 
     def asked(hook: Hook) -> str: return f"{hook.label}({', '.join(inspect.signature(hook.function).parameters)})"
 
-    for stage in learn.tree.children(""): walk(stage, 0)
+    for stage in learn.tree.children(""): walk(stage, ())
     what, who = (max(len(row[i]) for row in rows) for i in (0, 1))
-    times = {name: format_seconds(seconds / count) for name, (count, seconds) in learn.times.items()}
-    return [f"{row[0]:<{what}}  {row[1]:<{who}}  {times.get(row[2], ''):>8}".rstrip() for row in rows]
+    return [f"{row[0]:<{what}}  {row[1]:<{who}}  {_mean_time(learn.times, row[2]):>8}".rstrip() for row in rows]
+
+def _mean_time(times: Times, path: tuple[str, ...]) -> str:
+    "How long what stands at a path took; a call such as `validate` opens its stage without those around it."
+    found = next((times[path[i:]] for i in range(len(path)) if path[i:] in times), None)
+    return format_seconds(found[1] / found[0]) if found else ""

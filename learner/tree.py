@@ -12,15 +12,21 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['LABELS', 'map_tensors', 'to_device', 'BatchError', 'split_batch', 'call_model', 'batch_size', 'open_batch']
+__all__ = ['LABELS', 'is_leaf', 'map_tensors', 'to_device', 'BatchError', 'split_batch', 'call_model', 'batch_size', 'open_batch']
 
-# %% ../nbs/00_tree.ipynb #132a6a2c
+# %% ../nbs/00_tree.ipynb #5e480777
+def is_leaf(
+    tree: Any,
+) -> bool:
+    "Whether it goes to a device as a whole: a tensor, or what has a `.to` of its own, such as a PackedSequence."
+    return isinstance(tree, Tensor) or (hasattr(tree, "to") and not isinstance(tree, Mapping))
+
 def map_tensors(
     function: Callable[[Any], Any],  # applied to each tensor
     tree: Any,  # tensors in tuples, lists and mappings, nested at will
 ) -> Any:  # the same structure
     "Apply a function to every tensor of a nested structure."
-    if isinstance(tree, Tensor) or (hasattr(tree, "to") and not isinstance(tree, Mapping)): return function(tree)
+    if is_leaf(tree): return function(tree)
     if isinstance(tree, Mapping):
         mapped = {key: map_tensors(function, value) for key, value in tree.items()}
         return mapped if type(tree) is dict else _like(tree, mapped)
@@ -52,10 +58,10 @@ def split_batch(
     whole: bool = False,  # leave a mapping's labels among the inputs, and do without: the model computes its own loss
 ) -> tuple[Any, Any]:  # inputs: a tensor, a tuple of arguments or a mapping of keywords; and labels
     "Tell inputs from labels; raises BatchError for what is no batch."
+    if is_leaf(batch): return batch, batch
     if isinstance(batch, (tuple, list)) and batch:
         if len(batch) == 2: return batch[0], batch[1]
         return (tuple(batch[:-1]), batch[-1]) if len(batch) > 2 else (batch[0], batch[0])
-    if isinstance(batch, Tensor): return batch, batch
     if isinstance(batch, Mapping) and batch:
         key = next((key for key in LABELS if key in batch), None)
         if whole: return batch, None if key is None else batch[key]
@@ -70,7 +76,7 @@ def call_model(
     data: Any,  # as `split_batch` gives it
 ) -> Any:
     "Call a model with the inputs of a batch: a tensor, positional arguments or keywords."
-    if isinstance(data, Tensor): return model(data)
+    if is_leaf(data): return model(data)
     if isinstance(data, Mapping): return model(**data)
     if isinstance(data, (tuple, list)): return model(*data)
     return model(data)
@@ -79,9 +85,10 @@ def batch_size(
     batch: Any,
 ) -> int:
     "How many examples a batch has: the length of its first tensor, 1 where there is none or it is a scalar."
-    if isinstance(batch, (tuple, list)): leaves = batch
-    elif isinstance(batch, Tensor): return batch.shape[0] if batch.ndim else 1
-    else: leaves = list(batch.values()) if isinstance(batch, Mapping) else []
+    if isinstance(batch, Tensor): return batch.shape[0] if batch.ndim else 1
+    if is_leaf(batch):  # sequences packed together: the first step has an element of each
+        return int(batch.batch_sizes[0]) if hasattr(batch, "batch_sizes") else 1
+    leaves = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
     for leaf in leaves:
         if isinstance(leaf, Tensor): return leaf.shape[0] if leaf.ndim else 1
         if isinstance(leaf, (tuple, list, Mapping)): return batch_size(leaf)

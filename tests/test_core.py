@@ -2,8 +2,11 @@
 import copy
 import gc
 import math
+import random
+import signal
 import warnings
 import weakref
+from time import perf_counter
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +24,7 @@ from learner.stages import (
     CancelStepException,
     CancelTrainException,
     Stage,
+    provides,
 )
 from learner.tree import BatchError
 
@@ -103,6 +107,16 @@ def test_means_are_exact_over_a_ragged_last_batch():
     learn.model.eval()
     with torch.no_grad(): whole = F.cross_entropy(learn.model(x), y).item()
     assert learn.history[-1]["validation_loss"] == pytest.approx(whole, rel=1e-6)
+
+
+def test_mean_of_numbers_and_tensors_together():
+    mean = Mean(keep=True)
+    for value, weight in ((torch.tensor(1.0), 2), (4.0, 2), (torch.tensor(3.0), 1), (True, 1)): mean.add(value, weight)
+    assert mean.compute() == (2 + 8 + 3 + 1) / 6 and mean.values() == [1, 4, 3, 1]
+    on_device = Mean()
+    on_device.add(torch.ones((), device="meta"), 1)
+    on_device.add(2.0, 1)  # a number goes nowhere near the device
+    assert on_device.numbers == 2.0
 
 
 def test_mean_of_changing_weights_and_many_values():
@@ -311,11 +325,104 @@ def test_cancelling_training_still_tests():
     assert len(learn.history) == 1 and "test_loss" in learn.history[0]
 
 
-def test_cancelling_train_inside_an_epoch_leaves_no_row():
-    learn = learner(loaders_={"train": batches()})
+def test_cancelling_train_inside_an_epoch_keeps_what_was_found():
+    learn = learner(loaders_={"train": batches(), "test": batches()})
+    learn.history.keep_steps = True
     cancelling("after_batch", CancelTrainException)(learn)
     learn.train(5)
-    assert len(learn.history) == 0 and "train_loss" in learn.results
+    assert len(learn.history) == 1 and {"epoch", "train_loss", "test_loss"} == set(learn.history[0])
+    assert len(learn.history.steps["train_loss"]) == 1 and len(learn.history.steps["test_loss"]) == len(batches())
+
+
+def test_cancelling_train_before_anything_was_found_leaves_no_row():
+    learn = learner()
+    cancelling("before_epoch", CancelTrainException)(learn)
+    learn.train(5)
+    assert len(learn.history) == 0 and "test_loss" in learn.results
+
+
+def test_an_error_in_validation_leaves_no_row_and_no_steps():
+    learn = learner()
+    learn.history.keep_steps = True
+    learn.on("after_validation_batch", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError): learn.train()
+    assert len(learn.history) == 0 and learn.history.steps == {} and "train_loss" in learn.results
+
+
+def test_a_cancelled_batch_counts_for_nothing():
+    learn = learner(loaders_={"train": batches()})
+
+    @learn.on("after_predict")
+    def look(learn, batch_num):
+        learn.log(number=batch_num)
+        if batch_num == 1: raise CancelBatchException
+
+    @learn.on("before_batch")
+    def early(learn, batch_num):
+        learn.log(early=batch_num)
+        if batch_num == 2: raise CancelBatchException
+
+    learn.on("after_batch", lambda learn, batch_num: learn.log(late=batch_num))
+    learn.train()
+    sizes = {i: len(y) for i, (_, y) in enumerate(batches()) if i not in (1, 2)}
+    mean = sum(i * n for i, n in sizes.items()) / sum(sizes.values())
+    assert [learn.history[0][f"train_{name}"] for name in ("number", "early", "late")] == pytest.approx([mean] * 3)
+
+
+# Parts may be replaced between calls
+
+def test_another_model_is_seen_and_an_optimiser_of_the_old_one_refused():
+    learn = learner()
+    learn.train()
+    learn.model = net()
+    with pytest.raises(ValueError, match="has no parameter of the model in it"): learn.train()
+    learn.optimiser = torch.optim.SGD
+    before = copy.deepcopy(learn.model.state_dict())
+    learn.train(learning_rate=0.1)
+    assert any(not torch.equal(before[name], value) for name, value in learn.model.state_dict().items())
+    learn.dataloaders = {"valid": batches()}
+    with pytest.raises(ValueError, match="did you mean validation"): learn.validate()
+
+
+def test_a_model_put_in_place_for_a_pass_is_evaluated_as_such():
+    learn, other, modes = learner(), net(), []
+    other.train()
+    learn.on("before_validation", lambda learn: setattr(learn, "model", other))
+    learn.on("after_validation_batch", lambda model: modes.append((model is other, model.training)))
+    learn.validate()
+    assert set(modes) == {(True, False)}
+
+
+def test_a_trial_leaves_no_trace():
+    generator = torch.Generator().manual_seed(3)
+    data = torch.utils.data.TensorDataset(torch.randn(40, 5), torch.randint(3, (40,)))
+    loader = torch.utils.data.DataLoader(data, 8, shuffle=True, generator=generator)
+
+    class Watch(Callback):
+        watches = True
+        def after_batch(self): self.seen = True
+
+    class Scale(Callback):
+        count = 0
+        def after_loss(self, learn): self.count, learn.loss = self.count + 1, learn.loss * 2
+    model, watch, scale = net(), Watch(), Scale()
+    learn = Learner(model, torch.optim.AdamW(model.parameters()), F.cross_entropy, {"train": loader}, [watch, scale])
+    learn.train(1)
+    counted, watch.seen = scale.count, False
+    before = copy.deepcopy((model.state_dict(), learn.optimiser.state_dict(), learn.history.rows, generator.get_state(),
+                            torch.get_rng_state()))
+    with pytest.raises(ZeroDivisionError), learn.trial() as trial:
+        assert trial.dataloaders is learn.dataloaders and len(trial.history) == 0
+        trial.train(2)
+        assert len(trial.history) == 2 and [type(c) for c in trial.callbacks] == [Scale]
+        assert trial.optimiser.param_groups[0]["params"][0] is next(trial.model.parameters())
+        raise ZeroDivisionError
+    after = (model.state_dict(), learn.optimiser.state_dict(), learn.history.rows, generator.get_state(), torch.get_rng_state())
+    assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
+    assert str(before[1]) == str(after[1]) and before[2] == after[2] and (scale.count, watch.seen) == (counted, False)
+    assert torch.equal(before[3], after[3]) and torch.equal(before[4], after[4])
+    learn.on("before_epoch", lambda learn: learn.trial().__enter__())
+    with pytest.raises(RuntimeError, match="trial\\(\\) was called inside train\\(\\)"): learn.train()
 
 
 # Overrides
@@ -336,6 +443,14 @@ def test_an_overridden_batch_is_logged():
     assert row["train_double"] == pytest.approx(2 * row["train_loss"])
     assert row["train_number"] == pytest.approx((4 * 16 * 16 + 6 * 6) / 70)
     assert row["validation_loss"] == 3 and row["test_loss"] == 3
+
+
+def test_what_before_train_logs_is_in_the_first_row():
+    learn = learner()
+    learn.on("before_train", lambda learn: learn.log(seed=3))
+    learn.on("after_train", lambda learn: learn.log(end=1))
+    learn.train(2)
+    assert learn.history["seed"] == [3, None] and learn.history["end"] == [None, 1]
 
 
 def test_what_before_epoch_logs_is_in_its_own_row():
@@ -494,6 +609,40 @@ def test_an_error_leaves_the_learner_whole():
     assert learn.history["epoch"] == [0, 1, 2]
 
 
+def test_an_interrupt_at_any_moment_leaves_the_learner_whole():
+    class Guest(Callback):
+        @provides("epoch")
+        def visit(self): yield 1
+        def around_predict(self): yield
+        def cleanup_batch(self): pass
+
+    def interrupt(*_): raise KeyboardInterrupt
+    model = net().eval()
+    learn = learner(model=model, loaders_=loaders())
+    learn.train(callbacks=Guest())
+    start = perf_counter()
+    learn.train(callbacks=Guest())
+    length, fixtures = perf_counter() - start, {"batch", "data", "labels", "batch_size", "predictions", "loss", "visit"}
+    moments, interrupted = random.Random(0), 0
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(60):
+            rows = len(learn.history)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, moments.uniform(1e-6, length))
+                learn.train(callbacks=Guest())
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt: interrupted += 1
+            finally: signal.setitimer(signal.ITIMER_REAL, 0)
+            assert learn.callbacks == () and not learn.is_running and not fixtures & vars(learn).keys()
+            assert torch.is_grad_enabled() and not any(module.training for module in model.modules())
+            assert all(parameter.grad is None for parameter in model.parameters())
+            assert len(learn.history) in (rows, rows + 1)
+    finally: signal.signal(signal.SIGALRM, before)
+    assert interrupted > 10
+    learn.train()
+
+
 def test_an_error_in_the_model_says_where():
     class Breaks(nn.Module):
         def __init__(self):
@@ -576,7 +725,7 @@ TRAINING = {
     "no loss": (dict(loss_func=lambda p, t: None), {}, LossError, "loss_func returned a NoneType; the loss must be a scalar tensor"),
     "no own loss": (dict(loss_func=None), {}, LossError, "loss_func is None and the model's output has no .loss; pass one"),
     "no gradient": (dict(model=frozen()), {}, LossError, "the loss needs no gradient: it depends on no parameter that is trained; "
-                    "is the model frozen, or the loss detached?"),
+                    "is the model frozen, the loss detached, or inference mode on?"),
     "epochs 0": ({}, dict(epochs=0), ValueError, "epochs is 0; it must be a whole number of at least 1"),
     "epochs -1": ({}, dict(epochs=-1), ValueError, "epochs is -1; it must be a whole number of at least 1"),
     "epochs 2.5": ({}, dict(epochs=2.5), ValueError, "epochs is 2.5; it must be a whole number of at least 1"),

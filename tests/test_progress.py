@@ -381,12 +381,12 @@ def test_shows_the_loss_of_the_batch(screen_and_clock, capsys):
 
 
 class At(Callback):
-    def __init__(self, hook, error): self.hook, self.error = hook, error
+    def __init__(self, hook, error):
+        self.error = error
+        setattr(self, hook, self.act)
 
-    def hooks(self, tree):
-        def act(learn):
-            if learn.epoch == 1 and learn.batch_num in (-1, 2): raise self.error
-        return {self.hook: act}
+    def act(self, learn):
+        if learn.epoch == 1 and learn.batch_num in (-1, 2): raise self.error
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, CancelTrainException, CancelEpochException,

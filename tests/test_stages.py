@@ -2,7 +2,8 @@
 import gc
 import itertools
 import weakref
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from functools import partial, partialmethod
 
 import pytest
 
@@ -13,6 +14,7 @@ from learner.stages import (
     CallbackError,
     CancelBatchException,
     CancelEpochException,
+    CancelException,
     CancelStepException,
     CancelTrainException,
     Stage,
@@ -205,6 +207,19 @@ def test_an_around_hook_can_swallow_an_error_and_the_stage_completes():
     assert log == ["after"] * 2 and routine.log == ["step"] * 2
 
 
+def test_an_around_hook_that_swallows_what_another_raises_on_entering():
+    class Swallows(Callback):
+        def around_predict(self):
+            with suppress(ZeroDivisionError): yield
+
+    class Fails(Callback):
+        def around_predict(self):
+            raise ZeroDivisionError
+            yield
+    with pytest.raises(CallbackError, match="^an around_predict hook swallowed what another raised before the stage had"):
+        Routine([Swallows(), Fails()]).train()
+
+
 def test_an_around_hook_that_yields_twice_is_blamed():
     class Twice(Callback):
         def around_predict(self):
@@ -234,6 +249,83 @@ def test_changes_of_callbacks_take_effect_from_the_next_stage_that_opens():
     # Then the predict of the validation; and it is removed while a batch is open, which keeps its hooks to its end.
     assert log[4:] == ["predict", "before", "after"]
     assert late not in routine.callbacks
+
+
+def test_changes_take_effect_within_a_batch():
+    log = []
+
+    class Late(Callback):
+        def after_predict(self): log.append("late after_predict")
+        def before_loss(self): log.append("late before_loss")
+    late = Late()
+    routine = Routine()
+    routine.on("before_predict", lambda learn, batch_num: learn.add(late) if not batch_num and late not in learn.callbacks else None)
+    routine.on("after_loss", lambda learn: learn.remove(late) if late in learn.callbacks else None)
+    routine.on("before_backward", lambda: log.append("backward"))
+    routine.train(epochs=1)
+    assert log[:2] == ["late before_loss", "backward"]  # predict was open when it came; loss was not
+    assert log.count("late after_predict") == 0 and routine.log == ["step", "step"]
+
+
+def test_every_way_to_have_a_hook():
+    log = []
+
+    class Callable_:
+        def __call__(self, batch_num): log.append(("object", batch_num))
+
+    class Ways(Callback):
+        before_predict = partialmethod(lambda self, what, batch_num: log.append((what, batch_num)), "partialmethod")
+        loss = None  # a value of its own, not an action
+
+        def __init__(self):
+            self.before_batch = lambda batch_num: log.append(("attribute", batch_num))
+            self.after_loss = partial(lambda what, batch_num: log.append((what, batch_num)), "partial")
+            self.after_batch = Callable_()
+            self.loss = print  # its own too
+            self.step, self.hooks, self.label, self.providers = 3, [], "mine", {}
+            self.after_all = 3  # a value too
+
+        @property
+        def after_predict(self): return lambda batch_num: log.append(("property", batch_num))
+
+        @staticmethod
+        def before_loss(batch_num): log.append(("static", batch_num))
+
+    class Off(Ways): before_loss = None
+    Routine(Ways()).train(epochs=1)
+    assert [what for what, n in log if n == 0][:6] == ["attribute", "partialmethod", "property", "static", "partial", "object"]
+    log.clear()
+    Routine(Off()).train(epochs=1)
+    assert "static" not in [what for what, _ in log] and log
+
+
+def test_a_provider_that_comes_too_late_is_named():
+    routine = Routine()
+    routine.on("before_training", lambda learn: learn.add(Gives()))
+    routine.on("before_batch", lambda learn: learn.basket)
+    with pytest.raises(AttributeError) as caught: routine.train()
+    assert "learn.basket lives in epoch; its provider has to be there when that opens" in caught.value.__notes__
+
+
+def test_an_exception_that_takes_no_notes_keeps_its_type():
+    class Strict(Exception):
+        def add_note(self, note): raise TypeError("no notes")
+
+    def fail(): raise Strict
+    routine = Routine()
+    routine.on("after_loss", fail)
+    with pytest.raises(Strict): routine.train()
+
+
+def test_an_error_that_is_raised_again_is_noted_each_time():
+    error = RuntimeError("again")
+
+    def fail(): raise error
+    for i in (1, 2):
+        routine = Routine()
+        routine.on("after_loss", fail)
+        with pytest.raises(RuntimeError): routine.train()
+        assert len(error.__notes__) == i
 
 
 def test_a_function_comes_and_goes():
@@ -392,9 +484,36 @@ def test_explain_tells_all(capsys):
     assert "Half.after_loss(loss, epoch)" in after and "µs" in after
 
 
+def test_times_belong_to_a_pass_and_every_kind_of_hook_has_one(capsys):
+    kinds = ("before", "around", "after", "cleanup")
+    routine = Routine([recorder([], kinds), recorder([], kinds), Gives()])
+    routine.train()
+    counts = {path: int(count) for path, (count, _) in routine.times.items()}
+    assert counts[("train",)] == 1 and counts[("train", "epoch")] == 2 and counts[("train", "epoch", "training", "batch")] == 4
+    assert counts[("train", "epoch", "validation", "validation_batch", "predict")] == 2
+    assert counts[("test", "test_batch", "predict")] == 1 and ("predict",) not in counts
+    assert counts[("train", "epoch", "Gives.basket")] == 4  # opened and closed
+    here = ("train", "epoch", "training", "batch", "predict")
+    for hook, calls in (("before_predict", 1), ("around_predict", 2), ("after_predict", 1), ("cleanup_predict", 1)):
+        for label in (f"Recorder.{hook}", f"Recorder.{hook} (2)"): assert counts[(*here, label)] == 4 * calls
+    routine.explain()
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.endswith("s") for line in lines if "cancelled" not in line), lines
+    assert routine.path == []
+
+
 # Mistakes
 
 def define(**methods): return type("Loud", (Callback,), methods)
+
+
+def cancel_nothing(): raise CancelException
+
+
+def attribute(**attributes):
+    callback = Callback()
+    vars(callback).update(attributes)
+    return callback
 
 
 def yielding(self): yield
@@ -415,6 +534,24 @@ DEFINITIONS = {
     "yield": ({"after_batch": yielding}, "Loud.after_batch yields, and would never run; only around_ hooks yield"),
     "yielding action": ({"predict": yielding}, "Loud.predict yields, and would never run; only around_ hooks yield"),
     "async": ({"after_batch": asynchronous}, "Loud.after_batch is async and would never run; drop async"),
+    "context manager": ({"around_batch": contextmanager(yielding)},
+                        "Loud.around_batch is a context manager; leave @contextmanager out, a plain generator will do"),
+    "no self": ({"after_batch": lambda: 0}, "Loud.after_batch has no self; a hook is a method"),
+    "the learner's method": ({"compute_loss": lambda self: 0},
+                             "Loud.compute_loss would never be called; to replace the learner's own, call it loss"),
+    "the learner's routine": ({"train_batch": lambda self: 0},
+                              "Loud.train_batch would never be called; override it in a subclass of the learner"),
+    "the learner's other routine": ({"validation_batch": lambda self: 0},
+                                    "Loud.validation_batch would never be called; override it in a subclass of the learner"),
+    "misspelt action": ({"backwards": lambda self: 0}, "Loud.backwards would never be called; did you mean backward?"),
+    "of another library": ({"before_fit": lambda self: 0}, "Loud.before_fit names no stage; did you mean before_train?"),
+    "forward": ({"after_forward": lambda self: 0}, "Loud.after_forward names no stage; did you mean after_predict?"),
+    "validate": ({"before_validate": lambda self: 0},
+                 "Loud.before_validate names no stage; did you mean before_validation?"),
+    "train batch": ({"after_train_batch": lambda self: 0},
+                    "Loud.after_train_batch names no stage; did you mean after_batch?"),
+    "on": ({"on_train_epoch_end": lambda self: 0}, "Loud.on_train_epoch_end would never be called; hooks are named "
+           "before_X and after_X for a stage X, such as after_epoch"),
 }
 
 
@@ -498,6 +635,25 @@ def test_callbacks_that_cannot_work_are_refused_together_and_nothing_changes(cas
 OTHERS = {
     "remove": (lambda r: r.remove(same), "remove: Gives() is not among the callbacks []"),
     "on": (lambda r: r.on("after_lss", print), "print on after_lss names no stage; did you mean after_loss?"),
+    "on a number": (lambda r: r.on("after_loss", 3), "on: the hook after_loss got 3; pass a function"),
+    "act of nothing": (lambda r: r.act(), "act() names no action; name at least one"),
+    "act outside": (lambda r: r.act("batch"), "act(batch) was called outside a run; it belongs where a stage is open"),
+    "provides without a stage": (lambda r: provides(yielding), f"provides takes the name of a stage, as in "
+                                 f"@provides(\"epoch\"); it got {yielding!r}"),
+    "a provider overridden": (lambda r: type("Heir", (Gives,), {"basket": lambda self: 0}),
+                              "Heir.basket takes the place of a provider of Gives; mark it with @provides(\"epoch\") too"),
+    "a hook on the learner": (lambda r: type("Own", (Routine,), {"after_batch": lambda self: 0}),
+                              "Own.after_batch would never be called: hooks belong to a Callback; give it to callbacks, "
+                              "or use learn.on"),
+    "a hook that is a number": (lambda r: r.add(attribute(after_batch=3)),
+                                "Callback.after_batch is 3; a hook is a function, None for none"),
+    "an attribute that names no stage": (lambda r: r.add(attribute(after_bacth=print)),
+                                         "Callback.after_bacth names no stage; did you mean after_batch?"),
+    "a cancel that ends nothing": (lambda r: r.train(define(after_batch=lambda self: cancel_nothing())()),
+                                   "Loud.after_batch raised CancelException, which ends no stage; raise one of "
+                                   "CancelTrainException, CancelEpochException, CancelBatchException, CancelStepException"),
+    "a value returned": (lambda r: r.train(define(loss=lambda self, predictions: predictions)()),
+                         "Loud.loss returned a value; assign learn.loss instead"),
     "stage": (lambda r: r.stage("bach"), "no stage is called bach; did you mean batch?"),
     "act": (lambda r: r.act("epoch"), "act: epoch is no action; open it with learn.stage(...)"),
     "nested train": (lambda r: r.train(define(before_batch=lambda self, learn: learn.train())()),
@@ -512,6 +668,6 @@ OTHERS = {
 def test_other_mistakes(case):
     call, message = OTHERS[case]
     routine = Routine()
-    with pytest.raises((CallbackError, RuntimeError)) as caught: call(routine)
+    with pytest.raises((CallbackError, RuntimeError, TypeError)) as caught: call(routine)
     assert str(caught.value) == message
     assert routine.callbacks == ()
