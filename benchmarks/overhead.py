@@ -2,6 +2,7 @@
 
 Linear(16, 16)-ReLU-Linear(16, 10), batches of 32, SGD, ready batches in a list, one thread. The rounds of all rows
 alternate in one process, each run right after one of the plain loop, to which its ratio is; the medians are printed.
+Callbacks that watch are compared with the same learner without them, in a table of their own.
 Output goes to a file. Peers that are installed are timed beside; those that are not are left out.
 """
 import argparse
@@ -86,6 +87,28 @@ def learner_shown(batches):
     from learner.metrics import Metrics, MulticlassAccuracy
     from learner.progress import Progress
     return learner(batches, [Metrics(accuracy=MulticlassAccuracy()), Progress()])
+
+
+WATCHERS = {  # callbacks by class: the module, and what to make of it; left out where the module does not have it
+    "Recorder": ("recorder", lambda module: module.Recorder("loss", "learning_rate")),
+    "NaNGuard": ("checks", lambda module: module.NaNGuard()),
+    "ActivationStats": ("activations", lambda module: module.ActivationStats()),
+}
+
+
+def watchers():
+    "A row for each watcher that there is."
+    rows = {}
+    for name, (module, make) in WATCHERS.items():
+        try: found = importlib.import_module(f"learner.{module}")
+        except ModuleNotFoundError as error:
+            if error.name != f"learner.{module}": raise
+            continue
+        if hasattr(found, name): rows[f"Learner: {name}"] = partial(watched, make=partial(make, found))
+    return rows
+
+
+def watched(batches, make): return learner(batches, [make()])
 
 
 def miniai_(batches, shown=False):
@@ -192,6 +215,15 @@ def all_rows():
     return rows
 
 
+def in_pairs(base, rows, batches, args):
+    "Of each row: pairs of seconds, of the base just before and of the row."
+    rows = {name: make(batches) for name, make in rows.items() if args.only in name}
+    bare, pairs = base(batches), {}
+    for _ in range(args.rounds + 1):
+        for name, run in rows.items(): pairs.setdefault(name, []).append((bare(), run()))
+    return {name: counted for name, (_, *counted) in pairs.items()}  # the first round warms up
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batches", type=int, default=2_000)
@@ -204,17 +236,17 @@ def main():
     generator = torch.Generator().manual_seed(0)
     batches = [(torch.randn(32, 16, generator=generator), torch.randint(10, (32,), generator=generator))
                for _ in range(args.batches)]
-    pairs: dict[str, list[tuple[float, float]]] = {}  # seconds of the plain loop just before, and of the row
     with tempfile.TemporaryFile("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        rows = {name: make(batches) for name, make in all_rows().items() if args.only in name}
-        bare = plain(batches)
-        for _ in range(args.rounds + 1):
-            for name, run in rows.items(): pairs.setdefault(name, []).append((bare(), run()))
-    print(f"{'':<36}{'µs per batch':>14}{'ratio':>8}")
-    for name, timed_pairs in pairs.items():
-        counted = timed_pairs[1:]  # the first round warms up
-        ratio = median(own / bare_time for bare_time, own in counted)
-        print(f"{name:<36}{median(own for _, own in counted) / args.batches * 1e6:>14.1f}{ratio:>8.2f}")
+        tables = {"the plain loop": in_pairs(plain, all_rows(), batches, args),
+                  "Learner": in_pairs(learner, watchers(), batches, args)}
+    for base, pairs in tables.items():
+        if not pairs: continue
+        print(f"{'':<36}{'µs per batch':>14}{'more':>8}{'ratio':>8}  over {base}")
+        for name, counted in pairs.items():
+            own, more = (median(times) / args.batches * 1e6
+                         for times in ([row for _, row in counted], [row - bare for bare, row in counted]))
+            ratio = median(row / bare for bare, row in counted)
+            print(f"{name:<36}{own:>14.1f}{more:>8.1f}{ratio:>8.3f}")
 
 
 if __name__ == "__main__":
