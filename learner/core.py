@@ -134,9 +134,7 @@ class Learner(Staged):
                     self._end_pass()
                     raise
                 self._end_pass()
-        finally:  # also where an interrupt hit between two batches
-            for name in self.tree.drops(batch_stage): vars(self).pop(name, None)
-            self._means, self._logged, self._done = {}, [], True
+        finally: self._means, self._logged, self._done = {}, [], True
 
     def _train_batch(self) -> None:
         try: values = self.train_batch()
@@ -224,9 +222,14 @@ class Learner(Staged):
         "The frame of a public call: everything is checked, since anything may have been replaced; modes stay."
         check_parts(self.model, self.optimiser, self.loss_func, self.dataloaders)
         self._check_loaders(*phases)
-        with self.running(call, callbacks), self._modes_kept():
-            self.device, self._steps = place_model(self.model, self._asked_device), {}
-            yield
+        with self.running(call, callbacks):
+            modes, grad = [(module, module.training) for module in self.model.modules()], torch.is_grad_enabled()
+            try:
+                self.device, self._steps = place_model(self.model, self._asked_device), {}
+                yield
+            finally:  # also where an interrupt hit between a pass and its end
+                torch.set_grad_enabled(grad)
+                for module, training in modes: module.training = training
 
     @contextmanager
     def trial(self) -> Iterator[Learner]:
@@ -338,15 +341,6 @@ class Learner(Staged):
             for group in groups:  # groups that differ keep their proportions; the highest gets the value
                 group["lr"] = learning_rate if group["lr"] == top else group["lr"] * (learning_rate / top)
         self.optimiser.zero_grad()
-
-    @contextmanager
-    def _modes_kept(self) -> Iterator[None]:
-        "Put every module back into the mode, training or evaluation, that it was in; and gradients on or off."
-        modes, grad = [(module, module.training) for module in self.model.modules()], torch.is_grad_enabled()
-        try: yield
-        finally:
-            torch.set_grad_enabled(grad)
-            for module, training in modes: module.training = training
 
     def position(self) -> str:
         "How far the run has got, for messages: `epoch 2, batch 31`."

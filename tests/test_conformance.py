@@ -120,12 +120,6 @@ class ForgetsAHookOnTheOptimiser(Watcher):
     def after_train(self): self.handle.remove()
 
 
-@breaks("interrupts", "the grad mode was True and is False")
-class LeavesGradientsOff(Watcher):
-    def before_train(self): torch.set_grad_enabled(False)
-    def after_train(self): torch.set_grad_enabled(True)
-
-
 @breaks("interrupts", "autocast on the CPU was False and is True")
 class LeavesAutocastOn(Callback):
     def before_predict(self): torch.set_autocast_enabled("cpu", True)
