@@ -100,7 +100,7 @@ class Learner(Staged):
         if learning_rate is not None: learning_rate = check_number("learning_rate", learning_rate)
         with self._call("train", callbacks, "train", *self.dataloaders):
             self._set_learning_rate(learning_rate)
-            self.num_epochs, self.results = epochs, {}
+            self.num_epochs, self.results, rows = epochs, {}, len(self.history)
             with suppress(CancelTrainException), self.stage("train"):
                 for self.epoch in range(epochs):
                     if self.epoch: self.results = {}  # what before_train logs is in the first row
@@ -109,7 +109,7 @@ class Learner(Staged):
                         self._pass("train")
                         if (self.epoch + 1) % validation_epochs == 0 or self.epoch + 1 == epochs:
                             self._pass("validation")
-            if self.history.rows: self.results = self.history[-1]  # the results of a test belong to the last row
+            if len(self.history) > rows: self.results = self.history[-1]  # where the results of the test belong
             self._pass("test")
             self._write_steps()
 
