@@ -2,7 +2,8 @@
 
 Linear(16, 16)-ReLU-Linear(16, 10), batches of 32, SGD, ready batches in a list, one thread. The rounds of all rows
 alternate in one process, each run right after one of the plain loop, to which its ratio is; the medians are printed.
-Callbacks that watch are compared with the same learner without them, in a table of their own.
+Callbacks that watch are compared with the same learner without them, in a table of their own; each callback that steers
+is compared with a plain loop that does the same by hand.
 Output goes to a file. Peers that are installed are timed beside; those that are not are left out.
 """
 import argparse
@@ -96,10 +97,10 @@ WATCHERS = {  # callbacks by class: the module, and what to make of it; left out
 }
 
 
-def watchers():
-    "A row for each watcher that there is."
+def there(table):
+    "A row for each callback of a table that there is."
     rows = {}
-    for name, (module, make) in WATCHERS.items():
+    for name, (module, make, *_) in table.items():
         try: found = importlib.import_module(f"learner.{module}")
         except ModuleNotFoundError as error:
             if error.name != f"learner.{module}": raise
@@ -109,6 +110,85 @@ def watchers():
 
 
 def watched(batches, make): return learner(batches, [make()])
+
+
+# What callbacks that steer do, by hand in a plain loop.
+
+def plain_schedule(batches):
+    model = net()
+    optimiser = sgd(model)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 10**6)
+
+    def run():
+        model.train()
+        for x, y in batches:
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            optimiser.zero_grad()
+    return timed(run)
+
+
+def plain_clip(batches):
+    model = net()
+    optimiser = sgd(model)
+
+    def run():
+        model.train()
+        for x, y in batches:
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+    return timed(run)
+
+
+def plain_accumulate(batches, n=4):
+    model = net()
+    optimiser = sgd(model)
+
+    def run():
+        model.train()
+        for i, (x, y) in enumerate(batches, 1):
+            loss = F.cross_entropy(model(x), y)
+            (loss / n).backward()
+            if i % n == 0 or i == len(batches):
+                optimiser.step()
+                optimiser.zero_grad()
+    return timed(run)
+
+
+def plain_ema(batches, decay=0.999):
+    model = net()
+    optimiser = sgd(model)
+    parameters = list(model.parameters())
+    averages = [parameter.detach().clone() for parameter in parameters]
+
+    def run():
+        model.train()
+        for x, y in batches:
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            with torch.no_grad(): torch._foreach_lerp_(averages, parameters, 1 - decay)
+    return timed(run)
+
+
+STEERERS = {  # callbacks by class: the module, what to make of it, and the loop that does the same
+    "BatchSchedule": ("schedule", lambda module: module.BatchSchedule(
+        partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=10**6)), plain_schedule),
+    "ClipGradients": ("update", lambda module: module.ClipGradients(1.0), plain_clip),
+    "Accumulate": ("update", lambda module: module.Accumulate(4), plain_accumulate),
+    "EMA": ("update", lambda module: module.EMA(0.999), plain_ema),
+}
+
+
+def steerers():
+    "For each callback that steers and is there: a row, and the loop to compare it with."
+    return {name: (row, STEERERS[name.removeprefix("Learner: ")][2]) for name, row in there(STEERERS).items()}
 
 
 def miniai_(batches, shown=False):
@@ -238,7 +318,10 @@ def main():
                for _ in range(args.batches)]
     with tempfile.TemporaryFile("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         tables = {"the plain loop": in_pairs(plain, all_rows(), batches, args),
-                  "Learner": in_pairs(learner, watchers(), batches, args)}
+                  "Learner": in_pairs(learner, there(WATCHERS), batches, args),
+                  "the same by hand": {}}
+        for name, (row, base) in steerers().items():
+            tables["the same by hand"] |= in_pairs(base, {name: row}, batches, args)
     for base, pairs in tables.items():
         if not pairs: continue
         print(f"{'':<36}{'µs per batch':>14}{'more':>8}{'ratio':>8}  over {base}")
