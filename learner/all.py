@@ -11,14 +11,16 @@ __all__ = ['Accumulate', 'ActivationStats', 'BatchError', 'BatchSchedule', 'Batc
            'NaNGuard', 'Optimisers', 'PiecewiseSchedule', 'Profiler', 'Progress', 'Recorder', 'Schedule', 'Stage',
            'Staged', 'TTA', 'TensorLoader', 'check_batch_leakage', 'check_callback', 'check_data',
            'check_gradient_flow', 'check_initial_loss', 'check_overfit_one_batch', 'combine', 'confusion_matrix',
-           'cosine', 'data_hash', 'digits', 'doctor', 'fashion_mnist', 'git_state', 'kaiming', 'kept_rng', 'linear',
-           'lr_find', 'map_tensors', 'plot_curves', 'predictions', 'provides', 'rng_state', 'seed_everything',
-           'set_rng_state', 'show_batch', 'show_image', 'show_images', 'show_predictions', 'show_top_losses', 'split',
-           'summary', 'to_device', 'top_losses', 'warm_up']
+           'cosine', 'data_hash', 'digits', 'doctor', 'fashion_mnist', 'flip', 'git_state', 'kaiming', 'kept_rng',
+           'linear', 'lr_find', 'map_tensors', 'normalise', 'plot_curves', 'predictions', 'provides', 'random_crop',
+           'random_erase', 'random_flip', 'rng_state', 'seed_everything', 'set_rng_state', 'show_batch', 'show_image',
+           'show_images', 'show_predictions', 'show_top_losses', 'split', 'summary', 'to_device', 'top_losses',
+           'warm_up']
 
-# %% ../nbs/90_all.ipynb #ee3a1218
+# %% ../nbs/90_all.ipynb #cd972d85
 from .activations import ActivationStats, GradientStats
-from .augment import BatchTransform, CutMix, Mixup, TTA
+from .augment import TTA, BatchTransform, CutMix, Mixup, flip
+from .augment import normalise, random_crop, random_erase, random_flip
 from .checks import NaNGuard, check_batch_leakage, check_data, check_gradient_flow
 from .checks import check_initial_loss, check_overfit_one_batch
 from .conformance import check_callback
@@ -54,10 +56,10 @@ _all_ = [
     "NaNGuard", "Optimisers", "PiecewiseSchedule", "Profiler", "Progress", "Recorder", "Schedule", "Stage",
     "Staged", "TTA", "TensorLoader", "check_batch_leakage", "check_callback", "check_data", "check_gradient_flow",
     "check_initial_loss", "check_overfit_one_batch", "combine", "confusion_matrix", "cosine", "data_hash", "digits",
-    "doctor", "fashion_mnist", "git_state", "kaiming", "kept_rng", "linear", "lr_find", "map_tensors",
-    "plot_curves", "predictions", "provides", "rng_state", "seed_everything", "set_rng_state", "show_batch",
-    "show_image", "show_images", "show_predictions", "show_top_losses", "split", "summary", "to_device",
-    "top_losses", "warm_up",
+    "doctor", "fashion_mnist", "flip", "git_state", "kaiming", "kept_rng", "linear", "lr_find", "map_tensors",
+    "normalise", "plot_curves", "predictions", "provides", "random_crop", "random_erase", "random_flip",
+    "rng_state", "seed_everything", "set_rng_state", "show_batch", "show_image", "show_images", "show_predictions",
+    "show_top_losses", "split", "summary", "to_device", "top_losses", "warm_up",
 ]
 
 # %% ../nbs/90_all.ipynb #5b7eb663

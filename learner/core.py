@@ -119,11 +119,12 @@ class Learner(Staged):
         pass_stage, batch_stage = PASSES[phase]
         self.phase, self.batch_num = phase, -1
         self._means = defaultdict(partial(Mean, self.history.keep_steps))
-        training, model, loader = phase == "train", self.model, self._loader(phase)
+        training, model = phase == "train", self.model
         model.train(training)
         try:
             with torch.set_grad_enabled(training), suppress(CancelEpochException), self.stage(pass_stage):
                 if self.model is not model: self.model.train(training)  # a hook has put another in its place
+                loader = self._loader(phase)  # here, since a hook may have put in others
                 every, measured = self.measure_every, 0 if self.measure_every == 1 or length_of(loader) == 1 else 1
                 try:
                     for self.batch_num, self.batch in enumerate(loader):

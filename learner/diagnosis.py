@@ -18,27 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from learner.checks import (
-    Finding,
-    Findings,
-    NaNGuard,
-    NonFiniteError,
-    check_batch_leakage,
-    check_data,
-    check_gradient_flow,
-    check_initial_loss,
-    described,
-    first_batches,
-    found,
-    loss_kind,
-    on_a_copy,
-    skip,
-    take,
-    tensors_in,
-    visit,
-    well,
-    without_dropout,
-)
+from .checks import Finding, Findings, NaNGuard, NonFiniteError, check_batch_leakage, check_data
+from .checks import check_gradient_flow, check_initial_loss, described, first_batches, found
+from .checks import loss_kind, on_a_copy, skip, take, tensors_in, visit, well, without_dropout
 
 from .core import Learner
 from .errors import check_number, check_whole

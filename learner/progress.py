@@ -348,6 +348,7 @@ class Progress(Callback):
         self.plot = plot
         self.view: View | None = None  # while there is something to show
         self.opened_by, self.completed, self.next_look = "", False, math.inf
+        self.shown = 0  # rows of the history
 
     # A view lives as long as the stage that first wants one: all of training, or a pass alone.
 
@@ -365,7 +366,10 @@ class Progress(Callback):
     after_validation_batch = after_test_batch = after_batch
 
     def after_epoch(self, history: History) -> None:
-        if self.view: self.view.row(history[-1])
+        if self.view and len(history) > self.shown: self.view.row(history[-1])
+        self.shown = len(history)
+
+    cancelled_epoch = after_epoch  # a row there may be all the same
 
     def after_train(self) -> None: self.completed = True
 
@@ -382,7 +386,7 @@ class Progress(Callback):
 
     def _open(self, stage: str, learn: Learner, epochs: int) -> View:
         view = self.view = new_view(len(learn.history), epochs, self.plot)
-        self.opened_by, self.known = stage, set(learn.results)
+        self.opened_by, self.known, self.shown = stage, set(learn.results), len(learn.history)
         self.next_look = 0.0 if view.live else math.inf
         return view
 

@@ -412,7 +412,7 @@ class OpenStage:
                 raise
         else:
             self.whole = contextmanager(self._whole)()
-            self.learn.entered[self.stage.name] = self.whole.gen
+            self.learn._entered[self.stage.name] = self.whole.gen
             self.whole.__enter__()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> bool | None:
@@ -426,7 +426,7 @@ class OpenStage:
     def _whole(self) -> Generator[None, None, None]:
         "The stage with hooks of every kind."
         with ExitStack() as last:  # unwinds backwards: the cleanup hooks in order, then the makers of fixtures
-            last.callback(self.learn.entered.pop, self.stage.name, None)
+            last.callback(self.learn._entered.pop, self.stage.name, None)
             last.callback(self.drop)
             for fixture, maker in self.makers.items(): self.attributes[fixture] = self._enter(last, *maker)
             for hook in reversed(self.cleanup): last.callback(self._clean_up, *hook)
@@ -519,14 +519,14 @@ class Stopwatch:
         self.learn, self.name = learn, name
 
     def __enter__(self) -> None:
-        self.learn.path.append(self.name)
+        self.learn._path.append(self.name)
         self.start = self.learn.clock()
 
     def __exit__(self, *raised: Any) -> None:
-        entry = self.learn.times.setdefault(tuple(self.learn.path), [0, 0.0])
+        entry = self.learn.times.setdefault(tuple(self.learn._path), [0, 0.0])
         entry[0] += 1
         entry[1] += self.learn.clock() - self.start
-        self.learn.path.pop()
+        self.learn._path.pop()
 
 class TimedContext:
     "The context that an around hook or a provider opens, its opening and its closing measured."
@@ -702,7 +702,7 @@ class Actions(dict[tuple[str, ...], Callable[[], Any]]):
         for i, stage in enumerate(stages):
             lines += stage.source(scope, i)
             if stage.hooked and i + 1 < len(names):  # a hook may have changed the callbacks
-                lines.append(f"if learn.changes != {learn.changes}: return learn.act{names[i + 1:]}")
+                lines.append(f"if learn._changes != {learn._changes}: return learn.act{names[i + 1:]}")
         act = self[names] = define("act", lines, scope)
         return act
 
@@ -728,11 +728,11 @@ class Staged:
     ):
         self.times: Times = {}  # of the last run, by path
         self.clock: Callable[[], float] = perf_counter
-        self.path: list[str] = []  # of the measured stages that are open
-        self.entered: dict[str, Generator[None, None, None]] = {}  # what is to be done at the ends of open stages
-        self.changes = 0  # of callbacks so far
+        self._path: list[str] = []  # of the measured stages that are open
+        self._entered: dict[str, Generator[None, None, None]] = {}  # what is to be done at the ends of open stages
+        self._changes = 0  # of callbacks so far
         self._running = ""  # the public call that is under way
-        self._timed, self._blamed = False, (0, "")
+        self._timed, self._run = False, object()  # one for each run: an error that was told of in another is told of anew
         self._set_callbacks(as_callbacks(callbacks))
 
     @property
@@ -814,14 +814,14 @@ class Staged:
         try:
             if guests: self._set_callbacks([*own, *guests])
             all_of_them = self._callbacks
-            self._running, self.times, self.path, self._blamed = call, {}, [], (0, "")
+            self._running, self.times, self._path, self._run = call, {}, [], object()
             self.measure(True)
             with self._explained(call): yield
         finally:  # by assignment first, which nothing can interrupt
             now, lent = self._callbacks, self._resolved.owners
             self._running, self._callbacks, self._resolved = "", own, resolved
-            while self.entered:  # an interrupt hit between a stage and its end
-                with suppress(Exception): self.entered.popitem()[1].close()
+            while self._entered:  # an interrupt hit between a stage and its end
+                with suppress(Exception): self._entered.popitem()[1].close()
             self._forget_plans()
             for name in (*self.tree.passing(), *lent): vars(self).pop(name, None)  # an interrupt may have left some
             if now is not all_of_them:  # some were added or removed on the way
@@ -855,7 +855,7 @@ class Staged:
         label: str,  # of the hook that raised it
     ) -> None:
         "Say in a note where an exception came from; its type stays."
-        self._blamed = id(error), label
+        with suppress(Exception): error.told = (self._run, label)  # type: ignore[attr-defined]  # if it takes attributes
         if isinstance(error, CancelException) or not isinstance(error, Exception): return
         notes = [f"in {label}{self.position() and f' ({self.position()})'}"]
         if isinstance(error, AttributeError) and error.obj is self:
@@ -867,7 +867,8 @@ class Staged:
             for note in notes: error.add_note(note)
 
     def _blamed_for(self, error: BaseException) -> str:
-        return self._blamed[1] if self._blamed[0] == id(error) else ""
+        run, label = getattr(error, "told", (None, ""))
+        return label if run is self._run else ""
 
     def position(self) -> str:
         "How far the routine has got, for messages."
@@ -877,7 +878,7 @@ class Staged:
         # What was compiled for a run belongs to this very object; a copy makes its own.
         made = ("_plans", "_open", "_actions", "_resolved")
         kept = {name: value for name, value in vars(self).items() if name not in made}
-        return {**kept, "path": [], "entered": {}, "_running": "", "_timed": False}
+        return {**kept, "_path": [], "_entered": {}, "_running": "", "_timed": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -897,7 +898,7 @@ class Staged:
 
     def _forget_plans(self) -> None:
         "Stages and actions by name, unmeasured and measured, are made when first used, and anew when callbacks change."
-        self.changes += 1
+        self._changes += 1
         self._plans: list[tuple[dict[str, OpenStage], Actions]] = [({}, Actions(self)) for _ in range(2)]
         self.measure(self._timed)
 

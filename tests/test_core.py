@@ -393,6 +393,15 @@ def test_a_model_put_in_place_for_a_pass_is_evaluated_as_such():
     assert set(modes) == {(True, False)}
 
 
+@pytest.mark.parametrize("hook", ["before_train", "before_epoch", "before_training"])
+def test_loaders_that_a_hook_puts_in_are_used_in_the_pass_that_begins(hook):
+    learn, seen = learner(loaders_={"train": batches()}), []
+    learn.on(hook, lambda learn: setattr(learn, "dataloaders", {"train": batches()[:2]}))
+    learn.on("after_batch", lambda batch_num: seen.append(batch_num))
+    learn.train()
+    assert seen == [0, 1]
+
+
 def test_a_trial_leaves_no_trace():
     generator = torch.Generator().manual_seed(3)
     data = torch.utils.data.TensorDataset(torch.randn(40, 5), torch.randint(3, (40,)))

@@ -517,3 +517,15 @@ def test_import_is_cheap():
 @pytest.mark.parametrize("plot", ["loss", 1, None])
 def test_plot_must_be_true_or_false(plot):
     with pytest.raises(TypeError, match=re.escape(f"plot is {plot!r}; it must be True or False")): Progress(plot=plot)
+
+
+@pytest.mark.parametrize("hook", ["after_epoch", "after_validation", "after_batch"])
+def test_the_row_of_a_cancelled_epoch_is_shown(hook, capsys):
+    learn = learner(Progress())
+
+    @learn.on(hook)
+    def stop(epoch):
+        if epoch == 1: raise CancelTrainException
+    learn.train(5)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows if row and row[0].isdigit()] == ["0", "1"] and len(learn.history) == 2

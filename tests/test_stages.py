@@ -317,6 +317,28 @@ def test_an_exception_that_takes_no_notes_keeps_its_type():
     with pytest.raises(Strict): routine.train()
 
 
+def test_an_error_is_not_taken_for_one_before_it():
+    class Fails(Routine):
+        def predict(self):
+            if self.epoch == 1: raise ValueError("of the model")  # may stand where the exceptions before it stood
+
+    for _ in range(20):
+        routine = Fails()
+
+        @routine.on("before_predict")
+        def skip(epoch):
+            if epoch == 0: raise CancelBatchException
+        with pytest.raises(ValueError) as caught: routine.train()
+        assert caught.value.__notes__ == ["in train (epoch 1, batch 0)"]
+
+
+def test_a_routine_may_have_a_path_of_its_own():
+    routine = Routine()
+    routine.path = routine.entered = routine.changes = "mine"
+    routine.train()
+    assert routine.path == routine.entered == routine.changes == "mine"
+
+
 def test_an_error_that_is_raised_again_is_noted_each_time():
     error = RuntimeError("again")
 
@@ -499,7 +521,7 @@ def test_times_belong_to_a_pass_and_every_kind_of_hook_has_one(capsys):
     routine.explain()
     lines = capsys.readouterr().out.splitlines()
     assert all(line.endswith("s") for line in lines if "cancelled" not in line), lines
-    assert routine.path == []
+    assert routine._path == []
 
 
 # Mistakes
