@@ -458,14 +458,16 @@ class ModuleStats(Callback):
         state: dict[str, Any],  # from `state_dict`, of statistics with as many bins
     ) -> None:
         "Go on from there; raises ValueError if the bins differ."
-        series = {name: MeasuredSeries(**columns) for name, columns in state["series"].items()}
+        series = {name: MeasuredSeries(**{column: values.cpu() for column, values in columns.items()})
+                  for name, columns in state["series"].items()}
         for columns in series.values():
             if columns.histogram.shape[1] != self.bins:
                 raise ValueError(f"the state has histograms of {columns.histogram.shape[1]} bins, but bins is "
                                  f"{self.bins}; make the callback with the bins of the state")
         self.batches, self.labels = state["batches"], dict(state["labels"])
         self._blocks = {name: [columns] for name, columns in series.items()}
-        self._stop()
+        self._unhook()
+        self._calls = {}
 
 def _outer_labels(axes: np.ndarray) -> np.ndarray:
     "Leave labels to the axes at the left and at the foot of a grid."

@@ -14,6 +14,7 @@ from copy import deepcopy
 from functools import partial
 from html import escape
 from numbers import Real
+from os import PathLike
 from typing import Any, ClassVar
 
 import torch
@@ -22,10 +23,11 @@ from torch.nn.parameter import is_lazy
 
 from .errors import check_number, check_whole
 from .history import History, Mean
-from .parts import accepts, check_optimiser, check_parts, is_optimiser, kept_order
-from .parts import length_of, no_loss, not_scalar, place_model, samplers_of
-from .provenance import kept_rng
-from .stages import Callback, CancelEpochException, CancelException, CancelTrainException, Staged
+from .parts import accepts, check_parts, is_optimiser, kept_order, length_of
+from .parts import make_optimiser, no_loss, not_scalar, place_model, samplers_of
+from .provenance import kept_rng, rng_state, set_rng_state
+from .state import Place, Resumable, batches_from, order_state, set_order_state
+from .stages import Callback, CancelEpochException, CancelException, CancelTrainException
 from .tree import batch_size, call_model, open_batch
 
 PASSES = {  # by phase: the stage of the pass, and of its batches
@@ -39,7 +41,7 @@ __all__ = ['PASSES', 'LossError', 'Learner']
 class LossError(ValueError):
     "A loss that training cannot use."
 
-class Learner(Staged):
+class Learner(Resumable):
     "Trains a model: the loop in stages, with callbacks that can read and change anything here."
     fixtures: ClassVar[tuple[str, ...]] = (
         "model", "optimiser", "loss_func", "dataloaders", "device", "history", "results",
@@ -78,64 +80,78 @@ class Learner(Staged):
         self.model, self.optimiser, self.loss_func, self.dataloaders = model, optimiser, loss_func, dataloaders
         self.history, self.results = History(), {}
         self.phase, self.num_epochs, self.epoch, self.batch_num = "", 0, 0, 0
-        self._means: dict[str, Mean] = {}  # of the pass that is under way, by quantity
         self._logged: list[tuple[int, str, Any]] = []  # by batches; counts when the routine of the batch is done
-        self._done = True  # the batch's routine
-        self._steps: dict[str, list[float]] = {}  # every batch's values, which go to the history with the row
         super().__init__(callbacks)
         self._asked_device, self.device = device, place_model(model, device)
+        self._failed = False  # the last public call
 
     # The loop
 
     def train(
         self,
-        epochs: int = 1,
+        epochs: int | None = None,  # in all; None: 1, or as many as the training that is resumed was to have
         learning_rate: float | None = None,  # of all parameter groups; None: as the optimiser has it
-        validation_epochs: int = 1,  # validate every so many epochs, and after the last
+        validation_epochs: int | None = None,  # validate every so many epochs, and after the last; None: 1, or as then
         callbacks: Callback | Iterable[Callback] | None = None,  # for this call only
+        resume: bool | str | PathLike[str] | None = None,  # True: where it was stopped; or a checkpoint, or a folder of them
     ) -> None:
         "Train, validate on the way, and test once at the end if there is a test loader."
-        epochs = check_whole("epochs", epochs)
-        validation_epochs = check_whole("validation_epochs", validation_epochs)
+        state = self._to_resume(resume)
+        epochs, validation_epochs = self._lengths(state, epochs, validation_epochs)
         if learning_rate is not None: learning_rate = check_number("learning_rate", learning_rate)
         with self._call("train", callbacks, "train", *self.dataloaders):
-            self._set_learning_rate(learning_rate)
-            self.num_epochs, self.results, rows = epochs, {}, len(self.history)
-            with suppress(CancelTrainException), self.stage("train"):
-                for self.epoch in range(epochs):
-                    if self.epoch: self.results = {}  # what before_train logs is in the first row
-                    self.results["epoch"] = len(self.history)
-                    with suppress(CancelEpochException), self.stage("epoch"), self._row_written():
-                        self._pass("train")
-                        if (self.epoch + 1) % validation_epochs == 0 or self.epoch + 1 == epochs:
-                            self._pass("validation")
-            if len(self.history) > rows: self.results = self.history[-1]  # where the results of the test belong
-            self._pass("test")
+            self._begin(state, epochs, validation_epochs, learning_rate)
+            begin = self._place
+            if begin.phase != "test":
+                with suppress(CancelTrainException), self.stage("train"), self._left_off():
+                    if self._resuming and not begin.phase: self._take_up()
+                    for self.epoch in range(begin.epoch, epochs):
+                        if self.epoch > begin.epoch: self.results = {}  # what before_train logs is in the first row
+                        if not self._resuming: self._place = Place(self.epoch)
+                        self.results["epoch"] = len(self.history)
+                        with suppress(CancelEpochException), self.stage("epoch"), self._row_written():
+                            self._pass("train")
+                            if (self.epoch + 1) % validation_epochs == 0 or self.epoch + 1 == epochs:
+                                self._pass("validation")
+                            if self._resuming: self._take_up()  # nothing was left to do in this epoch
+            if len(self.history) > self._first_row: self.results = self.history[-1]  # where results of the test belong
+            with self._left_off():
+                self._place, self._began = Place(epochs, "test"), {}
+                self._pass("test")
             self._write_steps()
+            self._place, self._saved = Place(epochs), None
 
     def _pass(self, phase: str) -> None:
-        "One pass over the loader of a phase, if there is one."
-        if phase not in self.dataloaders: return
+        "One pass over the loader of a phase, if there is one; a training that is resumed goes on in its middle."
+        if phase not in self.dataloaders or (self._resuming and self._place.phase != phase): return
         pass_stage, batch_stage = PASSES[phase]
-        self.phase, self.batch_num = phase, -1
+        self.phase, self.batch_num, self._stepped = phase, -1, -1
         self._means = defaultdict(partial(Mean, self.history.keep_steps))
-        training, model = phase == "train", self.model
+        training, model, signals = phase == "train", self.model, self._signals
+        self._evaluating = not training
         model.train(training)
         try:
             with torch.set_grad_enabled(training), suppress(CancelEpochException), self.stage(pass_stage):
                 if self.model is not model: self.model.train(training)  # a hook has put another in its place
-                loader = self._loader(phase)  # here, since a hook may have put in others
-                every, measured = self.measure_every, 0 if self.measure_every == 1 or length_of(loader) == 1 else 1
+                first, batches = self._batches(phase)
+                every, measured = self.measure_every, 0 if self.measure_every == 1 or length_of(batches) == 1 else 1
                 try:
-                    for self.batch_num, self.batch in enumerate(loader):
+                    for self.batch_num, self.batch in enumerate(batches, first):
                         if self.batch_num % every < 3: self.measure(self.batch_num % every == measured)
                         self._done = False
                         self.act(batch_stage)
+                        self._done = True
+                        if signals.noted: raise signals.error(self._stopped())
                 except CancelException:
                     self._end_pass()
                     raise
+                except BaseException as error:
+                    if signals.noted and self._done and isinstance(error, Exception):  # workers of the loader died of it
+                        error = signals.error(self._stopped())
+                    if training: self._leave(error)  # while the callbacks are in the middle of the pass
+                    raise error
                 self._end_pass()
-        finally: self._means, self._logged, self._done = {}, [], True
+        finally: self._means, self._logged, self._done, self._evaluating = {}, [], True, False
 
     def _train_batch(self) -> None:
         try: values = self.train_batch()
@@ -194,6 +210,7 @@ class Learner(Staged):
             if accepts(self.optimiser.step): raise
             raise TypeError(f"optimiser: {type(self.optimiser).__name__}.step needs a closure, which the loop does not "
                             "give; take another optimiser, or override step() in a subclass") from error
+        self._stepped = self.batch_num
         self.optimiser.zero_grad()
 
     # Other calls
@@ -223,7 +240,9 @@ class Learner(Staged):
         "The frame of a public call: everything is checked, since anything may have been replaced; modes stay."
         check_parts(self.model, self.optimiser, self.loss_func, self.dataloaders)
         self._check_loaders(*phases)
-        with self.running(call, callbacks):
+        if self._failed and not self._running: self.release()
+        self._failed = True
+        with self._signals, self.running(call, callbacks):
             modes, grad = [(module, module.training) for module in self.model.modules()], torch.is_grad_enabled()
             try:
                 self.device, self._steps = place_model(self.model, self._asked_device), {}
@@ -231,6 +250,8 @@ class Learner(Staged):
             finally:  # also where an interrupt hit between a pass and its end
                 torch.set_grad_enabled(grad)
                 for module, training in modes: module.training = training
+                self._resuming = None
+        self._failed = False
 
     @contextmanager
     def trial(self) -> Iterator[Learner]:
@@ -288,9 +309,22 @@ class Learner(Staged):
             raise
         self._write_row()
 
+    @contextmanager
+    def _left_off(self) -> Iterator[None]:
+        "Keep what a resume needs when training is stopped; where a callback ends it, there is nothing to go on with."
+        try: yield
+        except CancelTrainException:
+            self._place = Place(self.num_epochs)
+            raise
+        except CancelException: raise
+        except BaseException as error:
+            self._leave(error)
+            raise
+
     def _write_row(self) -> None:
         self.history.rows.append(self.results)
         self._write_steps()
+        self._place = Place(self.epoch + 1)
 
     def _write_steps(self) -> None:
         for column, values in self._steps.items(): self.history.steps.setdefault(column, []).extend(values)
@@ -306,6 +340,7 @@ class Learner(Staged):
             column = f"{self.phase}_{name}"
             self.results[column] = mean.compute()
             if mean.blocks: self._steps[column] = mean.values()
+        if self.phase == "train": self._place, self._began = Place(self.epoch, "validation", self.batch_num + 1), {}
         loss = self.results.get(f"{self.phase}_loss", 0.0)
         if math.isnan(loss) and not any(math.isnan(row.get(f"{self.phase}_loss") or 0.0) for row in self.history):
             warnings.warn(f"{self.phase}_loss is nan ({self.position()}); try a lower learning rate, "
@@ -327,21 +362,56 @@ class Learner(Staged):
             if length_of(self.dataloaders[phase]) == 0:
                 raise ValueError(f"dataloaders[\"{phase}\"] is empty; give it at least one batch")
 
-    def _set_learning_rate(self, learning_rate: float | None) -> None:
-        "Make the optimiser if that is still to be done, and set the learning rate of its groups."
-        if not is_optimiser(self.optimiser):
-            given = {} if learning_rate is None else {"lr": learning_rate}
-            if not accepts(self.optimiser, self.model.parameters(), **given):
-                raise ValueError("optimiser: the factory needs a learning rate; pass one: train(learning_rate=0.01)")
-            made = self.optimiser(self.model.parameters(), **given)
-            check_optimiser(made, self.model)
-            self.optimiser = made
-        elif learning_rate is not None:
-            groups = self.optimiser.param_groups
-            top = max(group["lr"] for group in groups)
-            for group in groups:  # groups that differ keep their proportions; the highest gets the value
-                group["lr"] = learning_rate if group["lr"] == top else group["lr"] * (learning_rate / top)
+    def _lengths(self, state: Any, *given: int | None) -> tuple[int, int]:
+        "How many epochs to train, and how often to validate."
+        saved: Any = state["loop"] if state else {"num_epochs": 1, "validation_epochs": 1, "place": (0, "", 0)}
+        names = ("num_epochs", "validation_epochs")
+        epochs, validation_epochs = (
+            check_whole(name.removeprefix("num_"), saved[name] if value is None else value)
+            for name, value in zip(names, given, strict=True))
+        if epochs < saved["place"][0]:
+            raise ValueError(f"epochs is {epochs}, and {saved['place'][0]} are done in the training to resume; they count "
+                             "from its beginning: ask for more, or leave epochs out")
+        return epochs, validation_epochs
+
+    def _begin(self, state: Any, epochs: int, validation_epochs: int, learning_rate: float | None) -> None:
+        "Get ready to train from the beginning, or to go on from a state."
+        if not is_optimiser(self.optimiser) and not state:
+            self.optimiser = make_optimiser(self.optimiser, self.model, learning_rate)
+        elif learning_rate is not None and not state: self._set_learning_rate(learning_rate)
+        self.results, self._place, self._first_row = {}, Place(), len(self.history)
+        self._saved = self._resuming = state
+        if state: self._put(state)
+        self.num_epochs, self._validation_epochs = epochs, validation_epochs
         self.optimiser.zero_grad()
+
+    def _set_learning_rate(self, learning_rate: float) -> None:
+        groups = self.optimiser.param_groups
+        top = max(group["lr"] for group in groups)
+        for group in groups:  # groups that differ keep their proportions; the highest gets the value
+            group["lr"] = learning_rate if group["lr"] == top else group["lr"] * (learning_rate / top)
+
+    def _batches(self, phase: str) -> tuple[int, Iterable[Any]]:
+        "The number of the next batch of a pass, and the loader, or what it still has to give."
+        if not self._resuming:
+            loader = self._loader(phase)
+            if self._running == "train" and phase == "train": self._place = Place(self.epoch, phase)
+            self._began = {"rng": rng_state(), "order": order_state(loader)}
+            return 0, loader
+        loop = self._take_up()
+        loader, first = self._loader(phase), self._place.batch if phase == "train" else 0
+        self._began = loop["began"] if first else {"rng": loop["rng"], "order": loop["orders"][phase]}
+        if first:
+            set_order_state(loader, self._began["order"])
+            self.batch_num = first - 1
+            for name, mean in loop["means"].items(): self._means[name].load_state_dict(mean, self.device)
+        batches = batches_from(loader, first, self._began["rng"], loop["loader"])
+        set_rng_state(loop["rng"])
+        return first, batches
+
+    def _stopped(self) -> str:
+        goes_on = "; train(resume=True) goes on from there" if self._running == "train" else ""
+        return f"stopped after {self.position()}{goes_on}"
 
     def position(self) -> str:
         "How far the run has got, for messages: `epoch 2, batch 31`."

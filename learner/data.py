@@ -13,11 +13,12 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from itertools import product
 from numbers import Integral, Real
 from operator import itemgetter, length_hint
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subs
 
 from .errors import check_whole, did_you_mean
 from .history import PHASES
+from .provenance import seed_everything
 from .tree import map_tensors
 
 # %% auto #0
@@ -55,6 +57,7 @@ class EpochSampler(Sampler[int]):
     ):
         self.num_examples, self.shuffle = check_whole("num_examples", num_examples), shuffle
         self.seed, self.epoch = check_whole("seed", seed, 0), 0
+        self.skip = 0  # examples that the next pass leaves out at its beginning, since they have been seen
 
     def set_epoch(self, epoch: int) -> None:
         "Say which epoch the next pass is, from 0."
@@ -74,7 +77,9 @@ class EpochSampler(Sampler[int]):
         self.epoch += 1
         return self.epoch - 1
 
-    def __iter__(self) -> Iterator[int]: return iter(self.order(self.start()).tolist())
+    def __iter__(self) -> Iterator[int]:
+        skip, self.skip = self.skip, 0
+        return iter(self.order(self.start())[skip:].tolist())
 
     def __len__(self) -> int: return self.num_examples
 
@@ -176,9 +181,15 @@ class TensorLoader(_InEpochs):
         batch = map_tensors(lambda tensor: tensor.index_select(0, rows), self.data)
         return batch if self.transform is None else self.transform(batch)
 
-    def __iter__(self) -> Iterator[Any]:
+    def batches_from(
+        self,
+        first: int,  # number of a batch, from 0
+    ) -> Iterator[Any]:
+        "The next pass without the batches before this one, which are not read."
         order = self.order(self.sampler.start()).to(self.device)  # once a pass, so that no batch waits for the device
-        return map(self.fetch, order.split(self.batch_size)[:len(self)])
+        return map(self.fetch, order.split(self.batch_size)[first:len(self)])
+
+    def __iter__(self) -> Iterator[Any]: return self.batches_from(0)
 
     def __len__(self) -> int:
         batches = len(self.sampler) / self.batch_size
@@ -193,6 +204,34 @@ def _check_dataset(name: str, dataset: Any) -> int:
         raise TypeError(f"{name} is of type {type(dataset).__name__}; it must have __getitem__ and __len__")
     if len(dataset) == 0: raise ValueError(f"{name} is empty; give it at least one example")
     return len(dataset)
+
+class _Rows(list[int]):
+    "The positions of the examples of a batch, and the seed that goes with it."
+    seed = 0
+
+class _SeededRows:
+    "A batch sampler that gives each batch its seed."
+
+    def __init__(self, batches: Any, sampler: EpochSampler, batch_size: int):
+        self.batches, self.sampler, self.batch_size = batches, sampler, batch_size
+
+    def __iter__(self) -> Iterator[_Rows]:
+        epoch, first = self.sampler.epoch, self.sampler.skip // self.batch_size
+        for number, positions in enumerate(self.batches, first):
+            rows = _Rows(positions)
+            rows.seed = _seeds("workers", self.sampler.seed, epoch, number)[0]
+            yield rows
+
+class _SeededExamples(Dataset):
+    "A data set in a worker, where every batch begins with random numbers of its own."
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __getitems__(self, rows: _Rows) -> Any:
+        seed_everything(rows.seed)
+        if hasattr(self.dataset, "__getitems__"): return self.dataset.__getitems__(rows)
+        return [self.dataset[position] for position in rows]
 
 class DatasetLoader(_InEpochs, DataLoader):
     "Batches of a map-style data set, in an order that `(seed, epoch)` alone decides."
@@ -215,12 +254,26 @@ class DatasetLoader(_InEpochs, DataLoader):
             dataset, _check_batch_size(len(sampler), batch_size, drop_last), sampler=sampler, drop_last=drop_last,
             num_workers=check_whole("num_workers", num_workers, 0), generator=None, **options,
         )
+        self._workers: Any = None  # the same loader as its workers see it
+
+    def batches_from(
+        self,
+        first: int,  # number of a batch, from 0
+    ) -> Iterator[Any]:
+        "The next pass without the batches before this one, which are not read."
+        self.sampler.skip = first * cast(int, self.batch_size)
+        return iter(self)
 
     def __iter__(self) -> Any:
-        # DataLoader draws the seed of its workers from this, on the device that is the default now.
-        generator = torch.Generator(torch.get_default_device())
-        self.generator = generator.manual_seed(_seeds("workers", self.sampler.seed, self.sampler.epoch)[0])
-        return super().__iter__()
+        # DataLoader draws a seed for its workers from this, on the device that is the default now.
+        self.generator = torch.Generator(torch.get_default_device()).manual_seed(0)
+        if not self.num_workers: return super().__iter__()
+        if self._workers is None:
+            self._workers = copy(self)
+            rows = _SeededRows(self.batch_sampler, self.sampler, cast(int, self.batch_size))
+            vars(self._workers).update(dataset=_SeededExamples(self.dataset), batch_sampler=rows)
+        self._workers.generator = self.generator
+        return DataLoader.__iter__(self._workers)
 
 # %% ../nbs/12_data.ipynb #9acfed37
 class NoLoader(KeyError, AttributeError):

@@ -77,6 +77,17 @@ class FunctionMean:
         "The mean so far."
         return self.mean.compute()
 
+    def state_dict(self) -> dict[str, Any]:
+        "Where the mean stands."
+        return self.mean.state_dict()
+
+    def load_state_dict(
+        self,
+        state: dict[str, Any],  # from `state_dict`
+    ) -> None:
+        "Go on from there."
+        self.mean.load_state_dict(state)
+
     def to(self, device: torch.device) -> None:
         "Move the function if it is a module."
         if hasattr(self.function, "to"): self.function.to(device)
@@ -277,6 +288,53 @@ class Metrics(Callback):
     def cleanup_training(self) -> None: self._forget()
 
     cleanup_validation = cleanup_test = cleanup_training
+
+    # Going on in the middle of a pass
+
+    def state_dict(self) -> dict[str, Any]:
+        "Where the pass that is under way stands; nothing where none is. Batches that are held stay held."
+        if not self.running: return {}
+        chunk, kind = self._chunk, self._kind
+        return {
+            "running": {name: _state_of(metric) for name, metric in self.running.items()},
+            "kind": kind and [*map(list, kind[:2]), *(str(dtype).removeprefix("torch.") for dtype in kind[2:])],
+            "none_yet": kind is None, "room": chunk.room,
+            "held": [store[:chunk.count].clone() for store in chunk.stores] if chunk.count else [],
+        }
+
+    def load_state_dict(
+        self,
+        state: dict[str, Any],  # from `state_dict`
+    ) -> None:
+        "Go on with a pass, if one is under way. Raises MetricError for the state of other metrics."
+        if not (state and self.running): return
+        if state["running"].keys() != self.running.keys():
+            raise MetricError(f"the state is of {', '.join(state['running'])}, and this is {self}; use the same metrics")
+        with _quiet():
+            for name, metric in self.running.items(): _set_state_of(metric, state["running"][name])
+        self._kind = None if state["none_yet"] else tuple(state["kind"] or ())
+        if self._kind:
+            shapes, dtypes = self._kind[:2], self._kind[2:]
+            self._kind = (*map(torch.Size, shapes), *(getattr(torch, dtype) for dtype in dtypes))
+        self._chunk = Chunk(state["room"])
+        if state["held"]:
+            for row in zip(*state["held"], strict=True): self._chunk.add(*row)
+
+def _state_of(metric: Any) -> Any:
+    "What a metric has added up so far."
+    if hasattr(metric, "metric_state"):  # torchmetrics, whose state_dict is empty
+        return {"counts": metric._update_count, "values": {k: _copied(v) for k, v in metric.metric_state.items()}}
+    return metric.state_dict() if hasattr(metric, "state_dict") else _copied(vars(metric))
+
+def _set_state_of(metric: Any, state: Any) -> None:
+    if hasattr(metric, "metric_state"):
+        for name, value in state["values"].items(): setattr(metric, name, _copied(value))
+        metric._update_count, metric._computed = state["counts"], None
+    elif hasattr(metric, "state_dict"): metric.load_state_dict(state)
+    else: vars(metric).update(_copied(state))
+
+def _copied(tree: Any) -> Any:
+    return map_tensors(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 def _update(metrics: dict[str, Any], predictions: Any, labels: Any) -> None:
     "Update metrics with tensors that belong to no graph; an error says which metric and which shapes."

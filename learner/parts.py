@@ -17,8 +17,8 @@ from .errors import did_you_mean
 from .history import PHASES
 
 # %% auto #0
-__all__ = ['accepts', 'is_optimiser', 'check_optimiser', 'check_parts', 'not_scalar', 'no_loss', 'place_model', 'length_of',
-           'samplers_of', 'kept_order']
+__all__ = ['accepts', 'is_optimiser', 'check_optimiser', 'make_optimiser', 'check_parts', 'not_scalar', 'no_loss', 'place_model',
+           'length_of', 'samplers_of', 'generators_of', 'kept_order']
 
 # %% ../nbs/10_parts.ipynb #90e40f92
 def accepts(
@@ -49,6 +49,19 @@ def check_optimiser(
     if not any(id(parameter) in own for group in optimiser.param_groups for parameter in group["params"]):
         raise ValueError(f"optimiser: {type(optimiser).__name__} has no parameter of the model in it; "
                          "make it from model.parameters()")
+
+def make_optimiser(
+    factory: Callable[..., Any],  # called as `factory(model.parameters(), lr=learning_rate)`
+    model: nn.Module,
+    learning_rate: Any = None,  # None: as the factory has it
+) -> Any:
+    "An optimiser of a model's parameters. Raises ValueError if the factory needs a learning rate and gets none."
+    given = {} if learning_rate is None else {"lr": learning_rate}
+    if not accepts(factory, model.parameters(), **given):
+        raise ValueError("optimiser: the factory needs a learning rate; pass one: train(learning_rate=0.01)")
+    made = factory(model.parameters(), **given)
+    check_optimiser(made, model)
+    return made
 
 def check_parts(
     model: Any,
@@ -129,14 +142,21 @@ def samplers_of(
     for part in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
         if part is not None: yield from (part, *filter(None, [getattr(part, "sampler", None)]))
 
+def generators_of(
+    loader: Any,
+) -> list[torch.Generator]:
+    "The generators that a loader and its samplers have for themselves, each once."
+    found = [getattr(part, "generator", None) for part in samplers_of(loader)]
+    return [g for i, g in enumerate(found) if isinstance(g, torch.Generator) and all(g is not other for other in found[:i])]
+
 @contextmanager
 def kept_order(
     loaders: Iterable[Any],
 ) -> Iterator[None]:
     "Leave the order that loaders will give as it was on entry: their generators, and the epoch they were told."
-    parts = [part for loader in loaders for part in samplers_of(loader)]
-    generators = {part.generator for part in parts if isinstance(getattr(part, "generator", None), torch.Generator)}
-    states = [(generator, generator.get_state()) for generator in generators]
+    listed = list(loaders)
+    parts = [part for loader in listed for part in samplers_of(loader)]
+    states = [(generator, generator.get_state()) for loader in listed for generator in generators_of(loader)]
     epochs = [(part, part.epoch) for part in parts if hasattr(part, "set_epoch") and hasattr(part, "epoch")]
     try: yield
     finally:

@@ -706,7 +706,7 @@ class EarlyStopping(Callback):
         patience: int = 3,  # epochs without improvement that end training
         mode: str | None = None,  # "min" if low is good, "max" if high is; None: as the name tells, such as loss or accuracy
         min_delta: float = 0.0,  # an improvement is more than this
-        restore_best: bool = False,  # put back the weights of the best epoch; they are kept on the model's device
+        restore_best: bool = False,  # when training ends, put back the best epoch's weights; they are kept on the device
     ):
         check_monitor("EarlyStopping", monitor)
         if mode not in (None, "min", "max"):
@@ -735,9 +735,15 @@ class EarlyStopping(Callback):
         check_monitor("EarlyStopping", self.monitor, learn)
         if not self.under_way: self._begin()
         self.under_way = True
-        try: yield
+        ended = False  # by itself; one that was stopped may go on from its last weights
+        try:
+            yield
+            ended = True
+        except CancelTrainException:
+            ended = True
+            raise
         finally:
-            if self.weights is not None: learn.model.load_state_dict(self.weights)
+            if ended and self.weights is not None: learn.model.load_state_dict(self.weights)
             self.under_way, self.weights = False, None
 
     def around_epoch(self, learn: Learner) -> Iterator[None]:

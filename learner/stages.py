@@ -58,6 +58,7 @@ class Stage:
     leaves: str | tuple[str, ...] = ()  # fixtures that it makes: alive from its end to the end of the stage around it
     action: str = ""  # the learner's method that does the work; unless private, a callback's `<name>` can replace it
     follows: str = ""  # the stage beside it that it comes after; default: the last declared before it
+    rare: bool = False  # it opens now and then only, so `explain` shows it where it is hooked
 
     def __post_init__(self) -> None:
         for field in ("inside", "counts", "holds", "leaves"):
@@ -74,6 +75,7 @@ STAGES = (
     Stage("validation", "epoch", CancelEpochException, counts="phase"),
     Stage("validation_batch", "validation", CancelBatchException, counts="batch_num", holds="batch",
           action="_validation_batch"),
+    Stage("interrupt", ("training", "train"), rare=True),  # Ctrl-C or SIGTERM is about to end the run between two batches
     Stage("test", cancel=CancelEpochException, counts="phase"),
     Stage("test_batch", "test", CancelBatchException, counts="batch_num", holds="batch", action="_validation_batch"),
     Stage("prepare", _BATCHES, leaves=("data", "labels", "batch_size"), action="prepare"),
@@ -923,6 +925,7 @@ def explain_lines(
             for hook in hooks.get(kind, ()): rows.append((f"{pad}  · {kind}", asked(hook), (*path, hook.label)))
 
         hooks, pad, path = resolved.hooks.get(stage.name, {}), "  " * len(outer), (*outer, stage.name)
+        if stage.rare and not hooks: return
         own = f"{type(learn).__name__}.{stage.action.lstrip('_')}" if stage.action else ""
         for hook in hooks.get("action", ()): own = f"{asked(hook)} replaces {own}"
         rows.append((pad + stage.name, own, path))

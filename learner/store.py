@@ -27,7 +27,7 @@ from torch.nn import Parameter
 from .errors import did_you_mean
 
 # %% auto #0
-__all__ = ['snapshot', 'save_state', 'DamagedError', 'load_state', 'check_state', 'list_states']
+__all__ = ['snapshot', 'save_state', 'DamagedError', 'load_state', 'check_state', 'list_states', 'hash_state']
 
 # %% ../nbs/04_store.ipynb #55d1c6cc
 _DTYPES: dict[str, torch.dtype] = {  # safetensors' names
@@ -597,3 +597,14 @@ def list_states(
             time = os.stat(os.path.join(folder, name, _STATE)).st_mtime_ns
             found[Path(folder) / (aside[1] if aside else name)] = time
     return sorted(found, key=lambda path: found[path])
+
+# %% ../nbs/04_store.ipynb #3764d890
+def hash_state(
+    state: Mapping[str, Any],  # as for `save_state`
+) -> str:  # 64 hexadecimal digits
+    "SHA-256 of all that a state holds: equal for equal states, whatever device they are on. Raises as `save_state` does."
+    encoder = _Encoder()
+    digest = hashlib.sha256(json.dumps(_encode_state(encoder, state), sort_keys=True).encode())
+    for part in sorted(encoder.parts):
+        for block in _blocks(encoder.parts[part], encoder.ties.get(part, {})): digest.update(block)
+    return digest.hexdigest()

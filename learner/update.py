@@ -224,7 +224,7 @@ class Accumulate(Callback):
     def state_dict(self) -> dict[str, Any]:
         "The open group with its gradients; nothing where none is open."
         if self._loaded is not None: return dict(self._loaded)
-        if self._unit is None: return {}
+        if self._unit is None or self._inside: return {}  # a batch that fails takes its group with it
         gradients = [None if p.grad is None else p.grad.clone() for p in trained_parameters(self._optimiser)]
         return {"batches": self.batches, "total": self._total, "unit": self._unit, "divisor": self._divisor,
                 "gradients": gradients}
@@ -238,6 +238,9 @@ class Accumulate(Callback):
             if state and name not in state:
                 raise ValueError(f"load_state_dict: the state has no {name}; it has {sorted(state)}")
         self._loaded = dict(state) or None
+        if self._optimiser is not None:  # a pass is under way
+            self._begin_group()
+            if self._loaded is not None: self._restore(self._loaded)
 
     def _restore(self, state: dict[str, Any]) -> None:
         "Put the gradients of an earlier run back."
@@ -288,10 +291,22 @@ class ClipGradients(Callback):
 
     def before_step(self, learn: Learner) -> None:
         parameters = trained_parameters(learn.optimiser)
-        if self.norm is None: nn.utils.clip_grad_value_(parameters, self.value or 0.0)
-        else:
-            norm = nn.utils.clip_grad_norm_(parameters, self.norm, self.norm_type)
-            if self.log: learn.log(gradient_norm=norm)
+        try: norm = self._clip(parameters)
+        except NotImplementedError: norm = self._clip(list(map(_dense, parameters)))  # PyTorch clips no sparse gradients
+        if self.log: learn.log(gradient_norm=norm)
+
+    def _clip(self, parameters: list[Tensor]) -> Tensor | None:  # the norm before
+        if self.norm is not None: return nn.utils.clip_grad_norm_(parameters, self.norm, self.norm_type)
+        nn.utils.clip_grad_value_(parameters, self.value or 0.0)
+        return None
+
+def _dense(parameter: Tensor) -> Tensor:
+    "The parameter, or for one with a sparse gradient a tensor whose gradient are the values in it, which are shared."
+    if parameter.grad is None or not parameter.grad.is_sparse: return parameter
+    parameter.grad = parameter.grad.coalesce()  # what has come to one place is added up
+    values = torch.empty_like(parameter.grad._values())
+    values.grad = parameter.grad._values()
+    return values
 
 def _check_limit(name: str, value: Any) -> float:
     if check_number(name, value) == 0: raise ValueError(f"{name} is {value!r}; it must be above 0")
@@ -510,27 +525,36 @@ class FreezeUntil(Callback):
             if parameter.requires_grad and id(parameter) not in trained:
                 raise ValueError(f"FreezeUntil: {name} is not in the optimiser and would never be trained; make the "
                                  "optimiser from all parameters of the model")
-        frozen = [parameter for parameter in picked.values() if parameter.requires_grad]
-        if not any(p.requires_grad for p in trained_parameters(learn.optimiser) if all(p is not f for f in frozen)):
+        held = self._held_by_others(learn)
+        frozen = [parameter for parameter in picked.values() if parameter.requires_grad or id(parameter) in held]
+        own = set(map(id, frozen))
+        if not any(p.requires_grad for p in trained_parameters(learn.optimiser) if id(p) not in own):
             raise ValueError(f"FreezeUntil: the filter picks everything that is trained; leave something for the first "
                              f"{self.epoch} epochs")
         self._frozen = frozen  # all of them, before one is changed
         for parameter in frozen: parameter.requires_grad_(False)
         if self.freeze_statistics: self._statistics = _with_statistics(learn.model, picked)
 
-    def before_epoch(self) -> None:
-        if self.epochs >= self.epoch: self._thaw()
+    def before_epoch(self, learn: Learner) -> None:
+        if self.epochs >= self.epoch: self._thaw(learn)
 
     def before_training(self) -> None:
         for module in self._statistics: module.eval()
 
     def after_epoch(self) -> None: self.epochs += 1
 
-    def cleanup_train(self) -> None: self._thaw()
+    def cleanup_train(self, learn: Learner) -> None: self._thaw(learn)
 
-    def _thaw(self) -> None:
-        for parameter in self._frozen: parameter.requires_grad_(True)
+    def _thaw(self, learn: Learner) -> None:
+        held = self._held_by_others(learn)
+        for parameter in self._frozen:
+            if id(parameter) not in held: parameter.requires_grad_(True)
         self._frozen, self._statistics = [], []
+
+    def _held_by_others(self, learn: Learner) -> set[int]:
+        "The ids of what other callbacks of this kind keep frozen: the last of them lets it go."
+        others = (each for each in learn.callbacks if isinstance(each, FreezeUntil) and each is not self)
+        return {id(parameter) for each in others for parameter in each._frozen}
 
     def state_dict(self) -> dict[str, Any]:
         "How many epochs have come to their end."

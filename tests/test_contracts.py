@@ -22,6 +22,7 @@ from learner.progress import Progress
 from learner.recorder import Recorder
 from learner.schedule import BatchSchedule, EarlyStopping, EpochSchedule, PiecewiseSchedule, Schedule, cosine
 from learner.stages import Callback, FunctionCallback
+from learner.store import hash_state, snapshot
 from learner.update import EMA, Accumulate, ClipGradients, FreezeUntil
 
 TABLE = {  # how to make each; one that needs a learner of its own gets it in LEARNERS
@@ -99,6 +100,49 @@ def test_it_keeps_all_rules(name):
 
 def test_there_is_a_rule_for_each_contract():
     assert [rule.name for rule in RULES] == ["runs", "interrupts", "repeats", "resumes", "leaks", "syncs", "order", "watches"]
+
+
+# The oracle for a resume: a training that was never stopped.
+
+class Stop(Exception): pass
+
+
+def of(name, seed=0):
+    torch.manual_seed(seed)
+    return LEARNERS[name]() if name in LEARNERS else example_learner()
+
+
+def ended(learn):
+    states = [callback.state_dict() for callback in learn.callbacks if hasattr(callback, "state_dict")]
+    return hash_state({"model": learn.model.state_dict(), "optimiser": learn.optimiser.state_dict(),
+                       "history": learn.history.rows, "rng": torch.get_rng_state(), "callbacks": states})
+
+
+@pytest.mark.parametrize("name", sorted(TABLE.keys() - {"Checkpoint", "Run", "Profiler"}))  # of whose state clocks are a part
+def test_training_goes_on_with_it_from_any_batch_as_if_it_had_never_stopped(name, capsys):
+    whole = of(name)
+    whole.add(TABLE[name]())
+    whole.train(3)
+    expected = ended(whole)
+    for stop in range(9):
+        learn, fresh = of(name), of(name)
+        for each in (learn, fresh): each.add(TABLE[name]())
+        states = []
+
+        def save(learn, epoch, batch_num, stop=stop, states=states):
+            if 3 * epoch + batch_num == stop:
+                states.append(snapshot(learn.state_dict()))
+                raise Stop
+        function = FunctionCallback("after_batch", save, 10**6)
+        learn.add(function)
+        with pytest.raises(Stop): learn.train(3)
+        fresh.load_state_dict(states[0])
+        torch.manual_seed(1)  # whatever has been drawn since
+        fresh.train(resume=True)
+        assert ended(fresh) == expected, f"from a state, after batch {stop}"
+        learn.remove(function)
+        learn.train(resume=True)
+        assert ended(learn) == expected, f"in process, after batch {stop}"
 
 
 # The oracle for watchers: plain trainings with and without, which share no code with the kit.

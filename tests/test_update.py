@@ -478,6 +478,29 @@ def test_a_lazy_model():
     assert ema.updates == 7 and ema.model()[0].weight.shape == (8, 6)
 
 
+class Words(nn.Module):
+    def __init__(self, sparse):
+        super().__init__()
+        self.words, self.head = nn.Embedding(10, 4, sparse=sparse), nn.Linear(4, 3)
+
+    def forward(self, numbers): return self.head(self.words(numbers).mean(1))
+
+
+@pytest.mark.parametrize("options", [{"norm": 0.05}, {"norm": 0.05, "norm_type": math.inf}, {"value": 0.01}, {"norm": 0.05, "log": True}])
+def test_sparse_gradients_are_clipped_like_dense_ones(options):
+    generator = torch.Generator().manual_seed(0)
+    loader = [(torch.randint(10, (8, 3), generator=generator), torch.randint(3, (8,), generator=generator)) for _ in range(5)]
+    def trained(sparse):
+        torch.manual_seed(0)
+        model = Words(sparse).double()
+        learn = Learner(model, torch.optim.SGD(model.parameters(), lr=1.0), F.cross_entropy, {"train": loader}, ClipGradients(**options), device="cpu")
+        learn.train(2)
+        return [*model.parameters()], learn.history.rows
+    (dense, rows), (sparse, sparse_rows) = trained(False), trained(True)
+    for a, b in zip(dense, sparse, strict=True): torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    assert "log" not in options or sparse_rows[1]["train_gradient_norm"] == pytest.approx(rows[1]["train_gradient_norm"], abs=1e-12)
+
+
 # FreezeUntil
 
 def trained_parts(learn, *args, **kwargs):
@@ -497,6 +520,23 @@ def test_epochs_are_counted_over_all_calls():
     resumed.load_state_dict(freeze.state_dict())
     learn.remove(freeze)
     assert trained_parts(learn, callbacks=resumed) == everything
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_what_two_freeze_is_trained_when_the_last_lets_it_go(backwards):
+    steps = [FreezeUntil(1, "0"), FreezeUntil(3, "0.bias")]
+    learn = learner(batches(4), *(reversed(steps) if backwards else steps))
+    learn.model[2].bias.requires_grad_(False)  # the user's own
+    assert [trained_parts(learn) for _ in range(4)] == [
+        {"2.weight"}, {"0.weight", "2.weight"}, {"0.weight", "2.weight"}, {"0.weight", "0.bias", "2.weight"}]
+    assert [p.requires_grad for p in learn.model.parameters()] == [True, True, True, False]
+
+
+def test_two_freeze_within_one_call():
+    seen, learn = [], learner(batches(4), FreezeUntil(1, "0"), FreezeUntil(3, "0.bias"))
+    learn.on("before_training", lambda model: seen.append([p.requires_grad for p in model.parameters()]))
+    learn.train(4)
+    assert seen == [[False, False, True, True], [True, False, True, True], [True, False, True, True], [True] * 4]
 
 
 def test_it_thaws_at_the_beginning_of_its_epoch():
