@@ -903,6 +903,7 @@ class NaNGuard(Callback):
         self.handles: list[Any] = []
         self.parameters: list[Tensor] = []
         self.parameter_names: list[str] = []
+        self.scaled: bool | None = None  # whether a scaler looks at the gradients; None: not known yet
 
     def before_training(self, learn: Learner) -> None: self._watch(learn.model)
     def before_validation(self, learn: Learner) -> None: self._watch(learn.model)
@@ -940,8 +941,9 @@ class NaNGuard(Callback):
         self.seen.append(loss.detach())
         self.names.append("the loss")
 
-    def after_backward(self) -> None:
-        grads = [grad for parameter in self.parameters if (grad := parameter.grad) is not None]
+    def after_backward(self, learn: Learner) -> None:
+        if self.scaled is None: self.scaled = _has_scaler(learn)  # not earlier: it may be made in the first batch
+        grads = [] if self.scaled else [grad for parameter in self.parameters if (grad := parameter.grad) is not None]
         if grads:
             self.seen += _largest(grads)
             if len(grads) == len(self.parameters): self.names += self.parameter_names
@@ -991,6 +993,11 @@ class NaNGuard(Callback):
         return f"{fine}look for a log, sqrt or division between, or weights that are too large: lower the learning rate"
 
     def __repr__(self) -> str: return f"NaNGuard(every={self.every})"
+
+def _has_scaler(learn: Learner) -> bool:
+    "Whether the learner or a callback has a GradScaler in use, which leaves out steps with infinite gradients itself."
+    return any(isinstance(value, torch.amp.GradScaler) and value.is_enabled()
+               for part in (learn, *learn.callbacks) for value in vars(part).values())
 
 def _what(value: Tensor) -> str: return "NaN" if math.isnan(float(value)) else "infinite"
 

@@ -99,7 +99,7 @@ class Learner(Resumable):
         state = self._to_resume(resume)
         epochs, validation_epochs = self._lengths(state, epochs, validation_epochs)
         if learning_rate is not None: learning_rate = check_number("learning_rate", learning_rate)
-        with self._call("train", callbacks, "train", *self.dataloaders):
+        with self._call("train", callbacks, "train", *self.dataloaders), self._left_off():
             self._begin(state, epochs, validation_epochs, learning_rate)
             begin = self._place
             if begin.phase != "test":
@@ -114,10 +114,10 @@ class Learner(Resumable):
                             if (self.epoch + 1) % validation_epochs == 0 or self.epoch + 1 == epochs:
                                 self._pass("validation")
                             if self._resuming: self._take_up()  # nothing was left to do in this epoch
+            elif self._resuming: self._take_up()
             if len(self.history) > self._first_row: self.results = self.history[-1]  # where results of the test belong
-            with self._left_off():
-                self._place, self._began = Place(epochs, "test"), {}
-                self._pass("test")
+            self._place, self._began = Place(epochs, "test"), {}
+            self._pass("test")
             self._write_steps()
             self._place, self._saved = Place(epochs), None
 
@@ -129,11 +129,12 @@ class Learner(Resumable):
         self._means = defaultdict(partial(Mean, self.history.keep_steps))
         training, model, signals = phase == "train", self.model, self._signals
         self._evaluating = not training
+        if not training: self._begin_evaluation(phase)
         model.train(training)
         try:
             with torch.set_grad_enabled(training), suppress(CancelEpochException), self.stage(pass_stage):
                 if self.model is not model: self.model.train(training)  # a hook has put another in its place
-                first, batches = self._batches(phase)
+                first, batches = self._training_batches() if training else (0, self._loader(phase))
                 every, measured = self.measure_every, 0 if self.measure_every == 1 or length_of(batches) == 1 else 1
                 try:
                     for self.batch_num, self.batch in enumerate(batches, first):
@@ -369,9 +370,10 @@ class Learner(Resumable):
         epochs, validation_epochs = (
             check_whole(name.removeprefix("num_"), saved[name] if value is None else value)
             for name, value in zip(names, given, strict=True))
-        if epochs < saved["place"][0]:
-            raise ValueError(f"epochs is {epochs}, and {saved['place'][0]} are done in the training to resume; they count "
-                             "from its beginning: ask for more, or leave epochs out")
+        begun = saved["place"][0] + (saved["place"][1] in ("train", "validation"))
+        if epochs < begun:
+            raise ValueError(f"epochs is {epochs}, and the training to resume has begun {begun}; they count from its "
+                             "beginning: ask for more, or leave epochs out")
         return epochs, validation_epochs
 
     def _begin(self, state: Any, epochs: int, validation_epochs: int, learning_rate: float | None) -> None:
@@ -391,16 +393,20 @@ class Learner(Resumable):
         for group in groups:  # groups that differ keep their proportions; the highest gets the value
             group["lr"] = learning_rate if group["lr"] == top else group["lr"] * (learning_rate / top)
 
-    def _batches(self, phase: str) -> tuple[int, Iterable[Any]]:
-        "The number of the next batch of a pass, and the loader, or what it still has to give."
-        if not self._resuming:
-            loader = self._loader(phase)
-            if self._running == "train" and phase == "train": self._place = Place(self.epoch, phase)
-            self._began = {"rng": rng_state(), "order": order_state(loader)}
+    def _begin_evaluation(self, phase: str) -> None:
+        "A validation or a test that is stopped is begun anew, so that it has to be known how it began."
+        if self._resuming: self._take_up()
+        self._began = {"rng": rng_state(), "order": order_state(self.dataloaders[phase])}
+
+    def _training_batches(self) -> tuple[int, Iterable[Any]]:
+        "The number of the next batch, and the loader, or what it still has to give to a training that is resumed."
+        loop = self._take_up() if self._resuming else None
+        loader = self._loader("train")
+        if loop is None:
+            self._place, self._began = Place(self.epoch, "train"), {"rng": rng_state(), "order": order_state(loader)}
             return 0, loader
-        loop = self._take_up()
-        loader, first = self._loader(phase), self._place.batch if phase == "train" else 0
-        self._began = loop["began"] if first else {"rng": loop["rng"], "order": loop["orders"][phase]}
+        first = self._place.batch
+        self._began = loop["began"] if first else {"rng": loop["rng"], "order": order_state(loader)}
         if first:
             set_order_state(loader, self._began["order"])
             self.batch_num = first - 1

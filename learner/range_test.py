@@ -93,6 +93,7 @@ class RangeTest:
         after = f"; {self.ended}" if self.ended else ""
         if count < FEWEST:
             advice = "start at a lower rate" if self.ended else "take more steps"
+            if self.ended and not count: advice = "no step was taken yet, so look at the data, the model and the loss"
             return f"there are {count} points and it takes {FEWEST}{after}; {advice}"
         places = [math.log10(rate) for rate in rates]
         width = max(WIDTH, (places[-1] - places[0]) / (count - 1))

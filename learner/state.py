@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .errors import did_you_mean
-from .history import PHASES, History, Mean
+from .history import PHASES, History, Mean, split_column
 from .parts import generators_of, is_optimiser, make_optimiser, samplers_of
 from .provenance import kept_rng, rng_state, set_rng_state
 from .stages import Callback, Staged
@@ -193,8 +193,9 @@ def check_loop_state(
 ) -> None:
     "Raise ResumeError for what no state can hold."
     match loop:
-        case {"place": [int(), str(), int()] as place, "num_epochs": int(), "validation_epochs": int(), "first_row": int(),
-              "rows": list(rows), "results": dict(), "steps": dict(), "keep_steps": bool(), "row_steps": dict(),
+        case {"place": [int(), str(), int()] as place, "under_way": bool(), "num_epochs": int(),
+              "validation_epochs": int(), "first_row": int(), "rows": list(rows), "results": dict(), "steps": dict(),
+              "keep_steps": bool(), "row_steps": dict(),
               "means": dict(means), "rng": dict(rng), "orders": dict(), "optimiser": str()}: pass
         case _: raise ResumeError("the state does not say where training stands; it is none that save() made")
     if place[1] not in ("", *PHASES) or min(place[0], place[2]) < 0 or not all(isinstance(row, dict) for row in rows):
@@ -295,7 +296,7 @@ class Resumable(Staged):
         self,
         path: str | PathLike[str],  # a folder; a checkpoint that is there is replaced when the new one is proven
     ) -> None:
-        "Write everything that the next batch depends on. Raises RuntimeError within a batch, OSError, and keeps what was there."
+        "Write all that the next batch depends on. Raises RuntimeError within a batch, and OSError; what was there is kept."
         save_state(path, self.state_dict())
 
     def load(
@@ -326,7 +327,7 @@ class Resumable(Staged):
         self,
         state: Mapping[str, Any],  # from `state_dict`
     ) -> None:
-        "Take over a state whole. Raises ResumeError if it does not fit; then nothing is changed."
+        "Take over a state whole. Raises ResumeError if it does not fit; nothing is changed then."
         if missing := [name for name in ("model", "optimiser", "callbacks", "loop") if name not in state]:
             raise ResumeError(f"the state has no {missing[0]}; it is none that save() or state_dict() made")
         self._put(state)
@@ -340,8 +341,9 @@ class Resumable(Staged):
         again = began if place.phase in PHASES[1:] else {}  # a pass that is begun anew
         if again: orders[place.phase] = again["order"]
         loop = {
-            "place": list(place), "num_epochs": self.num_epochs, "validation_epochs": self._validation_epochs,
-            "first_row": self._first_row, "rows": deepcopy(self.history.rows), "results": dict(self.results),
+            "place": list(place), "under_way": self.is_running, "num_epochs": self.num_epochs,
+            "validation_epochs": self._validation_epochs, "first_row": self._first_row,
+            "rows": deepcopy(self.history.rows), "results": dict(self.results),
             "steps": {name: list(values) for name, values in self.history.steps.items()},
             "keep_steps": self.history.keep_steps, "row_steps": {name: list(v) for name, v in self._steps.items()},
             "means": {name: mean.state_dict() for name, mean in self._means.items()} if within else {},
@@ -421,11 +423,14 @@ class Resumable(Staged):
         "All is set up: put everything as it was, the random numbers last."
         state, self._resuming, self._saved = self._resuming, None, None
         assert state is not None
-        self._put(state)
-        loop = state["loop"]
-        if not self._place.phase and self._place.epoch: self.results = {}
-        for phase, order in loop["orders"].items():
-            if phase in self.dataloaders: set_order_state(self.dataloaders[phase], order)
+        loop, phase = state["loop"], self._place.phase
+        if loop["under_way"]: self._put(state)  # else it was whole, and what set-up has made of it stays
+        if not phase and self._place.epoch: self.results = {}
+        if phase == "test" and len(self.history) > self._first_row: self.results = self.history[-1]
+        if phase in PHASES[1:]:  # that pass is begun anew
+            for column in [name for name in self.results if split_column(name)[0] == phase]: del self.results[column]
+        for name, order in loop["orders"].items():
+            if name in self.dataloaders: set_order_state(self.dataloaders[name], order)
         set_rng_state(to_device(loop["rng"], torch.device("cpu")))
         return loop
 

@@ -32,7 +32,9 @@ from learner.checks import (
 from learner.core import Learner
 from learner.data import DataLoaders
 from learner.diagnosis import check_forward, check_function, check_training, doctor
+from learner.precision import MixedPrecision
 from learner.stages import Callback
+from learner.update import Accumulate, ClipGradients
 
 
 def batch(n=16, features=6, classes=3, seed=0):
@@ -557,6 +559,64 @@ def test_the_guard_stops_before_the_step():
     twin.train(1)
     with pytest.raises(NonFiniteError): learn.train(1, callbacks=NaNGuard(every=1))
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.model.state_dict().values(), strict=True))
+
+
+def in_float16(guards, scale, n=1, model=None, batches=None):
+    torch.manual_seed(0)
+    learn = learner(model or net(nn.Identity()), batches or [batch(seed=i) for i in range(30)])
+    mixed = MixedPrecision("float16", torch.amp.GradScaler("cpu", init_scale=scale))
+    learn.train(1, callbacks=[*guards, ClipGradients(), mixed, *([Accumulate(n)] if n > 1 else [])])
+    return mixed.skipped, list(learn.model.parameters())
+
+
+@pytest.mark.parametrize("every", [1, 4, 100])
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_guard_leaves_infinite_gradients_to_a_scaler(every, n):
+    skipped, guarded = in_float16([NaNGuard(every)], 2.0 ** 22, n)
+    bare_skipped, bare = in_float16([], 2.0 ** 22, n)
+    assert skipped == bare_skipped > 0  # there were some
+    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(guarded, bare, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*_loss is nan")
+@pytest.mark.parametrize("every", [1, 4, 100])
+def test_the_guard_finds_the_rest_beside_a_scaler(every):
+    with pytest.raises(NonFiniteError, match=r"the output of `1` \(At\) is NaN in epoch 0, batch 9;"):
+        in_float16([NaNGuard(every)], 2.0 ** 22, model=net(At(9)))
+    bad = [batch(seed=i) for i in range(30)]
+    bad[12][0][0, 0] = torch.inf
+    with pytest.raises(NonFiniteError, match="the input is infinite in epoch 0, batch 12;"):
+        in_float16([NaNGuard(every)], 2.0 ** 22, batches=bad)
+    with pytest.raises(NonFiniteError, match="the loss is infinite in epoch 0, batch 0;"):  # 70,000 is too much for 16 bits
+        learn = learner(nn.Linear(6, 3), loss_func=lambda p, y: p.sum().half() * 0 + torch.tensor(70_000.0).half())
+        learn.train(1, callbacks=[NaNGuard(every), MixedPrecision("float16")])
+
+
+class OwnScaler(Learner):
+    "A scaler of one's own, which steps by itself."
+    def __init__(self, *args, enabled=True, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 127, enabled=enabled)
+
+    def backward(self): self.scaler.scale(self.loss * 64).backward()
+
+    def step(self):
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.optimiser.zero_grad()
+
+
+def test_the_guard_knows_a_scaler_of_the_learner_and_one_that_is_off():
+    def run(enabled, extra):
+        torch.manual_seed(0)
+        model = net(extra)
+        learn = OwnScaler(model, torch.optim.SGD(model.parameters(), lr=1e-3), F.cross_entropy,
+                          {"train": [batch(seed=i) for i in range(12)]}, device="cpu", enabled=enabled)
+        learn.train(1, callbacks=NaNGuard(1))
+        return learn.scaler.get_scale()
+    assert 0 < run(True, nn.Identity()) < 2.0 ** 127
+    with pytest.raises(NonFiniteError, match="the gradient of 0.weight is NaN in epoch 0, batch 4;"):
+        run(False, At(4, backward=True))
 
 
 @pytest.mark.parametrize("every", [1, 100])

@@ -328,7 +328,7 @@ def test_it_stops_at_the_first_loss_that_is_not_finite(at, bad):
             if batch_num >= at: learn.loss = learn.loss * bad
     found = lr_find(small(callbacks=Break()), end=1e-3)
     assert len(found.losses) == at and all(map(math.isfinite, found.losses)) and found.ended.startswith(f"the loss was {bad:g}")
-    assert found.valley is None
+    assert found.valley is None and ("no step was taken yet" in found.reasons["valley"]) == (at == 0)
     found.plot().figure.clf()
 
 
