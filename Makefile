@@ -4,14 +4,17 @@ BIN := .venv/bin
 READY := .venv/.ready
 RUNS ?= runs
 
-.PHONY: demo test check export notebooks docs bench clean
+.PHONY: demo test test-long check export notebooks docs bench clean
 
-demo: $(READY)  ## Train a small network on digits; pictures and history.csv go to runs/demo
-	$(BIN)/python nbs/examples/demo.py $(RUNS)/demo
+demo: $(READY)  ## Train a small network on digits; a folder with pictures and all else is left in runs/demo, or the next free name
+	$(BIN)/learner train digits $(RUNS)/demo --new_name
 
 test: $(READY) check  ## Everything that has to hold: export, notebooks, tests, style, types
 	$(BIN)/nbdev-test --n-workers 2
 	$(BIN)/python -m pytest
+
+test-long: $(READY)  ## The tests in their long forms: a stop after every batch, hundreds of kills; takes long
+	$(BIN)/python -m pytest --long
 
 check: $(READY)  ## The quick part of test: the export is up to date, notebooks are clean, style, types
 	$(BIN)/python tests/check_export.py

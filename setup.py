@@ -27,5 +27,8 @@ setup(
     package_data={settings["lib_path"]: ["py.typed"]},
     install_requires=lines("requirements"),
     extras_require={extra: lines(f"{extra}_requirements") for extra in settings["extras"].split()},
-    entry_points={"nbdev": [f"{settings['lib_path']} = {settings['lib_path']}._modidx:d"]},
+    entry_points={
+        "nbdev": [f"{settings['lib_path']} = {settings['lib_path']}._modidx:d"],
+        "console_scripts": lines("console_scripts"),
+    },
 )

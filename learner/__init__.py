@@ -6,7 +6,9 @@
 __all__ = []
 
 # %% ../nbs/91_init.ipynb #52ef9a69
+import sys
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +20,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
         return version("nblearner")
     if name.startswith("_"): raise AttributeError(f"module learner has no attribute {name}")
+    loaded = sys.modules.get("learner.all")
+    if (loaded is None or name not in loaded.__all__) and find_spec(f"learner.{name}"): return import_module(f"learner.{name}")
     main = import_module("learner.all")
     if name in main.__all__: return getattr(main, name)
     from learner.errors import did_you_mean

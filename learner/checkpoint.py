@@ -79,7 +79,7 @@ class Checkpoint(Callback):
             raise ValueError(f"Checkpoint: mode is {mode!r}; it must be \"min\" if low is good, \"max\" if high is")
         self.folder, self.every, self.best_by, self.mode, self.background = Path(folder), every, best, mode, background
         self.training = secrets.token_hex(8)  # whose checkpoints these are
-        self.taken = 0  # batches since the last within an epoch
+        self.taken = 0  # batches since the last one
         self.best_one: dict[str, Any] | None = None
         self._last_time = 0.0
         self._writer: Thread | None = None
@@ -101,7 +101,6 @@ class Checkpoint(Callback):
         self.taken += 1
         due = self.steps is not None and self.taken >= self.steps
         if not due and (self.minutes is None or monotonic() - self._last_time < self.minutes * 60): return
-        self.taken = 0
         self._save(learn)
 
     def after_epoch(self, learn: Learner) -> None:
@@ -123,7 +122,7 @@ class Checkpoint(Callback):
     def _name(self, learn: Learner) -> str: return checkpoint_name(len(learn.history), learn.place.batch)
 
     def _save(self, learn: Learner) -> None:
-        self._last_time = monotonic()
+        self._last_time, self.taken = monotonic(), 0
         state, name = learn.state_dict(), self._name(learn)
         if not self.background: return self._write(name, state)
         self._wait()

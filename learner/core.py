@@ -381,9 +381,10 @@ class Learner(Resumable):
         if not is_optimiser(self.optimiser) and not state:
             self.optimiser = make_optimiser(self.optimiser, self.model, learning_rate)
         elif learning_rate is not None and not state: self._set_learning_rate(learning_rate)
-        self.results, self._place, self._first_row = {}, Place(), len(self.history)
+        if state: self._put(state)  # or it raises, and nothing has changed
+        else: self._place, self._first_row = Place(), len(self.history)
+        if not self._place.phase: self.results = {}
         self._saved = self._resuming = state
-        if state: self._put(state)
         self.num_epochs, self._validation_epochs = epochs, validation_epochs
         self.optimiser.zero_grad()
 

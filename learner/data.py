@@ -424,7 +424,7 @@ def split(
 # %% ../nbs/12_data.ipynb #10b1862f
 def _image_loaders(
     train: tuple[Tensor, Tensor],  # all images and labels that are not for the test
-    test: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor] | None,
     validation: Any,
     classes: Sequence[str],
     **options: Any,  # of every loader
@@ -434,13 +434,14 @@ def _image_loaders(
     return DataLoaders(
         train=TensorLoader(train, shuffle=True, indices=training, **options),
         validation=None if held_out is None else TensorLoader(train, indices=held_out, **options),
-        test=TensorLoader(test, **options), classes=classes,
+        test=None if test is None else TensorLoader(test, **options), classes=classes,
     )
 
 def digits(
     batch_size: int = 64,  # examples in a batch
     validation: float | int | None = 0.1,  # share or number of the 1,438 training images; None: no validation
     seed: int = 0,  # decides the validation set and the orders; the test set is always the same
+    test: bool = True,  # False: without the test set
 ) -> DataLoaders:
     "Handwritten digits of scikit-learn: Nx1x8x8 float32 from 0 to 1, labels int64."
     try:
@@ -450,8 +451,8 @@ def digits(
     pixels, targets = load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32, device="cpu").reshape(-1, 1, 8, 8) / 16  # they go from 0 to 16
     labels = torch.tensor(targets, dtype=torch.int64, device="cpu")
-    train, test = ((images[part], labels[part]) for part in split(labels, 0.2))
-    return _image_loaders(train, test, validation, [*"0123456789"], batch_size=batch_size, seed=seed)
+    train, held_out = ((images[part], labels[part]) for part in split(labels, 0.2))
+    return _image_loaders(train, held_out if test else None, validation, [*"0123456789"], batch_size=batch_size, seed=seed)
 
 # %% ../nbs/12_data.ipynb #55f08da7
 def read_idx(
@@ -510,6 +511,7 @@ def fashion_mnist(
     batch_size: int = 256,  # examples in a batch
     validation: float | int | None = 0.1,  # share or number of the 60,000 training images; None: no validation
     seed: int = 0,  # decides the validation set and the orders
+    test: bool = True,  # False: without the test set, whose files are not opened
 ) -> DataLoaders:
     """Fashion-MNIST (Xiao et al., 2017): Nx1x28x28 float32 from 0 to 1, labels int64; the test has 10,000.
 
@@ -518,6 +520,6 @@ def fashion_mnist(
     """
     files = _fashion_files(root)
     return _image_loaders(
-        _images_and_labels(*files[:2]), _images_and_labels(*files[2:]), validation, _FASHION_CLASSES,
+        _images_and_labels(*files[:2]), _images_and_labels(*files[2:]) if test else None, validation, _FASHION_CLASSES,
         batch_size=batch_size, seed=seed, transform=_bytes_to_floats,
     )

@@ -383,7 +383,7 @@ class _Scheduling(Callback):
         state, lengths = self._state, self._lengths(learn)
         scheduler = self._make(lengths)
         self._check(learn, scheduler)
-        self._check_kind(state, scheduler)
+        self._check_kind(state, type(scheduler))
         if state and (state["under_way"] or (not lengths and self._unchanged(before, state["groups"]))):
             self._take_up(state, scheduler)
         else:
@@ -442,8 +442,9 @@ class _Scheduling(Callback):
 
     def _advance(self, *values: float) -> None:
         if self.done == self.limit:
-            warnings.warn(f"{self}: the {self.limit} steps that it was made for are done, and the values stay as they are; "
-                          "pass steps_per_epoch if an epoch has more updates than batches", stacklevel=2)
+            warnings.warn(f"{self}: the {self.limit} steps that it was made for are done, and the values stay as they are; a "
+                          "training that is made longer needs a schedule without an end, and one with more updates than "
+                          "batches in an epoch needs steps_per_epoch", stacklevel=2)
             self.limit = -1
         if self.limit == -1: return
         self.scheduler.step(*values)
@@ -482,20 +483,23 @@ class _Scheduling(Callback):
         "Go on from where another stood; in the next training, or at once if one is under way."
         missing = [name for name in _STATE if name not in state] if state else []
         if missing: raise ScheduleError(f"{self}: the state has no {', '.join(missing)}; load what state_dict() gave")
+        factory = self.factory
+        while isinstance(factory, partial): factory = factory.func
+        if isinstance(factory, type): self._check_kind(state, factory)
         self._state = _plain(state)
         if self.scheduler is not None and state: self._take_up(self._state, self.scheduler)
 
     def _take_up(self, state: Mapping[str, Any], scheduler: Any) -> None:
         "Go on from a state."
-        self._check_kind(state, scheduler)
+        self._check_kind(state, type(scheduler))
         scheduler.load_state_dict(deepcopy(state["scheduler"]))  # some take a part out of what they are given
         self._write(state["groups"])
         self.done, self.limit, self._before = state["done"], state["limit"], state["before"]
 
-    def _check_kind(self, state: Mapping[str, Any], scheduler: Any) -> None:
-        if state and state["kind"] != type(scheduler).__name__:
-            raise ScheduleError(f"{self}: the state is of {state['kind']}, and the factory makes {type(scheduler).__name__}"
-                                "; load it into a schedule like the one that it came from")
+    def _check_kind(self, state: Mapping[str, Any], kind: type) -> None:
+        if state and state["kind"] != kind.__name__:
+            raise ScheduleError(f"{self}: the state is of {state['kind']}, and the factory makes {kind.__name__}; load it "
+                                "into a schedule like the one that it came from")
 
     # Looking
 

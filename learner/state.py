@@ -34,8 +34,8 @@ from .tree import to_device
 
 # %% auto #0
 __all__ = ['ResumeError', 'Place', 'order_state', 'set_order_state', 'batches_from', 'Signals', 'check_model_state',
-           'check_optimiser_state', 'check_loop_state', 'checkpoint_name', 'list_checkpoints', 'newest_checkpoint',
-           'read_checkpoint', 'Resumable']
+           'check_optimiser_state', 'check_state_parts', 'check_loop_state', 'checkpoint_name', 'list_checkpoints',
+           'newest_checkpoint', 'read_checkpoint', 'Resumable']
 
 # %% ../nbs/10_state.ipynb #97c97546
 class ResumeError(ValueError):
@@ -140,6 +140,7 @@ def check_model_state(
     state: Mapping[str, Any],  # as `model.state_dict()` gives it
 ) -> None:
     "Raise ResumeError unless names, shapes and dtypes are those of the model."
+    if not isinstance(state, Mapping): raise ResumeError(f"the state has a {type(state).__name__} as model; {_OTHER}")
     own = model.state_dict()
     for name in own.keys() - state.keys(): raise ResumeError(f"the state has no {name}, which the model has; {_OTHER}")
     for name in state.keys() - own.keys():
@@ -188,6 +189,16 @@ def check_optimiser_state(
                 raise ResumeError(f"{name} of parameter {index} is {_form(value)} in the state of the optimiser, and the "
                                   f"parameter is {_form(parameters[index])}")
 
+def check_state_parts(
+    state: Any,
+) -> None:
+    "Raise ResumeError for what is no state of a training."
+    for name in ("model", "optimiser", "callbacks", "loop"):
+        if not isinstance(state, Mapping) or name not in state:
+            raise ResumeError(f"the state has no {name}; it is none that save() or state_dict() made")
+    if not isinstance(state["callbacks"], Mapping): raise ResumeError("the state has callbacks that are none")
+    check_loop_state(state["loop"])
+
 def check_loop_state(
     loop: Any,  # where training stands, from a state
 ) -> None:
@@ -202,11 +213,12 @@ def check_loop_state(
         raise ResumeError(f"the state has an impossible place {place!r:.80}, or rows that are none")
     try:
         for mean in means.values(): Mean().load_state_dict(mean)
+        for steps in (*loop["steps"].values(), *loop["row_steps"].values()): steps.double()
         with kept_rng(): set_rng_state(to_device(rng, torch.device("cpu")))
         for order in loop["orders"].values(): order["generators"], order["epochs"]
         if place[1] == "train" and place[2]: loop["began"]["rng"], loop["began"]["order"]
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
-        raise ResumeError(f"the state has means or random numbers that are none: {error!r:.100}") from error
+        raise ResumeError(f"the state has means, steps or random numbers that are none: {error!r:.100}") from error
 
 # %% ../nbs/10_state.ipynb #c375db23
 _NAME = re.compile(r"epoch-(\d{4,})(?:-batch-(\d{5,}))?")
@@ -223,7 +235,8 @@ def list_checkpoints(
 ) -> list[Path]:  # the one that is furthest in training at the end
     "The checkpoints of a folder that `checkpoint_name` has named; whether they are whole is not looked at."
     if not Path(folder).is_dir(): return []
-    found = {match: path for path in list_states(folder) if (match := _NAME.fullmatch(path.name))}
+    paths = {path for path in Path(folder).iterdir() if path.is_dir()} | {*list_states(folder)}  # also one left aside
+    found = {match: path for path in paths if (match := _NAME.fullmatch(path.name))}
     return [found[match] for match in sorted(found, key=lambda match: (int(match[1]), int(match[2] or 0)))]
 
 def newest_checkpoint(
@@ -245,7 +258,11 @@ def read_checkpoint(
     if found is None: raise DamagedError(path, "", "holds no checkpoint that is whole")
     return found[1]
 
-# %% ../nbs/10_state.ipynb #82d445e9
+# %% ../nbs/10_state.ipynb #6521cecd
+def _packed(steps: Mapping[str, list[float]]) -> dict[str, Tensor]:
+    "Many numbers as a file holds them best."
+    return {name: torch.tensor(values, dtype=torch.float64, device="cpu") for name, values in steps.items()}
+
 def _groups_of(optimiser: Any) -> list[dict[str, Any]]:
     "The groups of an optimiser, or of its state; of several optimisers all."
     if isinstance(optimiser, Mapping) and "param_groups" not in optimiser:
@@ -328,8 +345,7 @@ class Resumable(Staged):
         state: Mapping[str, Any],  # from `state_dict`
     ) -> None:
         "Take over a state whole. Raises ResumeError if it does not fit; nothing is changed then."
-        if missing := [name for name in ("model", "optimiser", "callbacks", "loop") if name not in state]:
-            raise ResumeError(f"the state has no {missing[0]}; it is none that save() or state_dict() made")
+        check_state_parts(state)
         self._put(state)
         self._saved = dict(state)
 
@@ -344,8 +360,7 @@ class Resumable(Staged):
             "place": list(place), "under_way": self.is_running, "num_epochs": self.num_epochs,
             "validation_epochs": self._validation_epochs, "first_row": self._first_row,
             "rows": deepcopy(self.history.rows), "results": dict(self.results),
-            "steps": {name: list(values) for name, values in self.history.steps.items()},
-            "keep_steps": self.history.keep_steps, "row_steps": {name: list(v) for name, v in self._steps.items()},
+            "steps": _packed(self.history.steps), "keep_steps": self.history.keep_steps, "row_steps": _packed(self._steps),
             "means": {name: mean.state_dict() for name, mean in self._means.items()} if within else {},
             "rng": again["rng"] if again else rng_state(), "orders": orders, "optimiser": type(self.optimiser).__name__,
             "began": dict(began) if within else None, "loader": self._loader_state() if within else None,
@@ -370,8 +385,6 @@ class Resumable(Staged):
     def _put(self, state: Mapping[str, Any]) -> None:
         "Take over a state, or raise ResumeError and change nothing."
         loop = state["loop"]
-        check_loop_state(loop)
-        if not isinstance(state["callbacks"], Mapping): raise ResumeError("the state has callbacks that are none")
         if "model" in state: check_model_state(self.model, state["model"])
         optimiser = self._fitting_optimiser(state)
         given, undo = to_device(state["callbacks"], self.device), []
@@ -390,10 +403,10 @@ class Resumable(Staged):
         if "groups" in state: _set_groups(optimiser, state["groups"])
         self.optimiser = optimiser
         self.history.rows, self.history.keep_steps = deepcopy(loop["rows"]), loop["keep_steps"]
-        self.history.steps = {name: list(values) for name, values in loop["steps"].items()}
+        self.history.steps = {name: values.tolist() for name, values in loop["steps"].items()}
         self._place, self._first_row = Place(*loop["place"]), loop["first_row"]
         if self._place.phase: self.results = dict(loop["results"])
-        self._steps = {name: list(values) for name, values in loop["row_steps"].items()}
+        self._steps = {name: values.tolist() for name, values in loop["row_steps"].items()}
 
     def _fitting_optimiser(self, state: Mapping[str, Any]) -> Any:
         "The optimiser, made if there is only a factory; raises ResumeError if a state does not fit it."
@@ -413,7 +426,10 @@ class Resumable(Staged):
     def _to_resume(self, resume: Any) -> Mapping[str, Any] | None:
         "The state that a call of `train` goes on from; None if it begins anew."
         if resume is None or resume is False: return None
-        if resume is not True: return read_checkpoint(resume)
+        if resume is not True:
+            state = read_checkpoint(resume)
+            check_state_parts(state)
+            return state
         if self._saved is None:
             raise ResumeError("there is nothing to resume: no train was stopped here, and none was loaded; call train() "
                               "without resume, or name a checkpoint: train(resume=path)")

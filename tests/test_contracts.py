@@ -2,7 +2,10 @@
 import importlib
 import inspect
 import pkgutil
+import tempfile
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -12,18 +15,29 @@ from torch.optim.lr_scheduler import StepLR
 import learner
 from learner.activations import ActivationStats, GradientStats
 from learner.augment import TTA, BatchTransform, CutMix, Mixup
+from learner.checkpoint import Checkpoint
 from learner.checks import NaNGuard
 from learner.conformance import RULES, Bystander, check_callback, example_learner
 from learner.core import Learner
+from learner.fingerprints import Fingerprints
+from learner.loggers import ConsoleTable, CSVLogger, JSONLinesLogger, Logger
 from learner.metrics import Metrics, MulticlassAccuracy
 from learner.precision import ChannelsLast, Compile, MixedPrecision
 from learner.profiler import Profiler
 from learner.progress import Progress
 from learner.recorder import Recorder
+from learner.runs import Run
 from learner.schedule import BatchSchedule, EarlyStopping, EpochSchedule, PiecewiseSchedule, Schedule, cosine
 from learner.stages import Callback, FunctionCallback
 from learner.store import hash_state, snapshot
+from learner.tensorboard import TensorBoard
 from learner.update import EMA, Accumulate, ClipGradients, FreezeUntil
+
+SCRATCH = TemporaryDirectory()  # until the process ends
+
+
+def path(name=""): return Path(tempfile.mkdtemp(dir=SCRATCH.name)) / (name or "new")  # of nothing yet
+
 
 TABLE = {  # how to make each; one that needs a learner of its own gets it in LEARNERS
     "Accumulate": lambda: Accumulate(2),
@@ -31,16 +45,22 @@ TABLE = {  # how to make each; one that needs a learner of its own gets it in LE
     "BatchSchedule": lambda: BatchSchedule(partial(StepLR, step_size=2)),
     "BatchTransform": lambda: BatchTransform(lambda data: data * 1.1),
     "Bystander": Bystander,
+    "CSVLogger": lambda: CSVLogger(path("history.csv")),
     "ChannelsLast": ChannelsLast,
+    "Checkpoint": lambda: Checkpoint(path()),
     "ClipGradients": lambda: ClipGradients(0.1),
     "Compile": lambda: Compile(disable=True),  # the rest of it has tests of its own: compiling takes long
+    "ConsoleTable": ConsoleTable,
     "CutMix": CutMix,
     "EMA": EMA,
     "EarlyStopping": EarlyStopping,
     "EpochSchedule": lambda: EpochSchedule(partial(StepLR, step_size=1)),
+    "Fingerprints": lambda: Fingerprints(2),
     "FreezeUntil": lambda: FreezeUntil(1, nn.BatchNorm1d),
     "FunctionCallback": lambda: FunctionCallback("after_loss", lambda loss: None),
     "GradientStats": GradientStats,
+    "JSONLinesLogger": lambda: JSONLinesLogger(path("log.jsonl")),
+    "Logger": Logger,
     "Metrics": lambda: Metrics(accuracy=MulticlassAccuracy()),
     "MixedPrecision": MixedPrecision,
     "Mixup": Mixup,
@@ -49,11 +69,11 @@ TABLE = {  # how to make each; one that needs a learner of its own gets it in LE
     "Profiler": Profiler,
     "Progress": Progress,
     "Recorder": lambda: Recorder("loss", "learning_rate", "gradient_norm", norm=lambda learn: learn.loss.detach() ** 2),
+    "Run": lambda: Run(path(), plots=False, log_every=1),
     "Schedule": lambda: Schedule(cosine(0.1, 0.01)),
     "TTA": lambda: TTA(lambda data: data * 1.01),
+    "TensorBoard": lambda: TensorBoard(path()),
 }
-
-
 
 def of_images():
     batches = [(torch.randn(8, 1, 6, 6), torch.randint(3, (8,))) for _ in range(3)]
@@ -104,6 +124,9 @@ def test_there_is_a_rule_for_each_contract():
 
 # The oracle for a resume: a training that was never stopped.
 
+FILES = {"CSVLogger", "Checkpoint", "JSONLinesLogger", "Run", "TensorBoard"}  # write to a path; have tests of their own
+
+
 class Stop(Exception): pass
 
 
@@ -118,7 +141,7 @@ def ended(learn):
                        "history": learn.history.rows, "rng": torch.get_rng_state(), "callbacks": states})
 
 
-@pytest.mark.parametrize("name", sorted(TABLE.keys() - {"Checkpoint", "Run", "Profiler"}))  # of whose state clocks are a part
+@pytest.mark.parametrize("name", sorted(TABLE.keys() - FILES - {"Profiler"}))  # of whose state clocks are a part
 def test_training_goes_on_with_it_from_any_batch_as_if_it_had_never_stopped(name, capsys):
     whole = of(name)
     whole.add(TABLE[name]())

@@ -79,13 +79,22 @@ def test_the_examples_in_the_readme_run(tmp_path):
 
 
 def test_the_demo_leaves_what_it_says(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "nbs/examples/demo.py", tmp_path / "demo"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert not re.search(r"[\x00-\x08\x0b-\x1f]", done.stdout)  # a pipe gets plain rows
-    accuracy = float(re.search(r"([\d.]+)% of the test images are right", done.stdout)[1])
-    assert accuracy >= 98
-    assert len((tmp_path / "demo/history.csv").read_text().splitlines()) == 13
-    for name in ("loss.png", "predictions.png"): assert (tmp_path / "demo" / name).read_bytes()[:4] == b"\x89PNG"
+    def run(*words):
+        done = subprocess.run([sys.executable, "-m", "learner", *words], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    command = re.search(r"^\t\$\(BIN\)/learner (train digits) \$\(RUNS\)/demo (--new_name)$", (ROOT / "Makefile").read_text(), re.M)
+    folder = tmp_path / "demo"
+    out = run(*command[1].split(), str(folder), command[2])
+    assert not re.search(r"[\x00-\x08\x0b-\x1f]", out)  # a pipe gets plain rows
+    assert len((folder / "history.csv").read_text().splitlines()) == 13
+    pictures = re.search(r"^pictures: (.+)$", out, re.M)[1].split(", ")
+    assert len(pictures) == 2
+    for picture in pictures: assert Path(picture).parent == folder / "plots" and Path(picture).read_bytes()[:4] == b"\x89PNG"
+    accuracy = float(re.search(r"test_accuracy +([\d.]+)", run("evaluate", str(folder), "--split=test"))[1])
+    assert accuracy >= 0.98
+    assert str(tmp_path / "demo-2") in run(*command[1].split(), str(folder), command[2], "--epochs=1")
 
 
 def test_a_wheel_works_in_an_empty_environment(tmp_path):

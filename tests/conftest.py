@@ -1,0 +1,20 @@
+"""The long forms of tests, and those that need a GPU: `pytest --long`, which is what `make test-long` runs."""
+import os
+
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="run the long forms too: every batch, hundreds of kills")
+
+
+def pytest_configure(config):
+    if config.getoption("--long"): os.environ["LEARNER_LONG"] = "1"
+
+
+def pytest_collection_modifyitems(items):
+    import torch
+    long, gpu = os.environ.get("LEARNER_LONG") == "1", torch.cuda.is_available()
+    for item in items:
+        if item.get_closest_marker("long") and not long: item.add_marker(pytest.mark.skip(reason="long: make test-long runs it"))
+        if item.get_closest_marker("gpu") and not gpu: item.add_marker(pytest.mark.skip(reason="needs a GPU that torch can use"))
