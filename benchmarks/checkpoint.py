@@ -4,6 +4,8 @@ The state is what AdamW needs to go on: a model of float32 and two moments of it
 bytes to a new file, syncs it and renames it over the last one. torch.save is shown as it is, and done the same way,
 since a file in the memory of the system is no checkpoint yet. The ways take turns, and the medians are compared:
 python benchmarks/checkpoint.py
+
+With --training it shows what share of an epoch of the config fashion_mnist its checkpoint takes, as the learner measures it.
 """
 
 import argparse
@@ -61,7 +63,9 @@ def main() -> None:
     parser.add_argument("--millions", type=int, nargs="+", default=[10, 100], help="parameters (default: 10 100)")
     parser.add_argument("--rounds", type=int, default=5, help="saves of each way (default: 5)")
     parser.add_argument("--folder", default=None, help="on the disk to measure (default: one for temporary files)")
+    parser.add_argument("--training", action="store_true", help="only the share of a real epoch, on Fashion-MNIST")
     arguments = parser.parse_args()
+    if arguments.training: return training(arguments.folder)
     if min(arguments.rounds, *arguments.millions) < 1: parser.error("all numbers must be at least 1")
 
     block = bytes(2**28)
@@ -106,6 +110,20 @@ def measure(folder: Path, millions: int, rounds: int) -> None:
     ratios = [a / b for a, b in zip(times["save_state"], times["the disk alone"], strict=True)]
     ratio = statistics.median(ratios)
     print(f"save_state takes {ratio:.2f} of the disk's own time: {'within' if ratio <= LIMIT else 'over'} {LIMIT}")
+
+
+def training(folder: str | None) -> None:
+    from learner import Checkpoint, build
+    learn = build("fashion_mnist")
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        learn.add(Checkpoint(place))
+        learn.train(2)
+        size = sum(file.stat().st_size for file in Path(place, "epoch-0002").iterdir())
+    epochs, whole = learn.times["train", "epoch"]
+    saves, saving = learn.times["train", "epoch", "Checkpoint.after_epoch"]
+    epoch, save = whole / epochs, saving / saves
+    print(f"an epoch of 54,000 images takes {epoch:.1f} s, and its checkpoint of {size / 1e6:.1f} MB {save:.3f} s of it: "
+          f"{save / (epoch - save):.2%} more than without")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from typing import Any
 
 from .core import Learner
 from .errors import check_number, check_whole
-from .schedule import check_monitor, mode_of, monitored
+from .names import mode_of
+from .schedule import check_monitor, monitored
 from .stages import Callback
 from .state import checkpoint_name, list_checkpoints, newest_checkpoint
 from .store import check_state, save_state, snapshot
@@ -84,6 +85,7 @@ class Checkpoint(Callback):
         self._last_time = 0.0
         self._writer: Thread | None = None
         self._failure: BaseException | None = None
+        if steps is None and minutes is None: self.after_batch = None  # type: ignore[assignment, method-assign]
 
     def __repr__(self) -> str: return f"Checkpoint({str(self.folder)!r})"
 
@@ -123,15 +125,15 @@ class Checkpoint(Callback):
 
     def _save(self, learn: Learner) -> None:
         self._last_time, self.taken = monotonic(), 0
-        state, name = learn.state_dict(), self._name(learn)
-        if not self.background: return self._write(name, state)
+        state, name, best = learn.state_dict(), self._name(learn), self.best_one or {}
+        if not self.background: return self._write(name, state, best)
         self._wait()
         state = snapshot(state)  # training goes on and changes the tensors
-        self._writer = Thread(target=self._write_aside, args=(name, state), name="checkpoint")
+        self._writer = Thread(target=self._write_aside, args=(name, state, best), name="checkpoint")
         self._writer.start()
 
-    def _write_aside(self, name: str, state: dict[str, Any]) -> None:
-        try: self._write(name, state)
+    def _write_aside(self, name: str, state: dict[str, Any], best: dict[str, Any]) -> None:
+        try: self._write(name, state, best)
         except BaseException as error: self._failure = error  # for the thread that trains
 
     def _wait(self) -> None:
@@ -141,20 +143,19 @@ class Checkpoint(Callback):
         failure, self._failure = self._failure, None
         if failure is not None: raise failure
 
-    def _write(self, name: str, state: dict[str, Any]) -> None:
+    def _write(self, name: str, state: dict[str, Any], best: dict[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not _read_index(self.folder): _write_index(self.folder, {"training": self.training})  # before there is anything
         save_state(self.folder / name, state)
-        index: dict[str, Any] = {"training": self.training}
-        if self.best_one is not None: index |= self.best_one
-        _write_index(self.folder, index)
-        self._remove_old(name)
+        _write_index(self.folder, {"training": self.training, **best})
+        self._remove_old(name, best.get("checkpoint", ""))
 
-    def _remove_old(self, newest: str) -> None:
+    def _remove_old(self, newest: str, best: str) -> None:
         listed = list_checkpoints(self.folder)
         names = [path.name for path in listed]
         place = names.index(newest)
         later = listed[place + 1:]  # of a future that did not happen
         old = [] if self.keep is None else listed[:max(0, place + 1 - self.keep)]
-        best = self.best_one["checkpoint"] if self.best_one else ""
         for path in (*old, *later):
             if path.name != best: path.rename(path.parent / f".{path.name}.gone")  # no half of it is taken for a whole
         for path in self.folder.glob(".epoch-*.gone"): rmtree(path)  # also what an earlier process left

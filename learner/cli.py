@@ -17,7 +17,9 @@ from typing import Any, Literal, get_origin
 from .config import ConfigError, Parameter, Settings, Text, comments, from_record, import_named, nested, parameters
 from .config import registered, resolve, typed
 from .errors import did_you_mean
-from .rundir import RunError, RunFiles, create_run, is_run, new_name, read_run
+from .names import flatten
+from .rundir import RunError, RunFiles, create_run, is_run, read_run
+from .rundir import new_name as free_name
 
 # %% auto #0
 __all__ = ['UsageError', 'usage', 'split_words', 'train', 'resume', 'evaluate', 'rerun', 'scores', 'compare', 'show', 'configs',
@@ -161,7 +163,8 @@ def _tell(run_dir: str) -> None:
     files = read_run(run_dir)
     best = [f"{name} {entry['best']:.4g} (epoch {entry['epoch']})" for name, entry in files.score.items()
             if name.startswith("validation_") and entry.get("best") is not None]
-    print(f"{run_dir}: {len(files.rows)} epochs, {files.status}{'; best ' if best else ''}{', '.join(best)}")
+    epochs = f"{len(files.rows)} epoch{'s' * (len(files.rows) != 1)}"
+    print(f"{run_dir}: {epochs}, {files.status}{'; best ' if best else ''}{', '.join(best)}")
     plots = sorted(Path(run_dir, "plots").glob("*.png"))
     if plots: print(f"pictures: {', '.join(map(str, plots))}")
 
@@ -183,7 +186,7 @@ def train(
 ) -> None:
     "Train from settings, and keep all about it in a new folder."
     _search_here()
-    if new_name: run_dir = str(_free_name(run_dir))
+    if new_name: run_dir = str(free_name(run_dir))
     elif not overwrite and os.path.lexists(run_dir): create_run(run_dir)  # says what to do, unless it is empty
     allowed = list(allow) or None
     resolve(config, settings, allow=allowed)  # mistakes are answered before PyTorch is loaded
@@ -193,8 +196,6 @@ def train(
         train_run(config, run_dir, settings, overwrite=overwrite, allow=allowed, callbacks=_console(quiet), log_every=log_every,
                   tensorboard=tensorboard, **options)
     _tell(run_dir)
-
-def _free_name(run_dir: str) -> Path: return new_name(run_dir)
 
 @_command
 def resume(
@@ -264,18 +265,12 @@ def scores(
     "Rank the runs in a folder."
     with _mistakes():
         from learner.scores import scores as rank
-        found = rank(folder, metric, top, mode, by, status, _flat(where or {}) or None)
+        found = rank(folder, metric, top, mode, by, status, flatten(where or {}) or None)
         for path, write in ((csv, found.to_csv), (json, found.to_json), (html, found.to_html)):
             if path is not None: write(path)
     print(found)
     for path in (csv, json, html):
         if path is not None: print(f"written: {path}")
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
 
 @_command
 def compare(

@@ -17,8 +17,9 @@ from typing import Any
 
 from .errors import did_you_mean
 from .fingerprints import FingerprintError, Record, first_difference, read_fingerprints
+from .names import flatten
 from .rundir import RunError, RunFiles, is_run, iter_rows, read_run
-from .scores import flatten, format_cell, printable
+from .scores import format_cell, printable
 
 # %% auto #0
 __all__ = ['ABSENT', 'Pairs', 'CompareError', 'differences', 'First', 'Comparison', 'compare_runs']
@@ -246,6 +247,8 @@ def _compare_folders(found: Comparison, a: RunFiles, b: RunFiles) -> None:
     "All but the results."
     def flat(run: RunFiles) -> dict[str, Any]: return {"config": run.config.get("config"), **flatten(run.settings)}
     found.settings = differences(flat(a), flat(b))
+    for name, (one, other) in list(found.settings.items()):  # an empty group is no more than what the other has in it
+        if {} in (one, other) and any(inner.startswith(f"{name}.") for inner in found.settings): del found.settings[name]
     git, data = ([_mapping(run.meta.get(name)) for run in (a, b)] for name in ("git", "data"))
     found.code = _known(differences(*git))
     for name in ("code.diff", "script.py"):

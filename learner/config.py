@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['Layer', 'Config', 'LrSchedule', 'ConfigError', 'read_yaml', 'write_yaml', 'Text', 'plain_hint', 'told', 'typed',
-           'Entry', 'register_model', 'register_optimiser', 'register_callback', 'register_config', 'registered',
-           'import_named', 'Parameter', 'comments', 'parameters', 'nested', 'Part', 'Settings', 'settings_of',
-           'read_settings', 'resolve', 'build', 'from_record', 'ConvNet', 'LeNet', 'Model', 'Optimiser', 'Callbacks']
+           'Entry', 'register_model', 'register_config', 'registered', 'import_named', 'Parameter', 'comments',
+           'parameters', 'nested', 'Part', 'Settings', 'settings_of', 'read_settings', 'resolve', 'build',
+           'from_record', 'ConvNet', 'LeNet', 'Model', 'Optimiser', 'Callbacks']
 
 # %% ../nbs/50_config.ipynb #911f8295
 class ConfigError(ValueError):
@@ -305,22 +305,6 @@ def register_model(
     "Make a model known by its name; raises ConfigError if that is taken."
     return _register("model", factory, name, {})
 
-def register_optimiser(
-    factory: Any = None,  # called as `factory(parameters, lr=..., **settings)`
-    *,
-    name: str | None = None,  # None: its own
-) -> Any:
-    "Make an optimiser known by its name; raises ConfigError if that is taken."
-    return _register("optimiser", factory, name, {})
-
-def register_callback(
-    factory: Any = None,  # a class of callbacks
-    *,
-    name: str | None = None,  # None: its own
-) -> Any:
-    "Make a callback known by its name; raises ConfigError if that is taken."
-    return _register("callback", factory, name, {})
-
 def register_config(
     builder: Any = None,  # a function with typed parameters that returns a Learner, or a dict of its arguments
     *,
@@ -377,7 +361,8 @@ def _find(kind: str, where: str, name: str, allow: Collection[str] | None) -> En
     if name in _registered[kind]: return _registered[kind][name]
     known = ", ".join(_registered[kind])
     if "." not in name:
-        fix = did_you_mean(name, _registered[kind]) or f"; there are {known}, or give package.module.Class"
+        own = "it a name of your own: --callbacks.NAME.name=package.module.Class" if kind == "callback" else "package.module.Class"
+        fix = did_you_mean(name, _registered[kind]) or f"; there are {known}, or give {own}"
         raise ConfigError(f"{where}: no {kind} is called {name}{fix}")
     module, _, last = name.rpartition(".")
     factory = _from_path(where, module, last, allow)
@@ -490,12 +475,11 @@ def _deeper(low: Any, high: Any) -> Any:
 def nested(
     settings: Mapping[str, Any],  # such as {"model.width": 32, "model": "ConvNet"}
 ) -> dict[str, Any]:
-    "Names with dots as nested mappings."
+    "Names with dots as nested mappings; names within a mapping stay as they are."
     result: dict[str, Any] = {}
     for key, value in settings.items():
         if not isinstance(key, str) or not all(key.split(".")):
             raise ConfigError(f"{key!r} is no name of a setting; it is text such as model.width")
-        if isinstance(value, Mapping): value = nested(value)
         first, *rest = key.split(".")
         for name in reversed(rest): value = {name: value}
         result[first] = _deeper(result[first], value) if first in result else value
@@ -566,7 +550,7 @@ class _Resolver:
             value = self.value(parameter, f"{prefix}{parameter.name}", given)
             if value is _NOTHING: continue
             values[parameter.name] = value
-            shown = self.shown(value)
+            shown = value.plain if isinstance(value, Part) else _as_plain(value)
             if shown is not _NOTHING: plain[parameter.name] = shown
         for origin, layer in layers if open_ else ():
             for name in layer.keys() - known.keys():
@@ -594,11 +578,6 @@ class _Resolver:
         entry = _registered.get(parameter.kind, {}).get(default) if isinstance(default, str) else None
         if entry is None or isinstance(entry.factory, str): return False
         return name in (parameters(entry.factory) or {})
-
-    @staticmethod
-    def shown(value: Any) -> Any:
-        if not isinstance(value, Part): return _as_plain(value)
-        return value.plain
 
     def value(self, parameter: Parameter, where: str, given: list[tuple[str, Any]]) -> Any:
         "The value of one parameter, typed; _NOTHING if it has none, and the function its own default."
@@ -702,9 +681,8 @@ def _common() -> dict[str, Parameter]:
 class Settings:
     "The settings of a learner, resolved: all names, all values, and what is built with them."
 
-    def __init__(self, config: str, source: str | None, part: Part, common: dict[str, Any], asked: Collection[str]):
+    def __init__(self, config: str, part: Part, common: dict[str, Any], asked: Collection[str]):
         self.config = config  # the name of one that ships or of a notebook, else module:function
-        self.source = source  # the file that they were read from
         self._part, self._common, self._asked = part, common, asked
         self.values: dict[str, Any] = {**part.plain}  # nested, as a file has them
 
@@ -846,9 +824,9 @@ def resolve(
         folder = str(Path(source).resolve().parent)
         if folder not in sys.path: sys.path.append(folder)  # modules are also looked for beside the file
     name, entry = _find_config(f"{source}: " if source else "", config, allow)
-    return _settings_from(name, source, entry, [*all_layers, *(("", nested(layer)) for layer in layers)], allow)
+    return _settings_from(name, entry, [*all_layers, *(("", nested(layer)) for layer in layers)], allow)
 
-def _settings_from(name: str, source: str | None, entry: Entry, layers: list[Layer], allow: Collection[str] | None) -> Settings:
+def _settings_from(name: str, entry: Entry, layers: list[Layer], allow: Collection[str] | None) -> Settings:
     function = entry.load()
     own = parameters(function, entry.defaults, "config") or {}
     common = _common()
@@ -869,7 +847,7 @@ def _settings_from(name: str, source: str | None, entry: Entry, layers: list[Lay
     if shared["seed"] >= 2**32: raise ConfigError(f"seed is {shared['seed']}; it must be below 2**32")
     asked = {key for key in part.values if key in own or key not in common}
     if "splits" in inspect.signature(function).parameters: asked.add("splits")
-    return Settings(name, source, part, shared, asked)
+    return Settings(name, part, shared, asked)
 
 def build(
     config: Config,  # a registered name, a file, module:function, or a function
@@ -896,7 +874,7 @@ def from_record(
     if not isinstance(settings, Mapping):
         raise ConfigError(f"the settings of the record are {_shown(settings)}; they must be names with values")
     name, entry = _find_config("config ", config, allow)
-    return _settings_from(name, None, entry, [("", nested(settings)), *(("", nested(layer)) for layer in layers)], allow)
+    return _settings_from(name, entry, [("", nested(settings)), *(("", nested(layer)) for layer in layers)], allow)
 
 # %% ../nbs/50_config.ipynb #de5c6382
 @register_model
@@ -941,10 +919,6 @@ def _classifier(
     measuring = Metrics(accuracy=MulticlassAccuracy())
     return Learner(model, optimiser, F.cross_entropy, loaders, [measuring, *steering, *callbacks], device)
 
-def _chosen(loaders: Any, splits: Collection[str]) -> Any:
-    from learner.data import DataLoaders
-    return DataLoaders(**{name: loader for name, loader in loaders.items() if name in splits}, classes=loaders.classes)
-
 LrSchedule = Literal["constant", "linear", "cosine"] | list[tuple[int, float]]
 
 @register_config(name="digits", model="ConvNet", optimiser="AdamW", learning_rate=3e-3, epochs=12)
@@ -962,7 +936,7 @@ def _digits(
 ) -> Learner:
     "1,797 handwritten digits, 8 x 8, of scikit-learn: a small network is right on 99% in seconds."
     from learner.data import digits
-    loaders = _chosen(digits(batch_size, validation, seed, test="test" in splits), splits)
+    loaders = digits(batch_size, validation, seed, test="test" in splits)
     return _classifier(model, optimiser, loaders, lr_schedule, learning_rate, callbacks, device)
 
 @register_config(name="fashion_mnist", model="ConvNet", optimiser="AdamW", learning_rate=3e-3, epochs=5)
@@ -981,5 +955,5 @@ def _fashion_mnist(
 ) -> Learner:
     "70,000 pictures of clothes, 28 x 28, of Zalando (Xiao et al., 2017)."
     from learner.data import fashion_mnist
-    loaders = _chosen(fashion_mnist(root, batch_size, validation, seed, test="test" in splits), splits)
+    loaders = fashion_mnist(root, batch_size, validation, seed, test="test" in splits)
     return _classifier(model, optimiser, loaders, lr_schedule, learning_rate, callbacks, device)

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .errors import check_number, check_whole
+from .errors import check_number
 from .history import History, Mean
 from .parts import accepts, check_parts, is_optimiser, kept_order, length_of
-from .parts import make_optimiser, no_loss, not_scalar, place_model, samplers_of
-from .provenance import kept_rng, rng_state, set_rng_state
-from .state import Place, Resumable, batches_from, order_state, set_order_state
+from .parts import make_optimiser, no_loss, not_scalar, place_model
+from .provenance import kept_rng
+from .state import Place, Resumable
 from .stages import Callback, CancelEpochException, CancelException, CancelTrainException
 from .tree import batch_size, call_model, open_batch
 
@@ -99,27 +99,33 @@ class Learner(Resumable):
         state = self._to_resume(resume)
         epochs, validation_epochs = self._lengths(state, epochs, validation_epochs)
         if learning_rate is not None: learning_rate = check_number("learning_rate", learning_rate)
-        with self._call("train", callbacks, "train", *self.dataloaders), self._left_off():
+        with self._call("train", callbacks, "train", *self.dataloaders):
             self._begin(state, epochs, validation_epochs, learning_rate)
-            begin = self._place
-            if begin.phase != "test":
-                with suppress(CancelTrainException), self.stage("train"), self._left_off():
-                    if self._resuming and not begin.phase: self._take_up()
-                    for self.epoch in range(begin.epoch, epochs):
-                        if self.epoch > begin.epoch: self.results = {}  # what before_train logs is in the first row
-                        if not self._resuming: self._place = Place(self.epoch)
-                        self.results["epoch"] = len(self.history)
-                        with suppress(CancelEpochException), self.stage("epoch"), self._row_written():
-                            self._pass("train")
-                            if (self.epoch + 1) % validation_epochs == 0 or self.epoch + 1 == epochs:
-                                self._pass("validation")
-                            if self._resuming: self._take_up()  # nothing was left to do in this epoch
-            elif self._resuming: self._take_up()
-            if len(self.history) > self._first_row: self.results = self.history[-1]  # where results of the test belong
-            self._place, self._began = Place(epochs, "test"), {}
-            self._pass("test")
-            self._write_steps()
-            self._place, self._saved = Place(epochs), None
+            with self._left_off(): self._train(self._place, epochs, validation_epochs)
+
+    def _train(self, begin: Place, epochs: int, validation_epochs: int) -> None:
+        "The epochs and the test, from a place on."
+        if begin.phase != "test":
+            with suppress(CancelTrainException), self.stage("train"), self._left_off():
+                self._under_way = True
+                if self._resuming and not begin.phase: self._take_up()
+                for self.epoch in range(begin.epoch, epochs):
+                    if self.epoch > begin.epoch: self.results = {}  # what before_train logs is in the first row
+                    if not self._resuming: self._place = Place(self.epoch)
+                    self.results["epoch"] = len(self.history)
+                    with suppress(CancelEpochException), self.stage("epoch"), self._row_written():
+                        self._pass("train")
+                        if (self.epoch + 1) % validation_epochs == 0 or self.epoch + 1 == epochs:
+                            self._pass("validation")
+                        if self._resuming: self._take_up()  # nothing was left to do in this epoch
+        elif self._resuming:
+            self._under_way = True
+            self._take_up()
+        if len(self.history) > self._first_row: self.results = self.history[-1]  # where results of the test belong
+        self._place, self._began = Place(epochs, "test"), {}
+        self._pass("test")
+        self._write_steps()
+        self._place, self._saved = Place(epochs), None
 
     def _pass(self, phase: str) -> None:
         "One pass over the loader of a phase, if there is one; a training that is resumed goes on in its middle."
@@ -310,18 +316,6 @@ class Learner(Resumable):
             raise
         self._write_row()
 
-    @contextmanager
-    def _left_off(self) -> Iterator[None]:
-        "Keep what a resume needs when training is stopped; where a callback ends it, there is nothing to go on with."
-        try: yield
-        except CancelTrainException:
-            self._place = Place(self.num_epochs)
-            raise
-        except CancelException: raise
-        except BaseException as error:
-            self._leave(error)
-            raise
-
     def _write_row(self) -> None:
         self.history.rows.append(self.results)
         self._write_steps()
@@ -347,14 +341,6 @@ class Learner(Resumable):
             warnings.warn(f"{self.phase}_loss is nan ({self.position()}); try a lower learning rate, "
                           "or look for bad data", stacklevel=2)
 
-    def _loader(self, phase: str) -> Iterable[Any]:
-        "The loader of a phase; one that shuffles by epoch is told which epoch it is."
-        loader = self.dataloaders[phase]
-        if phase == "train":
-            for part in samplers_of(loader):
-                if hasattr(part, "set_epoch"): part.set_epoch(len(self.history))
-        return loader
-
     def _check_loaders(self, *phases: str) -> None:
         "Raise ValueError if a loader is missing or known to be empty."
         for phase in phases:
@@ -362,19 +348,6 @@ class Learner(Resumable):
                 raise ValueError(f"dataloaders has no \"{phase}\" loader, it has {list(self.dataloaders)}; add one")
             if length_of(self.dataloaders[phase]) == 0:
                 raise ValueError(f"dataloaders[\"{phase}\"] is empty; give it at least one batch")
-
-    def _lengths(self, state: Any, *given: int | None) -> tuple[int, int]:
-        "How many epochs to train, and how often to validate."
-        saved: Any = state["loop"] if state else {"num_epochs": 1, "validation_epochs": 1, "place": (0, "", 0)}
-        names = ("num_epochs", "validation_epochs")
-        epochs, validation_epochs = (
-            check_whole(name.removeprefix("num_"), saved[name] if value is None else value)
-            for name, value in zip(names, given, strict=True))
-        begun = saved["place"][0] + (saved["place"][1] in ("train", "validation"))
-        if epochs < begun:
-            raise ValueError(f"epochs is {epochs}, and the training to resume has begun {begun}; they count from its "
-                             "beginning: ask for more, or leave epochs out")
-        return epochs, validation_epochs
 
     def _begin(self, state: Any, epochs: int, validation_epochs: int, learning_rate: float | None) -> None:
         "Get ready to train from the beginning, or to go on from a state."
@@ -384,7 +357,10 @@ class Learner(Resumable):
         if state: self._put(state)  # or it raises, and nothing has changed
         else: self._place, self._first_row = Place(), len(self.history)
         if not self._place.phase: self.results = {}
-        self._saved = self._resuming = state
+        self._saved, self._resuming, self._under_way = state, state, False
+        if state and not state["loop"]["under_way"]:  # no training was stopped: set-up is part of what comes
+            self._saved = self._resuming = None
+            self._set_random(state["loop"])
         self.num_epochs, self._validation_epochs = epochs, validation_epochs
         self.optimiser.zero_grad()
 
@@ -393,28 +369,6 @@ class Learner(Resumable):
         top = max(group["lr"] for group in groups)
         for group in groups:  # groups that differ keep their proportions; the highest gets the value
             group["lr"] = learning_rate if group["lr"] == top else group["lr"] * (learning_rate / top)
-
-    def _begin_evaluation(self, phase: str) -> None:
-        "A validation or a test that is stopped is begun anew, so that it has to be known how it began."
-        if self._resuming: self._take_up()
-        self._began = {"rng": rng_state(), "order": order_state(self.dataloaders[phase])}
-
-    def _training_batches(self) -> tuple[int, Iterable[Any]]:
-        "The number of the next batch, and the loader, or what it still has to give to a training that is resumed."
-        loop = self._take_up() if self._resuming else None
-        loader = self._loader("train")
-        if loop is None:
-            self._place, self._began = Place(self.epoch, "train"), {"rng": rng_state(), "order": order_state(loader)}
-            return 0, loader
-        first = self._place.batch
-        self._began = loop["began"] if first else {"rng": loop["rng"], "order": order_state(loader)}
-        if first:
-            set_order_state(loader, self._began["order"])
-            self.batch_num = first - 1
-            for name, mean in loop["means"].items(): self._means[name].load_state_dict(mean, self.device)
-        batches = batches_from(loader, first, self._began["rng"], loop["loader"])
-        set_rng_state(loop["rng"])
-        return first, batches
 
     def _stopped(self) -> str:
         goes_on = "; train(resume=True) goes on from there" if self._running == "train" else ""

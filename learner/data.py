@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, TensorDataset
 
 from .errors import check_whole, did_you_mean
-from .history import PHASES
+from .names import PHASES
 from .provenance import seed_everything
 from .tree import map_tensors
 

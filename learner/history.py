@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from .errors import did_you_mean
+from .names import PHASES, format_value, split_column
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # %% auto #0
-__all__ = ['PHASES', 'Mean', 'split_column', 'format_value', 'HistoryError', 'History']
+__all__ = ['Mean', 'HistoryError', 'History']
 
 # %% ../nbs/03_history.ipynb #102c3c46
 class Mean:
@@ -90,24 +91,7 @@ class Mean:
             state["weight"], placed(state["total"]), state["count"], state["numbers"])
         self.blocks = None if state["blocks"] is None else [placed(block) for block in state["blocks"]]
 
-# %% ../nbs/03_history.ipynb #c74a3d84
-PHASES = ("train", "validation", "test")  # the passes over data; columns are called `<phase>_<quantity>`
-
-def split_column(
-    name: str,  # such as "validation_loss"
-) -> tuple[str, str]:  # phase and quantity; a column of no pass has an empty phase
-    "Tell the pass from what was measured in it."
-    phase, _, quantity = name.partition("_")
-    return (phase, quantity) if quantity and phase in PHASES else ("", name)
-
-def format_value(
-    value: Any,
-) -> str:
-    "A value as a table shows it: four decimals, or three digits where these say nothing."
-    if value is None: return ""
-    if not isinstance(value, float): return str(value)
-    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.3g}"
-
+# %% ../nbs/03_history.ipynb #ad1fa2d9
 class HistoryError(LookupError):
     "A column that the history does not have."
 

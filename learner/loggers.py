@@ -21,17 +21,16 @@ from torch import Tensor
 
 from .core import Learner
 from .errors import check_whole
-from .history import History, format_value
+from .history import History
+from .names import format_value, mode_of
 from .parts import is_optimiser, length_of
 from .progress import LogView, results_line
 from .recorder import BLOCK, read_values
 from .rundir import as_plain, write_text
-from .schedule import mode_of
 from .stages import Callback
 
 # %% auto #0
-__all__ = ['STEP_COLUMNS', 'describe_settings', 'flatten_settings', 'StepValues', 'Logger', 'ConsoleTable', 'CSVLogger',
-           'JSONLinesLogger']
+__all__ = ['STEP_COLUMNS', 'describe_settings', 'StepValues', 'Logger', 'ConsoleTable', 'CSVLogger', 'JSONLinesLogger']
 
 # %% ../nbs/51_loggers.ipynb #3f8f757d
 def _name(part: Any) -> str: return getattr(part, "__name__", type(part).__name__)
@@ -61,17 +60,6 @@ def describe_settings(
 def _known(learn: Learner) -> Iterable[Tensor]:
     from torch.nn.parameter import is_lazy
     return (parameter for parameter in learn.model.parameters() if not is_lazy(parameter))
-
-def flatten_settings(
-    settings: Mapping[str, Any],
-    prefix: str = "",
-) -> dict[str, Any]:
-    "Nested settings in one dict with dotted names; lists as text."
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping): flat |= flatten_settings(value, f"{prefix}{key}.")
-        else: flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else json.dumps(as_plain(value))
-    return flat
 
 # %% ../nbs/51_loggers.ipynb #59338177
 class StepValues:

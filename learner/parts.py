@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import did_you_mean
-from .history import PHASES
+from .names import PHASES
 
 # %% auto #0
 __all__ = ['accepts', 'is_optimiser', 'check_optimiser', 'make_optimiser', 'check_parts', 'not_scalar', 'no_loss', 'place_model',

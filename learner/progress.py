@@ -15,7 +15,8 @@ from shutil import get_terminal_size
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any
 
-from .history import History, format_value, split_column
+from .history import History
+from .names import format_value, split_column
 from .stages import Callback
 
 if TYPE_CHECKING:

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import IterableDataset, TensorDataset
 
+from .names import flatten
+
 # %% ../nbs/02_provenance.ipynb #7bab65d7
 _SEEDS = 2**32  # how many there are
 
@@ -41,16 +43,8 @@ def seed_everything(
     torch.manual_seed(seed)  # the accelerators too; one that is not in use yet is seeded when it is first used
     return seed
 
-# %% ../nbs/02_provenance.ipynb #cc921274
-def _flatten(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Nested dicts as one dict with dotted names, arrays as lists."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}.{key}")
-        else:
-            flat[f"{prefix}.{key}"] = value.tolist() if hasattr(value, "tolist") else value
-    return flat
+# %% ../nbs/02_provenance.ipynb #319c9fa6
+def _plain(value: Any) -> Any: return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _unflatten(flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -85,7 +79,7 @@ def rng_state() -> dict[str, Any]:  # names such as "torch", "cuda:0", "python.s
         "python.version": version,
         "python.state": list(internal),
         "python.gauss": [] if spare is None else [spare],  # the second of a pair of normal numbers
-        **_flatten(np.random.get_state(legacy=False), "numpy"),
+        **{name: _plain(value) for name, value in flatten(np.random.get_state(legacy=False), "numpy.").items()},
         "torch": torch.get_rng_state(),
     }
     if accelerator := _accelerator():

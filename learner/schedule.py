@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .core import Learner
 from .errors import check_number, check_whole, did_you_mean
-from .history import split_column
+from .names import mode_of, split_column
 from .parts import accepts, is_optimiser, length_of
 from .stages import Callback, CancelTrainException
 
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['Curve', 'ScheduleError', 'updates_per_epoch', 'open_lengths', 'hyperparameters', 'get_hyperparameter',
            'set_hyperparameter', 'FunctionScheduler', 'constant', 'linear', 'cosine', 'exponential', 'combine',
-           'warm_up', 'MonitorError', 'mode_of', 'check_monitor', 'monitored', 'BatchSchedule', 'EpochSchedule',
-           'Schedule', 'PiecewiseSchedule', 'EarlyStopping']
+           'warm_up', 'MonitorError', 'check_monitor', 'monitored', 'BatchSchedule', 'EpochSchedule', 'Schedule',
+           'PiecewiseSchedule', 'EarlyStopping']
 
 # %% ../nbs/32_schedule.ipynb #a3faf345
 class ScheduleError(ValueError):
@@ -246,17 +246,6 @@ def warm_up(
 # %% ../nbs/32_schedule.ipynb #2c6a79bc
 class MonitorError(ValueError):
     "A value to watch that there is not."
-
-_LOW = {"loss", "error", "perplexity", "mse", "mae", "rmse", "nll"}
-_HIGH = {"accuracy", "acc", "f1", "auc", "auroc", "precision", "recall", "iou", "dice", "r2"}
-
-def mode_of(
-    monitor: str,  # a column of the history
-) -> str | None:  # "min", "max", or None where the name does not tell
-    "Whether a low value is good or a high one."
-    words = set(split_column(monitor)[1].lower().split("_"))
-    low, high = bool(words & _LOW), bool(words & _HIGH)
-    return None if low == high else "min" if low else "max"
 
 def check_monitor(
     owner: Any,  # what watches, for messages

@@ -20,27 +20,17 @@ from pathlib import Path
 from typing import Any, overload
 
 from .errors import check_whole, did_you_mean
+from .names import flatten, format_value, mode_of
 from .page import page
 from .rundir import RunError, RunFiles, as_plain, find_runs, now, write_text
 
 # %% auto #0
-__all__ = ['Where', 'ScoreError', 'flatten', 'printable', 'format_cell', 'Score', 'LeftOut', 'scores', 'quote', 'rerun_command',
+__all__ = ['Where', 'ScoreError', 'printable', 'format_cell', 'Score', 'LeftOut', 'scores', 'quote', 'rerun_command',
            'train_command', 'Scores']
 
 # %% ../nbs/52_scores.ipynb #7e5b964e
 class ScoreError(ValueError):
     "Runs that cannot be ranked so."
-
-def flatten(
-    settings: Mapping[str, Any],
-    prefix: str = "",
-) -> dict[str, Any]:  # such as {"model.width": 32}
-    "Nested settings under dotted names; an empty group stays as it is."
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value: flat |= flatten(value, f"{prefix}{key}.")
-        else: flat[f"{prefix}{key}"] = value
-    return flat
 
 def _mapping(value: Any) -> Mapping[str, Any]: return value if isinstance(value, Mapping) else {}
 
@@ -54,9 +44,7 @@ def format_cell(
     value: Any,
 ) -> str:
     "A value as the table shows it."
-    if value is None: return ""
-    if isinstance(value, bool): return "true" if value else "false"
-    if isinstance(value, float): return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.3g}"
+    if value is None or isinstance(value, float): return format_value(value)
     return printable(value if isinstance(value, str) else json.dumps(as_plain(value), ensure_ascii=False))
 
 @dataclass(frozen=True)
@@ -156,7 +144,6 @@ def _mode(metric: str, runs: Sequence[RunFiles]) -> str:
     "Whether low or high values are good: what the runs say, else the name; raises ScoreError."
     said = {entry.get("mode") for run in runs if (entry := run.score.get(metric))} & {"min", "max"}
     if len(said) == 1: return str(said.pop())
-    from learner.schedule import mode_of  # costs PyTorch, and is seldom needed
     mode = mode_of(metric)
     if mode is None:
         why = "the runs disagree about it" if said else "its name does not tell"
@@ -269,7 +256,8 @@ def _check_metric(metric: str, runs: Mapping[str, RunFiles]) -> None:
         try: names |= dict.fromkeys(_metrics(run))
         except RunError: continue
     if names and metric not in names:
-        raise ScoreError(f"no run has {metric}{did_you_mean(metric, names)}; there are {', '.join(names)}")
+        near = did_you_mean(metric, names) or f"; there are {', '.join(names)}"
+        raise ScoreError(f"no run has {metric}{near}")
 
 # %% ../nbs/52_scores.ipynb #de365cbd
 def quote(

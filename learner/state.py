@@ -13,7 +13,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from os import PathLike
 from pathlib import Path
@@ -24,11 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .errors import did_you_mean
-from .history import PHASES, History, Mean, split_column
+from .errors import check_whole, did_you_mean
+from .history import History, Mean
+from .names import PHASES, split_column
 from .parts import generators_of, is_optimiser, make_optimiser, samplers_of
 from .provenance import kept_rng, rng_state, set_rng_state
-from .stages import Callback, Staged
+from .stages import Callback, CancelException, CancelTrainException, Staged
 from .store import DamagedError, hash_state, list_states, load_state, save_state
 from .tree import to_device
 
@@ -76,11 +77,12 @@ def batches_from(
     first: int,  # number of a batch, from 0
     rng: Mapping[str, Any],  # the global random numbers when the pass began
     own: Mapping[str, Any] | None = None,  # what the loader's own `state_dict` gave before this batch, if it has one
+    order: Mapping[str, Any] | None = None,  # with it: from `order_state`, at the same time
 ) -> Iterator[Any]:
     "A pass that goes on with a batch in its middle; it is begun anew where the loader cannot jump."
-    if own is not None:
+    if own is not None and order is not None:
         loader.load_state_dict(own)
-        return iter(loader)
+        return _from_own(iter(loader), loader, order)
     if first and hasattr(loader, "batches_from"): return loader.batches_from(first)
     if first and getattr(loader, "persistent_workers", False):
         warnings.warn("the workers of the training loader persist, and random numbers that they drew in earlier epochs "
@@ -94,6 +96,12 @@ def batches_from(
             raise ResumeError(f"the training loader gave {number} batches, and training goes on with batch {first}; "
                               "give it the data that it had") from None
     return batches
+
+def _from_own(batches: Iterator[Any], loader: Any, order: Mapping[str, Any]) -> Iterator[Any]:
+    first = next(batches, None)
+    set_order_state(loader, order)  # to begin has drawn from the loader's generator, which the next pass needs as it was
+    if first is not None: yield first
+    yield from batches
 
 # %% ../nbs/10_state.ipynb #93a92efa
 class Signals:
@@ -281,6 +289,7 @@ class Resumable(Staged):
     device: torch.device
     history: History
     results: dict[str, Any]
+    epoch: int
     batch_num: int
     num_epochs: int
 
@@ -292,6 +301,7 @@ class Resumable(Staged):
         self._validation_epochs, self._first_row = 1, 0  # of the last call of `train`
         self._evaluating = False  # a validation or test pass is under way
         self._done = True  # the batch's routine
+        self._under_way = False  # a training, with all its set-up done
         self._stepped = -1  # the batch in which the optimiser took its last step
         self._means: dict[str, Mean] = {}  # of the pass that is under way, by quantity
         self._steps: dict[str, list[float]] = {}  # every batch's values, which go to the history with the row
@@ -357,7 +367,7 @@ class Resumable(Staged):
         again = began if place.phase in PHASES[1:] else {}  # a pass that is begun anew
         if again: orders[place.phase] = again["order"]
         loop = {
-            "place": list(place), "under_way": self.is_running, "num_epochs": self.num_epochs,
+            "place": list(place), "under_way": self.is_running and self._under_way, "num_epochs": self.num_epochs,
             "validation_epochs": self._validation_epochs, "first_row": self._first_row,
             "rows": deepcopy(self.history.rows), "results": dict(self.results),
             "steps": _packed(self.history.steps), "keep_steps": self.history.keep_steps, "row_steps": _packed(self._steps),
@@ -435,24 +445,82 @@ class Resumable(Staged):
                               "without resume, or name a checkpoint: train(resume=path)")
         return self._saved
 
+    def _lengths(self, state: Any, *given: int | None) -> tuple[int, int]:
+        "How many epochs to train, and how often to validate."
+        saved: Any = state["loop"] if state else {"num_epochs": 1, "validation_epochs": 1, "place": (0, "", 0)}
+        names = ("num_epochs", "validation_epochs")
+        epochs, validation_epochs = (
+            check_whole(name.removeprefix("num_"), saved[name] if value is None else value)
+            for name, value in zip(names, given, strict=True))
+        begun = saved["place"][0] + (saved["place"][1] in ("train", "validation"))
+        if epochs < begun:
+            raise ValueError(f"epochs is {epochs}, and the training to resume has begun {begun}; they count from its "
+                             "beginning: ask for more, or leave epochs out")
+        return epochs, validation_epochs
+
+    def _begin_evaluation(self, phase: str) -> None:
+        "A validation or a test that is stopped is begun anew, so that it has to be known how it began."
+        if self._resuming: self._take_up()
+        self._began = {"rng": rng_state(), "order": order_state(self.dataloaders[phase])}
+
+    def _training_batches(self) -> tuple[int, Iterable[Any]]:
+        "The number of the next batch, and the loader, or what it still has to give to a training that is resumed."
+        loop = self._take_up() if self._resuming else None
+        loader = self._loader("train")
+        if loop is None:
+            self._place, self._began = Place(self.epoch, "train"), {"rng": rng_state(), "order": order_state(loader)}
+            return 0, loader
+        first = self._place.batch
+        self._began = loop["began"] if first else {"rng": loop["rng"], "order": order_state(loader)}
+        if first:
+            set_order_state(loader, self._began["order"])
+            self.batch_num = first - 1
+            for name, mean in loop["means"].items(): self._means[name].load_state_dict(mean, self.device)
+        batches = batches_from(loader, first, self._began["rng"], loop["loader"], loop["orders"]["train"])
+        set_rng_state(loop["rng"])
+        return first, batches
+
+    def _loader(self, phase: str) -> Iterable[Any]:
+        "The loader of a phase; one that shuffles by epoch is told which epoch it is."
+        loader = self.dataloaders[phase]
+        if phase == "train":
+            for part in samplers_of(loader):
+                if hasattr(part, "set_epoch"): part.set_epoch(len(self.history))
+        return loader
+
     def _take_up(self) -> Mapping[str, Any]:
         "All is set up: put everything as it was, the random numbers last."
         state, self._resuming, self._saved = self._resuming, None, None
         assert state is not None
         loop, phase = state["loop"], self._place.phase
-        if loop["under_way"]: self._put(state)  # else it was whole, and what set-up has made of it stays
+        self._put(state)
         if not phase and self._place.epoch: self.results = {}
         if phase == "test" and len(self.history) > self._first_row: self.results = self.history[-1]
         if phase in PHASES[1:]:  # that pass is begun anew
             for column in [name for name in self.results if split_column(name)[0] == phase]: del self.results[column]
+        self._set_random(loop)
+        return loop
+
+    def _set_random(self, loop: Mapping[str, Any]) -> None:
         for name, order in loop["orders"].items():
             if name in self.dataloaders: set_order_state(self.dataloaders[name], order)
         set_rng_state(to_device(loop["rng"], torch.device("cpu")))
-        return loop
+
+    @contextmanager
+    def _left_off(self) -> Iterator[None]:
+        "Keep what a resume needs when training is stopped; where a callback ends it, there is nothing to go on with."
+        try: yield
+        except CancelTrainException:
+            self._place = Place(self.num_epochs)
+            raise
+        except CancelException: raise
+        except BaseException as error:
+            self._leave(error)
+            raise
 
     def _leave(self, error: BaseException) -> None:
         "An error, or a stop, ends training: keep what going on in this process needs."
-        if self._saved is not None or self._resuming is not None: return  # kept already, or it has not gone on yet
+        if self._saved is not None or self._resuming is not None or not self._under_way: return  # kept, or not begun yet
         try:
             kept = [{key: deepcopy(value) for key, value in group.items() if key != "params"}
                     for group in _groups_of(self.optimiser)]

@@ -33,7 +33,7 @@ def learner(*words, cwd):
 # Loading PyTorch takes seconds. So where it is needed, the processes are made by one that has loaded it already.
 
 FORKING = multiprocessing.get_context("forkserver")
-FORKING.set_forkserver_preload(["torch", "learner.runs", "learner.loggers", "learner.checkpoint", "learner.cli", "sklearn.datasets", "torcheval.metrics", "matplotlib.pyplot"])
+FORKING.set_forkserver_preload(["torch", "learner.runs", "learner.loggers", "learner.checkpoint", "learner.cli", "jsonargparse", "yaml", "sklearn.datasets", "torcheval.metrics", "matplotlib.pyplot"])
 
 
 def in_child(words, cwd, files):
@@ -103,7 +103,7 @@ def runs(tmp_path_factory):
     return place
 
 
-# Mistakes. None of these has to load PyTorch, which makes the table quick; a few that do are below.
+# Mistakes. None of these has to load PyTorch; a few that do are below.
 
 MISTAKES = [
     # command line, words of the message
@@ -203,9 +203,9 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("line, words", MISTAKES, ids=[line or "nothing" for line, _ in MISTAKES])
-def test_a_mistake_is_one_line_and_exit_status_2(runs, line, words):
+def test_a_mistake_is_one_line_and_exit_status_2(runs, quick, line, words):
     before = sorted(runs.rglob("*"))
-    done = learner(*line.split(), cwd=runs)
+    done = quick(*line.split(), cwd=runs)
     assert done.returncode == 2, done.err
     assert words in done.err and done.out == ""
     assert line == "" or len(done.err.splitlines()) == 1
@@ -234,6 +234,12 @@ def test_debug_shows_where_a_mistake_was_found(runs):
 
 
 # What it does
+
+def test_mistakes_are_answered_without_torch(runs):
+    for words in (["train", "digits", "runs/x", "--epochs=many"], ["resume", "foreign"], ["scores", "empty"], ["show", "digts"]):
+        code = f"import sys; from learner.cli import main; print(main({words}), 'torch' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code], cwd=runs, capture_output=True, text=True, env=ENVIRONMENT).stdout.split() == ["2", "False"]
+
 
 def test_a_run_from_the_command_line(runs):
     config, meta = (read(runs / "runs/first" / name) for name in ("config.json", "meta.json"))
@@ -298,6 +304,7 @@ def test_the_example_of_ones_own_trainer(tmp_path, quick):
     assert float(re.search(r"validation_accuracy ([\d.]+)", out.splitlines()[-2])[1]) > 0.9
     settings = read(tmp_path / "runs/first/config.json")
     assert settings["config"] == "own_trainer:spiral_arms" and settings["settings"]["model"] == {"name": "Perceptron", "width": 64, "depth": 2, "classes": 3}
+    assert (tmp_path / "runs/first/script.py").read_text() == (ROOT / "nbs/examples/own_trainer/own_trainer.py").read_text()
     refused = quick("evaluate", "../runs/first", "--split=test", cwd=tmp_path / "own")
     assert refused.returncode == 2 and "--allow=own_trainer" in refused.err
     assert "test_accuracy" in passed(quick("evaluate", "../runs/first", "--split=test", "--allow=own_trainer", cwd=tmp_path / "own"))
@@ -372,8 +379,8 @@ def test_a_reader_that_goes_away_is_no_error(runs):
 # Help
 
 @pytest.mark.parametrize("line", ["--help", "-h", "help", "train --help", "resume -h", "evaluate --help", "rerun --help", "scores --help", "compare --help", "show --help", "configs --help", "help train"])
-def test_help(runs, line):
-    out = good(*line.split(), cwd=runs)
+def test_help(runs, quick, line):
+    out = passed(quick(*line.split(), cwd=runs))
     assert out.startswith("usage: learner") and "noqa" not in out and "==" not in out
     if line == "train --help": assert all(word in out for word in ("CONFIG", "RUN_DIR", "--overwrite", "--new_name", "[--key=value ...]"))
 
@@ -401,8 +408,8 @@ def test_the_script_leads_here():
     assert "console_scripts" in (ROOT / "setup.py").read_text()
 
 
-def test_configs(runs):
-    out = good("configs", cwd=runs)
+def test_configs(runs, quick):
+    out = passed(quick("configs", cwd=runs))
     assert [line.split()[0] for line in out.splitlines()] == ["digits", "fashion_mnist"] and all(len(line.split()) > 3 for line in out.splitlines())
 
 

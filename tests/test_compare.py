@@ -16,7 +16,7 @@ from learner.data import DataLoaders
 from learner.fingerprints import FingerprintError, Fingerprints
 from learner.metrics import Metrics, MulticlassAccuracy
 from learner.provenance import seed_everything
-from learner.rundir import RunError, read_run, write_json, write_text
+from learner.rundir import RunError, read_run, write_json, write_rows, write_text
 from learner.runs import Run
 from learner.stages import Callback
 
@@ -64,6 +64,16 @@ def test_the_same_again_is_the_same(base, tmp_path):
     assert {"settings", "data", "start", "machine", "fingerprints", "results"} <= set(found.compared)
     text = repr(found)
     assert "first difference  none" in text and "settings" in text and len(text.split("\n")) < 12
+
+
+def test_a_group_that_one_leaves_empty_is_no_difference_of_its_own(tmp_path):
+    for name, callbacks in (("a", {}), ("b", {"EMA": {"decay": 0.9}, "package.Part": {}})):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "config.json", {"format": "learner.run", "version": 1, "config": "digits", "settings": {"callbacks": callbacks}})
+        write_rows(tmp_path / name / "history.csv", [{"epoch": 0, "train_loss": 1.0}])
+    assert compare_runs(tmp_path / "a", tmp_path / "b").settings == {"callbacks": ({}, {"EMA": {"decay": 0.9}, "package.Part": {}})}
+    write_json(tmp_path / "b/config.json", {"format": "learner.run", "version": 1, "config": "digits", "settings": {"callbacks": {"EMA": {"decay": 0.9}}}})
+    assert compare_runs(tmp_path / "a", tmp_path / "b").settings == {"callbacks.EMA.decay": (ABSENT, 0.9)}
 
 
 def draw(learn): torch.rand(1)

@@ -24,7 +24,6 @@ from learner.config import (
     from_record,
     nested,
     read_yaml,
-    register_callback,
     register_config,
     register_model,
     resolve,
@@ -33,7 +32,6 @@ from learner.config import (
     write_yaml,
 )
 from learner.core import Learner
-from learner.stages import Callback
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -188,6 +186,20 @@ def test_callbacks_come_go_and_have_settings():
         assert words in message(resolve, "digits", {"callbacks": wrong})
 
 
+def test_a_callback_by_its_place(tmp_path):
+    given = {"callbacks": {"learner.update.EMA": {"decay": 0.9}, "mine": {"name": "learner.update.ClipGradients", "norm": 1.0}}}
+    settings = resolve("digits", given)
+    assert settings.values["callbacks"]["learner.update.EMA"]["decay"] == 0.9 and settings.values["callbacks"]["mine"]["norm"] == 1.0
+    (tmp_path / "own.yaml").write_text("config: digits\ncallbacks:\n  learner.update.EMA: {decay: 0.9}\n  mine: {name: learner.update.ClipGradients, norm: 1}\n")
+    assert resolve(str(tmp_path / "own.yaml")).values == settings.values
+    assert from_record(json.loads(json.dumps(settings.record())), allow=["learner.update"]).values == settings.values
+    assert "--allow=learner.update" in message(from_record, settings.record())
+    (tmp_path / "shown.yaml").write_text(str(settings))
+    assert resolve(str(tmp_path / "shown.yaml")).values == settings.values
+    assert resolve(str(tmp_path / "own.yaml"), {"callbacks.mine": Text("null")}).values["callbacks"].keys() == {"learner.update.EMA"}
+    assert "give it a name of your own: --callbacks.NAME.name=package.module.Class" in message(resolve, "digits", {"callbacks.learner.update.EMA.decay": Text("0.9")})
+
+
 @dataclass
 class Data:
     size: int = 8  # pixels
@@ -260,7 +272,6 @@ def test_registering():
     with pytest.raises(ConfigError, match="the name LeNet belongs to learner.config already"): register_model(name="LeNet")(nn.Linear)
     with pytest.raises(ConfigError, match="no name"): register_model(name="a b")(nn.Linear)
     with pytest.raises(TypeError, match="put it above"): register_model(3)
-    register_callback(name="Own2")(type("Own2", (Callback,), {}))
 
     @register_config(epohcs=3)
     def wrong(): ...

@@ -618,6 +618,8 @@ def test_an_error_leaves_the_learner_whole():
     assert learn.history["epoch"] == [0, 1, 2]
 
 
+# A signal may also hit a weakref callback of torch's, out of which Python lets no exception: it only reports it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_at_any_moment_leaves_the_learner_whole():
     class Guest(Callback):
         @provides("epoch")

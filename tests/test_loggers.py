@@ -23,9 +23,9 @@ from learner.loggers import (
     Logger,
     StepValues,
     describe_settings,
-    flatten_settings,
 )
 from learner.metrics import Metrics, MulticlassAccuracy
+from learner.names import flatten
 from learner.rundir import iter_rows
 from learner.stages import Callback, CancelBatchException, CancelEpochException, CancelTrainException
 from learner.update import Accumulate
@@ -163,10 +163,10 @@ def test_settings_of_a_learner_by_hand():
     optimiser = torch.optim.AdamW([{"params": model[0].parameters()}, {"params": model[1].parameters(), "lr": 0.5}], lr=0.1)
     loaders = DataLoaders.from_tensors((torch.randn(9, 4), torch.randint(2, (9,))), batch_size=4, seed=3)
     learn = Learner(model, optimiser, F.cross_entropy, loaders, [Accumulate(2), Keep()], device="cpu")
-    flat = flatten_settings(describe_settings(learn))
+    flat = flatten(describe_settings(learn))
     assert flat["model.parameters"] == 23 and flat["optimiser.lr"] == 0.1 and flat["optimiser.group_1.lr"] == 0.5
-    assert flat["optimiser.betas"] == "[0.9, 0.999]" and flat["data.train.batch_size"] == 4 and flat["data.train.seed"] == 3
-    assert flat["loss_func"] == "cross_entropy" and flat["callbacks"] == '["Accumulate(2)"]'
+    assert flat["optimiser.betas"] == [0.9, 0.999] and flat["data.train.batch_size"] == 4 and flat["data.train.seed"] == 3
+    assert flat["loss_func"] == "cross_entropy" and flat["callbacks"] == ["Accumulate(2)"]
     json.dumps(flat, allow_nan=False)
 
 

@@ -31,7 +31,6 @@ from learner.schedule import (
     cosine,
     exponential,
     linear,
-    mode_of,
     warm_up,
 )
 from learner.stages import (
@@ -609,11 +608,6 @@ def test_the_last_epoch_is_whole_for_all_others(capsys):
     learn.train(5)
     assert seen == [0, 1]
     assert len([line for line in capsys.readouterr().out.splitlines() if line.strip()[:1] in "01" and line.strip()]) == 2
-
-
-def test_mode_of():
-    names = {"validation_loss": "min", "train_error": "min", "validation_accuracy": "max", "validation_top5_accuracy": "max", "validation_f1": "max", "fid": None, "score": None, "loss_accuracy": None}
-    assert {name: mode_of(name) for name in names} == names
 
 
 # What holds for all

@@ -272,6 +272,7 @@ def test_a_name_that_no_decoder_reads_is_quoted_byte_by_byte():
 @pytest.mark.parametrize("given", [
     {}, {"model.width": 8, "epochs": 3, "learning_rate": 0.01}, {"model": "LeNet", "lr_schedule": [[3, 0.1], [100, 0.01]]},
     {"optimiser": "SGD", "optimiser.momentum": 0.9, "device": "cpu"}, {"callbacks": {"EMA": {"decay": 0.9}, "ChannelsLast": {}}},
+    {"callbacks": {"learner.update.EMA": {"decay": 0.9}}},
     {"validation": 100, "optimiser": {"betas": [0.8, 0.99]}, "optimiser.eps": 1e-7},
 ])
 def test_the_command_gives_the_settings_again(tmp_path, given):
