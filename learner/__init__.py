@@ -19,6 +19,7 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
         return version("nblearner")
+    if name == "__all__": return import_module("learner.all").__all__
     if name.startswith("_"): raise AttributeError(f"module learner has no attribute {name}")
     loaded = sys.modules.get("learner.all")
     if (loaded is None or name not in loaded.__all__) and find_spec(f"learner.{name}"): return import_module(f"learner.{name}")
@@ -28,3 +29,5 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module learner has no attribute {name}{did_you_mean(name, main.__all__)}")
 
 def __dir__() -> list[str]: return [*globals(), *import_module("learner.all").__all__]
+
+globals().pop("__all__", None)  # the export has left an empty one; `from learner import *` takes that of learner.all

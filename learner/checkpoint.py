@@ -20,7 +20,7 @@ from typing import Any
 from .core import Learner
 from .errors import check_number, check_whole
 from .names import mode_of
-from .schedule import check_monitor, monitored
+from .schedule import MonitorError, check_monitor, monitored
 from .stages import Callback
 from .state import checkpoint_name, list_checkpoints, newest_checkpoint
 from .store import check_state, save_state, snapshot
@@ -55,7 +55,7 @@ class Checkpoint(Callback):
     def __init__(
         self,
         folder: str | PathLike[str],  # for the checkpoints of one training; made when the first is saved
-        every: str | None = "epoch",  # None: not at the end of epochs
+        every: str | None = "epoch",  # None: at the end of an epoch only if it is the best so far
         steps: int | None = None,  # also after so many batches
         minutes: float | None = None,  # also after so many minutes, when a batch ends
         keep: int | None = 3,  # how many of the newest stay; the best stays too; None: all
@@ -106,7 +106,10 @@ class Checkpoint(Callback):
         self._save(learn)
 
     def after_epoch(self, learn: Learner) -> None:
-        self._find_best(learn)
+        try: self._find_best(learn)
+        except MonitorError:  # a name that is misspelt costs no epoch
+            self._save(learn)
+            raise
         if self.every or (self.best_one and self.best_one["checkpoint"] == self._name(learn)): self._save(learn)
 
     cancelled_epoch = after_epoch

@@ -109,6 +109,7 @@ def _check_positionals(name: str, given: Sequence[str]) -> None:
 def _ends_in_order() -> Iterator[None]:
     "Make SIGTERM an exception, as Ctrl-C is."
     def stop(*_: Any) -> None: raise SystemExit(143)
+    stop.gives_way = True  # type: ignore[attr-defined]  # to the learner, which waits for the end of a batch and saves
     try: before = signal.signal(signal.SIGTERM, stop)
     except ValueError:  # not in the main thread
         yield

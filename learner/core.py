@@ -90,7 +90,7 @@ class Learner(Resumable):
     def train(
         self,
         epochs: int | None = None,  # in all; None: 1, or as many as the training that is resumed was to have
-        learning_rate: float | None = None,  # of all parameter groups; None: as the optimiser has it
+        learning_rate: float | None = None,  # of all groups; None: as the optimiser has it; one that is resumed keeps its own
         validation_epochs: int | None = None,  # validate every so many epochs, and after the last; None: 1, or as then
         callbacks: Callback | Iterable[Callback] | None = None,  # for this call only
         resume: bool | str | PathLike[str] | None = None,  # True: where it was stopped; or a checkpoint, or a folder of them

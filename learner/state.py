@@ -117,7 +117,8 @@ class Signals:
         if threading.current_thread() is not threading.main_thread(): return self  # only that one can have handlers
         usually: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
         for number, usual in usually.items():
-            if signal.getsignal(number) == usual: self._before[number] = usual  # else somebody has other plans
+            handler = signal.getsignal(number)
+            if handler == usual or getattr(handler, "gives_way", False): self._before[number] = handler  # no other plans
         for number in self._before: signal.signal(number, self._note)
         return self
 
@@ -129,7 +130,7 @@ class Signals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.noted:
             self.urgent = True
-            raise self.error("stopped at once")
+            raise self.error("stopped at once; a batch may be half done")
         self.noted = number
 
     def error(
@@ -261,6 +262,8 @@ def read_checkpoint(
     path: str | PathLike[str],  # of a checkpoint, or of a folder of checkpoints, of which the newest good one is taken
 ) -> dict[str, Any]:
     "Read a state. Raises FileNotFoundError, or DamagedError."
+    inner = Path(path) / "checkpoints"  # of the folder of a run
+    if not list_checkpoints(path) and list_checkpoints(inner): path = inner
     if not list_checkpoints(path): return load_state(path)
     found = newest_checkpoint(path, load_state)
     if found is None: raise DamagedError(path, "", "holds no checkpoint that is whole")
@@ -328,13 +331,13 @@ class Resumable(Staged):
 
     def load(
         self,
-        path: str | PathLike[str],  # from `save`
+        path: str | PathLike[str],  # from `save`; or a folder of checkpoints, of which the newest good one is taken
     ) -> None:
         """Take over a checkpoint whole; `train(resume=True)` then goes on from it, and `train()` begins anew with it.
 
         Raises DamagedError, FileNotFoundError, or ResumeError if it does not fit; then nothing is changed."""
         if self.is_running: raise RuntimeError(f"load() was called inside {self._running}(); call it before or afterwards")
-        self.load_state_dict(load_state(path))
+        self.load_state_dict(read_checkpoint(path))
 
     # The state
 

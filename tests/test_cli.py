@@ -369,6 +369,18 @@ def test_a_signal_stops_training_in_order_and_resume_goes_on(own, start, quick, 
     assert read(own / "run/meta.json")["status"] == "finished" and len((own / "run/history.csv").read_text().splitlines()) == 4
 
 
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_signal_waits_for_the_end_of_the_batch_and_leaves_a_checkpoint_of_it(own, start, number, status):
+    (own / "own.py").write_text(OWN.replace("time.sleep(60)", "time.sleep(2)"))
+    process = start("train", "own:own", "run", "--what=wait", "--learning_rate=0.1", "--quiet", cwd=own)
+    deadline = time.monotonic() + 60
+    while not (own / "waiting").exists() and time.monotonic() < deadline and process.process.is_alive(): time.sleep(0.05)
+    os.kill(process.process.pid, number)
+    done = process.end()
+    assert done.returncode == status, done.err
+    assert any("-batch-" in path.name for path in (own / "run/checkpoints").iterdir())
+
+
 def test_a_reader_that_goes_away_is_no_error(runs):
     process = subprocess.Popen([sys.executable, "-m", "learner", "--help"], cwd=runs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
     process.stdout.close()
