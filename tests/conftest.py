@@ -1,5 +1,6 @@
 """The long forms of tests, and those that need a GPU: `pytest --long`, which is what `make test-long` runs."""
 import os
+import signal
 
 import pytest
 
@@ -10,6 +11,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if config.getoption("--long"): os.environ["LEARNER_LONG"] = "1"
+    # A shell that starts a job in the background has Ctrl-C ignored in it; the tests press it.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
