@@ -208,7 +208,12 @@ def resume(
     debug: bool = False,  # show the traceback of an error
 ) -> None:
     "Go on exactly where a run has stopped."
-    _record(run_dir, allow)
+    if epochs is not None and epochs < 1: raise UsageError(f"--epochs is {epochs}; it must be a whole number of at least 1")
+    files = _record(run_dir, allow)
+    done = len(files.rows)
+    if files.status == "finished" and done and (epochs is None or epochs <= done):
+        print(f"{run_dir}: {done} epoch{'s' * (done != 1)} done, as asked; for more: learner resume {_quoted(run_dir)} --epochs={done + 1}")
+        return
     with _training(run_dir):
         from learner.runs import resume_run
         resume_run(run_dir, epochs, allow, _console(quiet))

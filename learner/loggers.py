@@ -24,13 +24,14 @@ from .errors import check_whole
 from .history import History
 from .names import format_value, mode_of
 from .parts import is_optimiser, length_of
-from .progress import LogView, results_line
+from .progress import LogView, Progress, TerminalView
 from .recorder import BLOCK, read_values
 from .rundir import as_plain, write_text
 from .stages import Callback
 
 # %% auto #0
-__all__ = ['STEP_COLUMNS', 'describe_settings', 'StepValues', 'Logger', 'ConsoleTable', 'CSVLogger', 'JSONLinesLogger']
+__all__ = ['STEP_COLUMNS', 'describe_settings', 'StepValues', 'Logger', 'StarredRows', 'StarredTerminal', 'ConsoleTable',
+           'CSVLogger', 'JSONLinesLogger']
 
 # %% ../nbs/51_loggers.ipynb #3f8f757d
 def _name(part: Any) -> str: return getattr(part, "__name__", type(part).__name__)
@@ -213,39 +214,34 @@ class Logger(Callback):
 # %% ../nbs/51_loggers.ipynb #9a579ede
 _STARRED = re.compile(r"\S+(?=\*)")
 
-class _Table(LogView):
-    "Rows with a star at the best values."
+class StarredRows(LogView):
+    "Rows with a star at the best values, and with the seconds that the epoch took."
+
+    def __init__(
+        self,
+        history: History,  # so far
+        epochs: int,  # to come; 0 where a single pass is shown
+        seconds: bool,  # with a column for them
+    ):
+        super().__init__(len(history), epochs)
+        self.seconds, self.began = seconds, monotonic()
+        self.best: dict[str, float] = {}
+        for row in history: self.mark(row)
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        stars, began, self.began = self.mark(row), self.began, monotonic()
+        cells = {name: self._cell(value, name in stars) for name, value in row.items()}
+        if self.seconds: cells["seconds"] = f"{self.began - began:.1f}"
+        super().row(cells)
 
     def write(self, *lines: str) -> None:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         super().write(*(_STARRED.sub("\x1b[32m\\g<0>\x1b[0m", line) if colour else line for line in lines))
 
-class ConsoleTable(Logger):
-    "Prints an aligned row an epoch; a star marks the best value of its column so far. Takes the place of Progress."
-
-    def __init__(
+    def mark(
         self,
-        seconds: bool = True,  # with a column for how long the epoch took
-    ):
-        super().__init__()
-        self.seconds, self.since = seconds, 0.0
-        self.best: dict[str, float] = {}
-        self.table = _Table(0, 0)
-
-    def before_train(self, learn: Learner) -> None:
-        self.table, self.best, self.since = _Table(0, 0), {}, monotonic()
-        for row in learn.history: self._mark(row)
-        super().before_train(learn)
-
-    def log_row(self, row: Mapping[str, Any]) -> None:
-        stars, since, self.since = self._mark(row), self.since, monotonic()
-        cells = {name: self._cell(value, name in stars) for name, value in row.items()}
-        if self.seconds: cells["seconds"] = f"{self.since - since:.1f}"
-        self.table.row(cells)
-
-    def log_results(self, results: Mapping[str, Any]) -> None: print(results_line(results), flush=True)
-
-    def _mark(self, row: Mapping[str, Any]) -> set[str]:
+        row: Mapping[str, Any],  # of the history
+    ) -> set[str]:
         "The columns in which a row is the best so far."
         stars = set()
         for name, value in row.items():
@@ -261,6 +257,24 @@ class ConsoleTable(Logger):
     def _cell(value: Any, star: bool) -> str:
         if not isinstance(value, float): return format_value(value)
         return f"{format_value(value)}{'*' if star else ' '}".rjust(9)  # so that 1.23e-05 does not move the columns
+
+class StarredTerminal(StarredRows, TerminalView):
+    "The same above a bar for the pass that is under way."
+
+class ConsoleTable(Progress):
+    "Progress as text, with a star at the best value of each column so far: rows, and on a terminal a bar below them."
+
+    def __init__(
+        self,
+        seconds: bool = True,  # with a column for how long the epoch took
+    ):
+        super().__init__()
+        self.seconds = seconds
+
+    def new_view(self, learn: Learner, epochs: int) -> StarredRows:
+        "Rows alone for a pipe or a notebook, rows and a bar for a terminal."
+        kind = StarredTerminal if sys.stdout and sys.stdout.isatty() else StarredRows
+        return kind(learn.history, epochs, self.seconds)
 
 # %% ../nbs/51_loggers.ipynb #31e1b8a7
 class CSVLogger(Logger):

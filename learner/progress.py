@@ -385,8 +385,16 @@ class Progress(Callback):
 
     def cleanup_test(self, learn: Learner) -> None: self._close("test", learn)
 
+    def new_view(
+        self,
+        learn: Learner,
+        epochs: int,  # to come; 0 where a single pass is shown
+    ) -> View:
+        "Where to show it: override this for a view of your own."
+        return new_view(len(learn.history), epochs, self.plot)
+
     def _open(self, stage: str, learn: Learner, epochs: int) -> View:
-        view = self.view = new_view(len(learn.history), epochs, self.plot)
+        view = self.view = self.new_view(learn, epochs)
         self.opened_by, self.known, self.shown = stage, set(learn.results), len(learn.history)
         self.next_look = 0.0 if view.live else math.inf
         return view

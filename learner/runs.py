@@ -653,13 +653,12 @@ def _differences(old: RunFiles, new: RunFiles) -> Iterator[str]:
     if one.get("commit") != other.get("commit"):
         yield f"the code differs: commit {str(one.get('commit'))[:10]}, now {str(other.get('commit'))[:10]}"
     if old.text("code.diff") != new.text("code.diff"): yield "the code differs in uncommitted changes: compare code.diff"
-    for what in ("versions", "data"):
+    for what in ("versions", "facts", "data"):
         before, after = (files.meta.get(what) or {} for files in (old, new))
         for name, was in before.items():
             value = after.get(name)
             if was == value or None in (was, value): continue
-            yield f"{name} was {was} and is {value}" if what == "versions" else f"the {name} data differs"
-    if (old.meta.get("facts") or {}).get("device") != (new.meta.get("facts") or {}).get("device"): yield "the device differs"
+            yield f"the {name} data differs" if what == "data" else f"{name} was {was} and is {value}"
 
 def rerun(
     folder: str | os.PathLike[str],

@@ -37,7 +37,10 @@ FORKING.set_forkserver_preload(["torch", "learner.runs", "learner.loggers", "lea
 
 
 def in_child(words, cwd, files):
+    import torch
+
     from learner.cli import main
+    torch.set_num_threads(1)  # as OMP_NUM_THREADS does for the others: what they give is compared
     os.chdir(cwd)
     for number, file in enumerate(files, 1): os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     warnings.simplefilter("error")
@@ -149,11 +152,12 @@ MISTAKES = [
     ("train no_such:thing runs/x", "no_such:thing: there is no module no_such"),
     ("train json:no_such runs/x", "json has no no_such"),
     ("train foreign/config.json runs/x", "model: evil.Net is code that is not registered here; if you trust it, allow its module: --allow=evil"),
-    ("train digits runs/first", "runs/first exists already: go on with that run (resume), choose another name (first-2 is free), or move the old one aside (overwrite)"),
+    ("train digits runs/first", "runs/first exists already: go on with that run (learner resume, or resume=True), choose another name (first-2 is free), or move the old one aside (--overwrite, or overwrite=True)"),
     ("train digits full", "full exists already, and is no run"),
     ("train digits file", "file is a file"),
     # resume
     ("resume", "RUN_DIR is missing"),
+    ("resume runs/first --epochs=0", "epochs is 0"),
     ("resume runs/frist", "there is no run runs/frist; did you mean first?"),
     ("resume empty", "empty is no run"),
     ("resume file", "file is a file, and a run is a folder"),
@@ -279,6 +283,8 @@ def test_a_file_of_settings_and_the_command_line_merge(runs, tmp_path, quick):
 
 def test_going_on_and_running_again_end_in_the_same_history(runs, tmp_path, quick):
     shutil.copytree(runs / "runs/first", tmp_path / "first")
+    for more in ((), ("--epochs=1",)):
+        assert passed(quick("resume", "first", *more, cwd=tmp_path)) == "first: 2 epochs done, as asked; for more: learner resume first --epochs=3\n"
     passed(quick("resume", "first", "--epochs=3", "--quiet", cwd=tmp_path))
     out = passed(quick("rerun", "first", "again", "--quiet", cwd=tmp_path))
     assert "the history is identical" in out

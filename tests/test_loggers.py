@@ -16,11 +16,14 @@ from torch import nn
 from learner.conformance import example_learner
 from learner.core import Learner
 from learner.data import DataLoaders
+from learner.history import History
 from learner.loggers import (
     ConsoleTable,
     CSVLogger,
     JSONLinesLogger,
     Logger,
+    StarredRows,
+    StarredTerminal,
     StepValues,
     describe_settings,
 )
@@ -150,7 +153,7 @@ def test_rows_of_earlier_trainings_are_not_handed_on_again():
 
 
 def test_a_logger_without_steps_has_no_hook_in_the_batch():
-    assert ConsoleTable().after_batch is None and CSVLogger("x").before_batch is None and Keep().after_batch is not None
+    assert CSVLogger("x").after_batch is None and CSVLogger("x").before_batch is None and Keep().after_batch is not None
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, None, "2", True])
@@ -173,10 +176,10 @@ def test_settings_of_a_learner_by_hand():
 # The table
 
 def test_stars_follow_the_direction_of_each_column(capsys):
-    table = ConsoleTable(seconds=False)
+    table = StarredRows(History(), 4, seconds=False)
     rows = [dict(zip(("train_loss", "accuracy", "error", "size"), values, strict=True)) for values in
             ((1.0, 0.5, 0.5, 1.0), (0.5, 0.4, 0.5, 2.0), (math.nan, 0.6, 0.4, 3.0), (0.7, 0.6, math.inf, 0.0))]
-    for epoch, row in enumerate(rows): table.log_row({"epoch": epoch, **row})
+    for epoch, row in enumerate(rows): table.row({"epoch": epoch, **row})
     lines = capsys.readouterr().out.splitlines()
     assert "\x1b" not in "".join(lines)
     assert [[name for name, cell in zip(lines[0].split(), line.split(), strict=True) if cell.endswith("*")] for line in lines[1:]] == [
@@ -193,11 +196,26 @@ def test_the_table_of_a_training_that_goes_on_knows_the_best_of_before(capsys):
     assert not cells["train_loss"].endswith("*") and cells["validation_loss"].endswith("*") and float(cells["seconds"]) >= 0
 
 
+def test_on_a_terminal_a_bar_runs_below_the_rows(capsys, monkeypatch):
+    learn = no_test(example_learner())
+    learn.history.rows.append({"epoch": 0, "train_loss": 0.0})
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    table = ConsoleTable()
+    assert type(table.new_view(learn, 1)) is StarredTerminal
+    learn.train(2, callbacks=table)
+    out = capsys.readouterr().out
+    assert "epoch 1/2 train" in out and "[0/3 " in out
+    rows = [line.rpartition("\r")[2] for line in out.split("\n") if line]
+    assert len(rows) == 3 and "-" not in "".join(rows) and rows[0].split()[0] == "epoch" and rows[1].split()[0] == "1" and "*" in rows[1]
+
+
 def test_colour_is_for_terminals_only():
     code = """
 import os
-from learner.loggers import ConsoleTable
-for os.environ["NO_COLOR"] in ("", "1"): ConsoleTable(seconds=False).log_row({"epoch": 0, "train_loss": 0.5, "note": "x"})
+from learner.history import History
+from learner.loggers import StarredRows
+for os.environ["NO_COLOR"] in ("", "1"): StarredRows(History(), 1, seconds=False).row({"epoch": 0, "train_loss": 0.5, "note": "x"})
 """
     here, there = pty.openpty()
     done = subprocess.run([sys.executable, "-c", code], stdout=there, cwd=ROOT, env={**os.environ, "TERM": "xterm"})

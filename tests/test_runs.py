@@ -484,12 +484,13 @@ def test_a_rerun_is_identical_and_says_what_differs(copied, tmp_path):
     assert read_run(tmp_path / "again").text("fingerprints.jsonl") == ""
     meta = read_json(copied / "meta.json")
     meta["git"], meta["versions"]["torch"], meta["data"]["train"] = {"commit": "abc", "dirty": False}, "1.0", "0" * 64
+    meta["facts"]["threads"] = 7  # sums are taken in another order with other threads
     write_json(copied / "meta.json", meta)
     text = (copied / "history.csv").read_text().splitlines()
     (copied / "history.csv").write_text("\n".join([*text[:2], "1" + text[2][1:].replace(",0.", ",0.9", 1)]) + "\n")
     again = rerun(copied, tmp_path / "third")
     assert not again.identical and repr(again).startswith("the history differs from epoch 1 on; the code differs: commit abc, now ")
-    assert f"torch was 1.0 and is {torch.__version__}" in again.differences and "the train data differs" in again.differences
+    assert f"torch was 1.0 and is {torch.__version__}" in again.differences and "threads was 7 and is 1" in again.differences and "the train data differs" in again.differences
 
 
 def test_finished_runs_are_only_loaded_and_more_epochs_are_the_same_as_from_the_start(copied, tmp_path):
