@@ -297,6 +297,7 @@ def _compare_rows(found: Comparison, a: Sequence[Mapping[str, Any]], b: Sequence
     found.epochs = (len(a), len(b))
     first = _first_row(a, b, "epoch", "history")
     if a and b: found.compared.append("results")
+    elif a or b: found.notes.append(f"only {found.a if a else found.b} has a history")
     if first:
         row, match = (next(row for row in rows if row.get("epoch") == first.epoch) for rows in (a, b))
         found.results = {"epoch": (first.epoch, first.epoch), **_known(differences(_measured(row), _measured(match)))}

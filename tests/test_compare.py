@@ -154,6 +154,8 @@ def test_what_is_damaged_is_noted_and_the_rest_is_compared(base, tmp_path):
     assert any("is failed" in note for note in found.notes) and all(note in repr(found) for note in found.notes)
     (other / "fingerprints.jsonl").unlink()
     assert f"only {base} has fingerprints" in compare_runs(base, other).notes
+    (other / "history.csv").unlink()
+    assert f"only {base} has a history" in compare_runs(base, other).notes
 
 
 def test_runs_that_share_no_batch_are_not_called_the_same(base, tmp_path):
