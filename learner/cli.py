@@ -212,7 +212,8 @@ def resume(
     files = _record(run_dir, allow)
     done = len(files.rows)
     if files.status == "finished" and done and (epochs is None or epochs <= done):
-        print(f"{run_dir}: {done} epoch{'s' * (done != 1)} done, as asked; for more: learner resume {_quoted(run_dir)} --epochs={done + 1}")
+        more = f"learner resume {_quoted(run_dir)} --epochs={done + 1}"
+        print(f"{run_dir}: {done} epoch{'s' * (done != 1)} done, as asked; for more: {more}")
         return
     with _training(run_dir):
         from learner.runs import resume_run
