@@ -14,7 +14,7 @@ __all__ = ['Accumulate', 'ActivationStats', 'BatchError', 'BatchSchedule', 'Batc
            'check_batch_leakage', 'check_callback', 'check_data', 'check_gradient_flow', 'check_initial_loss',
            'check_overfit_one_batch', 'combine', 'compare_runs', 'confusion_matrix', 'cosine', 'data_hash', 'digits',
            'doctor', 'evaluate_run', 'fashion_mnist', 'flip', 'git_state', 'kaiming', 'kept_rng', 'linear', 'load_run',
-           'lr_find', 'map_tensors', 'normalise', 'plot_curves', 'predictions', 'provides', 'random_crop',
+           'lr_find', 'map_tensors', 'normalise', 'plot_curves', 'predict', 'predictions', 'provides', 'random_crop',
            'random_erase', 'random_flip', 'register_config', 'register_model', 'rerun', 'resume_run', 'rng_state',
            'seed_everything', 'set_rng_state', 'show_batch', 'show_image', 'show_images', 'show_predictions',
            'show_top_losses', 'split', 'summary', 'to_device', 'top_losses', 'train_run', 'warm_up']
@@ -35,7 +35,7 @@ from .fingerprints import Fingerprints
 from .history import History, HistoryError, Mean
 from .initialise import LSUV, kaiming
 from .loggers import ConsoleTable, CSVLogger, JSONLinesLogger, Logger
-from .look import confusion_matrix, predictions, show_batch, show_predictions, show_top_losses, top_losses
+from .look import confusion_matrix, predict, predictions, show_batch, show_predictions, show_top_losses, top_losses
 from .metrics import MetricError, Metrics
 from .multi import Optimisers
 from .precision import ChannelsLast, Compile, MixedPrecision
@@ -69,7 +69,7 @@ _all_ = [
     "check_callback", "check_data", "check_gradient_flow", "check_initial_loss", "check_overfit_one_batch",
     "combine", "compare_runs", "confusion_matrix", "cosine", "data_hash", "digits", "doctor", "evaluate_run",
     "fashion_mnist", "flip", "git_state", "kaiming", "kept_rng", "linear", "load_run", "lr_find", "map_tensors",
-    "normalise", "plot_curves", "predictions", "provides", "random_crop", "random_erase", "random_flip",
+    "normalise", "plot_curves", "predict", "predictions", "provides", "random_crop", "random_erase", "random_flip",
     "register_config", "register_model", "rerun", "resume_run", "rng_state", "seed_everything", "set_rng_state",
     "show_batch", "show_image", "show_images", "show_predictions", "show_top_losses", "split", "summary",
     "to_device", "top_losses", "train_run", "warm_up",

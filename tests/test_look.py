@@ -24,6 +24,7 @@ from learner.look import (
     confusion_matrix,
     example_losses,
     plot_confusion,
+    predict,
     predictions,
     show_batch,
     show_predictions,
@@ -31,6 +32,7 @@ from learner.look import (
     top_losses,
 )
 from learner.metrics import Metrics
+from learner.precision import MixedPrecision
 from learner.progress import Progress
 from learner.provenance import rng_state
 from learner.stages import (
@@ -39,12 +41,18 @@ from learner.stages import (
     CancelEpochException,
     CancelTrainException,
 )
+from learner.update import EMA
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 CLASSES = 4
-LOOKS = [predictions, show_batch, show_predictions, confusion_matrix, top_losses, show_top_losses]
+
+
+def predict_new(learn, phase=None): return predict(learn, data()[0], 20)
+
+
+LOOKS = [predictions, predict_new, show_batch, show_predictions, confusion_matrix, top_losses, show_top_losses]
 
 
 @pytest.fixture(autouse=True)
@@ -288,6 +296,50 @@ def test_nested_outputs_and_inputs():
     best = top_losses(several, count=3)
     assert torch.equal(best.inputs[0], x[best.positions])
     assert len(titles(show_predictions(several, count=5))) == 5
+
+
+@pytest.mark.parametrize("size", [1, 20, 50, 1000])
+def test_new_data_come_out_as_the_model_says(size):
+    x, _ = data()
+    learn = learner()
+    learn.train(1, learning_rate=0.01)
+    with torch.no_grad(): expected = by_hand(learn.model, x)
+    torch.testing.assert_close(predict(learn, x, size), expected)
+    assert learn.model.training and not predict(learn, x).requires_grad
+
+
+def test_new_data_in_every_form():
+    x, expected = data()[0], predict(learner(), data()[0])
+
+    class Two(nn.Module):
+        def __init__(self, form):
+            super().__init__()
+            self.inner, self.form = network(), form
+
+        def forward(self, a, b): return self.form(self.inner(a + b))
+
+    two = learner(model=Two(lambda p: (p, {"twice": 2 * p})))
+    for inputs in ((x, 0 * x), [x, 0 * x], {"b": 0 * x, "a": x}):
+        first, more = predict(two, inputs, 20)
+        torch.testing.assert_close(first, expected)
+        torch.testing.assert_close(more["twice"], 2 * expected)
+    logits = learner(model=Two(lambda p: SimpleNamespace(logits=p)), loss_func=None)
+    torch.testing.assert_close(predict(logits, {"a": x, "b": 0 * x}), expected)
+
+
+def test_new_data_meet_what_steers_but_no_loss_and_no_watcher():
+    def loss_func(*_): raise AssertionError("there are no labels")
+    x, seen = data()[0], []
+    learn = learner([ema := EMA(0.5), MixedPrecision()])
+    learn.train(2, learning_rate=0.05)
+    learn.add(Metrics(accuracy=loss_func))
+    learn.loss_func = loss_func
+    learn.on("after_predict", lambda predictions: seen.append(predictions.dtype))
+    found = predict(learn, x)
+    assert seen == [torch.bfloat16] and found.dtype == torch.bfloat16
+    raw = by_hand(learn.model, x)
+    learn.remove(ema)
+    assert (found - raw).abs().max() > 2 * (predict(learn, x) - raw).abs().max()  # the averaged weights are others
 
 
 def test_models_that_make_their_own_loss():
@@ -644,7 +696,7 @@ def test_a_look_changes_nothing(do, phase, trained):
     for name in before: assert same(before[name], after[name]), name
     learn.add(Broken())
     before = snapshot(learn)
-    if do is not show_batch:
+    if do not in (show_batch, predict_new):  # which have no loss
         with pytest.raises(RuntimeError, match="broken"): do(learn, phase)
     after = snapshot(learn)
     for name in before: assert same(before[name], after[name]), name
@@ -685,6 +737,14 @@ ITERATOR = iter([data()])
 BAD = [
     (lambda: predictions(nn.Linear(1, 1)), TypeError, "learn is a Linear; pass a Learner"),
     (lambda: predictions(learner(), "valid"), ValueError, "phase is 'valid', none of ['train', 'validation', 'test']; did you mean validation?"),
+    (lambda: predict(nn.Linear(1, 1), data()[0]), TypeError, "learn is a Linear; pass a Learner"),
+    (lambda: predict(learner(), data()[0], 0), ValueError, "batch_size is 0;"),
+    (lambda: predict(learner(), data()[0][:0]), ValueError, "inputs have [0] rows; give each example one"),
+    (lambda: predict(learner(), (data()[0], data(3)[0])), ValueError, "inputs have [3, 50] rows"),
+    (lambda: predict(learner(), None), ValueError, "inputs have [] rows"),
+    (lambda: predict(learner(), "text"), TypeError, "inputs are a str; it takes tensors with a row for each example"),
+    (lambda: predict(learner(), torch.tensor(1.0)), TypeError, "inputs are a scalar tensor"),
+    (lambda: predict(learner(cls=OwnRoutine), data()[0]), ValueError, "validation_batch does not come to the action predict"),
     (lambda: show_batch(learner(), "trian"), ValueError, "did you mean train?"),
     (lambda: confusion_matrix(learner(), ["test"]), ValueError, "phase is ['test'], none of"),
     (lambda: show_top_losses(learner(given={"train": [data()]})), ValueError, "dataloaders has no \"validation\" loader, it has ['train']; look at one of these"),
@@ -726,6 +786,10 @@ BAD = [
     (lambda: predictions(learner(Skips())), ValueError, "no batch of dataloaders[\"validation\"] was completed; does a callback cancel them all?"),
     (lambda: show_batch(learner(SkipsTraining())), ValueError, "no batch of dataloaders[\"train\"] came as far as the model"),
 ]
+
+
+class OwnRoutine(Learner):
+    def validation_batch(self): self.loss, self.batch_size = torch.tensor(0.0), 1
 
 
 class Skips(Callback):
