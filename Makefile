@@ -11,10 +11,10 @@ demo: $(READY)  ## Train a small network on digits; a folder with pictures and a
 
 test: $(READY) check  ## Everything that has to hold: export, notebooks, tests, style, types
 	$(BIN)/nbdev-test --n-workers 2
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-long: $(READY)  ## The tests in their long forms: a stop after every batch, hundreds of kills; takes long
-	$(BIN)/python -m pytest --long
+	$(BIN)/python -m pytest -n 2 --dist loadfile --long
 
 check: $(READY)  ## The quick part of test: the export is up to date, notebooks are clean, style, types
 	$(BIN)/python tests/check_export.py

@@ -537,6 +537,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'learner.conformance._planted': ('conformance.html#_planted', 'learner/conformance.py'),
                                      'learner.conformance._said': ('conformance.html#_said', 'learner/conformance.py'),
                                      'learner.conformance._short': ('conformance.html#_short', 'learner/conformance.py'),
+                                     'learner.conformance._short_collections': ( 'conformance.html#_short_collections',
+                                                                                 'learner/conformance.py'),
                                      'learner.conformance._silence': ('conformance.html#_silence', 'learner/conformance.py'),
                                      'learner.conformance._slots': ('conformance.html#_slots', 'learner/conformance.py'),
                                      'learner.conformance._state_problem': ('conformance.html#_state_problem', 'learner/conformance.py'),

@@ -1072,11 +1072,21 @@ def check_callback(
     "Try a callback out by all rules; nothing that it does remains. Raises TypeError for what is no callback."
     bench = Bench(*_maker(callback, learn))
     runs, *others = RULES
-    verdicts = [judge(runs, bench)]
-    verdicts += [judge(rule, bench) if verdicts[0].ok else Verdict(rule, tried=False) for rule in others]
+    with _short_collections():
+        verdicts = [judge(runs, bench)]
+        verdicts += [judge(rule, bench) if verdicts[0].ok else Verdict(rule, tried=False) for rule in others]
     report = Report(bench.name, verdicts)
     if strict and not report.ok: raise ConformanceError(repr(report))
     return report
+
+@contextmanager
+def _short_collections() -> Iterator[None]:
+    "Collect only what is new: a learner collects after each failed training, and here are hundreds of them."
+    ours = not gc.get_freeze_count()  # else somebody has done it already
+    if ours: gc.freeze()
+    try: yield
+    finally:
+        if ours: gc.unfreeze()
 
 def _maker(callback: Any, learn: Any) -> tuple[Callable[[], Callback], Learner | None, Callback | None]:
     "What a bench needs; raises TypeError."

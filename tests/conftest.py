@@ -1,4 +1,5 @@
 """The long forms of tests, and those that need a GPU: `pytest --long`, which is what `make test-long` runs."""
+import gc
 import os
 import signal
 
@@ -13,6 +14,13 @@ def pytest_configure(config):
     if config.getoption("--long"): os.environ["LEARNER_LONG"] = "1"
     # A shell that starts a job in the background has Ctrl-C ignored in it; the tests press it.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish():
+    # A learner collects garbage after a failed training, and thousands of those are tested: half a million objects of
+    # the packages that are loaded by now need not be looked at each time.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

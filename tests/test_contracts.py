@@ -111,10 +111,7 @@ def test_a_callback_that_is_not_in_the_table_is_noticed():
     assert missing(FOUND, table) == ["add Metrics to the table"]
 
 
-SLOW = {"Run", "TensorBoard"}  # they write much, and the kit trains some hundred times
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) if name in SLOW else name for name in TABLE])
+@pytest.mark.parametrize("name", TABLE)
 def test_it_keeps_all_rules(name):
     torch.set_num_threads(1)
     report = check_callback(TABLE[name], LEARNERS[name]() if name in LEARNERS else None)

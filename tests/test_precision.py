@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from learner.conformance import check_callback
 from learner.core import Learner
 from learner.multi import Optimisers
 from learner.precision import ChannelsLast, Compile, MixedPrecision, autocast_kept, check_autocast
@@ -722,14 +721,6 @@ def test_all_three_together():
     assert half.state_dict() == its.state_dict()
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0.01, atol=0.01)
     assert learn.history["train_loss"][-1] < learn.history["train_loss"][0]
-
-
-# The kit
-
-@pytest.mark.parametrize("make", [MixedPrecision, ChannelsLast, lambda: Compile(disable=True)])  # without the compiler, which takes too long
-def test_conformance(make):
-    report = check_callback(make)
-    assert report.ok, report
 
 
 # On a GPU
