@@ -1430,6 +1430,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'learner.schedule._name_of': ('schedule.html#_name_of', 'learner/schedule.py'),
                                   'learner.schedule._piece': ('schedule.html#_piece', 'learner/schedule.py'),
                                   'learner.schedule._plain': ('schedule.html#_plain', 'learner/schedule.py'),
+                                  'learner.schedule.check_mode': ('schedule.html#check_mode', 'learner/schedule.py'),
                                   'learner.schedule.check_monitor': ('schedule.html#check_monitor', 'learner/schedule.py'),
                                   'learner.schedule.combine': ('schedule.html#combine', 'learner/schedule.py'),
                                   'learner.schedule.constant': ('schedule.html#constant', 'learner/schedule.py'),

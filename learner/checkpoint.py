@@ -19,8 +19,7 @@ from typing import Any
 
 from .core import Learner
 from .errors import check_number, check_whole
-from .names import mode_of
-from .schedule import MonitorError, check_monitor, monitored
+from .schedule import MonitorError, check_mode, check_monitor, monitored
 from .stages import Callback
 from .state import checkpoint_name, list_checkpoints, newest_checkpoint
 from .store import check_state, save_state, snapshot
@@ -72,12 +71,7 @@ class Checkpoint(Callback):
             raise ValueError("Checkpoint saves nothing with every=None; pass steps or minutes")
         if best is not None:
             check_monitor("Checkpoint", best)
-            mode = mode or mode_of(best)
-            if mode is None:
-                raise ValueError(f"Checkpoint: whether {best} is good when low or when high cannot be told from its name; "
-                                 "pass mode=\"min\" or mode=\"max\"")
-        if mode not in (None, "min", "max"):
-            raise ValueError(f"Checkpoint: mode is {mode!r}; it must be \"min\" if low is good, \"max\" if high is")
+            mode = check_mode("Checkpoint", best, mode)
         self.folder, self.every, self.best_by, self.mode, self.background = Path(folder), every, best, mode, background
         self.training = secrets.token_hex(8)  # whose checkpoints these are
         self.taken = 0  # batches since the last one

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # %% auto #0
-__all__ = ['PHASES', 'split_column', 'mode_of', 'format_value', 'flatten']
+__all__ = ['PHASES', 'MEASURES', 'split_column', 'mode_of', 'format_value', 'flatten']
 
 # %% ../nbs/00_names.ipynb #689d9295
 PHASES = ("train", "validation", "test")  # the passes over data
@@ -21,17 +21,19 @@ def split_column(
     phase, _, quantity = name.partition("_")
     return (phase, quantity) if quantity and phase in PHASES else ("", name)
 
-# %% ../nbs/00_names.ipynb #0d5054cb
-_LOW = {"loss", "error", "perplexity", "mse", "mae", "rmse", "nll"}
-_HIGH = {"accuracy", "acc", "f1", "auc", "auroc", "precision", "recall", "iou", "dice", "r2"}
+# %% ../nbs/00_names.ipynb #bb9e832a
+MEASURES = {  # words in the names of columns that tell which values are good
+    **dict.fromkeys(("loss", "error", "perplexity", "mse", "mae", "rmse", "nll"), "min"),
+    **dict.fromkeys(("accuracy", "acc", "f1", "auc", "auroc", "precision", "recall", "iou", "dice", "r2"), "max"),
+}
 
 def mode_of(
     monitor: str,  # a column of the history
 ) -> str | None:  # "min", "max", or None where the name does not tell
     "Whether a low value is good or a high one."
-    words = set(split_column(monitor)[1].lower().split("_"))
-    low, high = bool(words & _LOW), bool(words & _HIGH)
-    return None if low == high else "min" if low else "max"
+    words = split_column(monitor)[1].lower().split("_")
+    modes = {MEASURES[word] for word in words if word in MEASURES}
+    return modes.pop() if len(modes) == 1 else None
 
 # %% ../nbs/00_names.ipynb #01699721
 def format_value(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .core import Learner
 from .errors import check_number, check_whole, did_you_mean
-from .names import mode_of, split_column
+from .names import MEASURES, mode_of, split_column
 from .parts import accepts, is_optimiser, length_of
 from .stages import Callback, CancelTrainException
 
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['Curve', 'ScheduleError', 'updates_per_epoch', 'open_lengths', 'hyperparameters', 'get_hyperparameter',
            'set_hyperparameter', 'FunctionScheduler', 'constant', 'linear', 'cosine', 'exponential', 'combine',
-           'warm_up', 'MonitorError', 'check_monitor', 'monitored', 'BatchSchedule', 'EpochSchedule', 'Schedule',
-           'PiecewiseSchedule', 'EarlyStopping']
+           'warm_up', 'MonitorError', 'check_monitor', 'check_mode', 'monitored', 'BatchSchedule', 'EpochSchedule',
+           'Schedule', 'PiecewiseSchedule', 'EarlyStopping']
 
 # %% ../nbs/32_schedule.ipynb #a3faf345
 class ScheduleError(ValueError):
@@ -260,6 +260,20 @@ def check_monitor(
     if phase == "validation" and learn is not None and "validation" not in learn.dataloaders:
         raise MonitorError(f"{owner}: monitor is \"{monitor}\", and there is no validation loader; add one, or monitor "
                            "another value, such as \"train_loss\"")
+
+def check_mode(
+    owner: Any,  # what watches, for messages
+    monitor: str,  # a column of the history
+    mode: str | None,  # None: as the name tells, such as loss or accuracy
+) -> str:  # "min" if low is good, "max" if high is
+    "Which values of a column are good; raises ValueError where nothing tells."
+    if mode not in (None, "min", "max"):
+        raise ValueError(f"{owner}: mode is {mode!r}; it must be \"min\" if low is good, \"max\" if high is")
+    if (told := mode or mode_of(monitor)) is None:
+        near = next(filter(None, (did_you_mean(word, MEASURES) for word in monitor.lower().split("_"))), "")
+        raise ValueError(f"{owner}: whether {monitor} is good when low or when high cannot be told from its name; "
+                         f"pass mode=\"min\" or mode=\"max\"{near}")
+    return told
 
 def monitored(
     owner: Any,  # what watches, for messages
@@ -702,14 +716,9 @@ class EarlyStopping(Callback):
         restore_best: bool = False,  # when training ends, put back the best epoch's weights; they are kept on the device
     ):
         check_monitor("EarlyStopping", monitor)
-        if mode not in (None, "min", "max"):
-            raise ValueError(f"EarlyStopping: mode is {mode!r}; it must be \"min\" if low is good, \"max\" if high is")
-        if mode is None and mode_of(monitor) is None:
-            raise ValueError(f"EarlyStopping: whether {monitor} is good when low or when high cannot be told from its "
-                             "name; pass mode=\"min\" or mode=\"max\"")
         if not isinstance(restore_best, bool):
             raise TypeError(f"EarlyStopping: restore_best is {restore_best!r}; it must be True or False")
-        self.monitor, self.mode, self.restore_best = monitor, mode or mode_of(monitor), restore_best
+        self.monitor, self.mode, self.restore_best = monitor, check_mode("EarlyStopping", monitor, mode), restore_best
         self.patience, self.min_delta = check_whole("patience", patience), check_number("min_delta", min_delta)
         self.under_way = self._counted = False
         self._begin()

@@ -864,6 +864,9 @@ class Staged:
             name = str(error.name)
             lifetime, provided = self.tree.lifetime(name), self._resolved.lifetime(name)
             if lifetime: notes.append(f"learn.{name} {lifetime}")
+            for stage in self.tree.stages.values():
+                if name in stage.leaves and (hooks := self._resolved.hooks.get(stage.name, {}).get("action")):
+                    notes.append(f"{hooks[0].label} takes the place of {stage.action} and left none; assign learn.{name} there")
             if provided: notes.append(f"learn.{name} {provided}; its provider has to be there when that opens")
         with suppress(Exception):  # an exception that takes no notes
             for note in notes: error.add_note(note)

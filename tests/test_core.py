@@ -667,6 +667,15 @@ def test_an_error_in_the_model_says_where():
     assert caught.value.__notes__ == ["in train (epoch 0, batch 4)"]
 
 
+@pytest.mark.parametrize(("action", "leaves"), [("predict", "predictions"), ("loss", "loss")])
+def test_an_action_of_a_callback_that_leaves_nothing_is_named(action, leaves):
+    class Idle(Callback): pass
+    setattr(Idle, action, lambda self: None)
+    with pytest.raises(AttributeError) as caught: learner().train(callbacks=Idle())
+    assert any(note.endswith(f"takes the place of {'compute_loss' if action == 'loss' else action} and left none; assign learn.{leaves} there")
+               for note in caught.value.__notes__)
+
+
 def test_nan_is_a_row_and_one_warning():
     learn = learner(optimiser=torch.optim.SGD, loss_func=lambda p, t: F.cross_entropy(p, t) * math.nan,
                     loaders_={"train": batches()})

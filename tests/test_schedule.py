@@ -698,6 +698,7 @@ BAD = [
     (lambda: PiecewiseSchedule([[3, 0.1], [3, 0.2]]), ScheduleError, "do not rise"),
     (lambda: PiecewiseSchedule([[0, 0.1]]), ValueError, "an epoch is 0; it must be a whole number of at least 1"),
     (lambda: PiecewiseSchedule([[1, "x"]]), ScheduleError, "a value is 'x'"),
+    (lambda: EarlyStopping("validation_acuracy"), ValueError, "pass mode=\"min\" or mode=\"max\"; did you mean accuracy?"),
     (lambda: EarlyStopping("fid"), ValueError, "cannot be told from its name; pass mode=\"min\" or mode=\"max\""),
     (lambda: EarlyStopping(mode="low"), ValueError, "mode is 'low'"),
     (lambda: EarlyStopping(patience=0), ValueError, "patience is 0"),
