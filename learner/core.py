@@ -153,14 +153,16 @@ class Learner(Resumable):
                     self._end_pass()
                     raise
                 except BaseException as error:
-                    if signals.noted and self._done and isinstance(error, Exception):  # workers of the loader died of it
-                        error = signals.error(self._stopped())
+                    died = signals.noted and self._done and isinstance(error, Exception)  # workers of the loader, of a signal
+                    if died: error = signals.error(self._stopped())
                     if training: self._leave(error)  # while the callbacks are in the middle of the pass
-                    raise error
+                    if died: raise error from None
+                    raise
                 self._end_pass()
         finally: self._means, self._logged, self._done, self._evaluating = {}, [], True, False
 
     def _train_batch(self) -> None:
+        __tracebackhide__ = True
         try: values = self.train_batch()
         except BaseException:
             self.optimiser.zero_grad()  # a batch that is cut short leaves no gradients behind

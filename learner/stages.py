@@ -353,8 +353,8 @@ def define(
     source: Iterable[str],  # the lines of its body
     scope: dict[str, Any],  # the names that it uses
 ) -> Callable[[], Any]:
-    "A function of nothing, made from source."
-    exec(compile("\n ".join([f"def {name}():", *source]), f"<{name}>", "exec"), scope)
+    "A function of nothing, made from source; IPython leaves it out of its tracebacks, as there is no source to show."
+    exec(compile("\n ".join([f"def {name}(__tracebackhide__=True):", *source]), f"<{name}>", "exec"), scope)
     return scope.pop(name)  # or the function and its globals would keep each other, and the learner, alive
 
 def compile_hooks(
@@ -798,6 +798,7 @@ class Staged:
         *names: str,  # of stages with an action
     ) -> None:
         "Do actions, each in its stage: the learner's own method, or the callback's that replaces it."
+        __tracebackhide__ = True
         self._actions[names]()
 
     @contextmanager

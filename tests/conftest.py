@@ -11,6 +11,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # The nets are too small to share out, and what processes give is compared. Processes that tests start inherit it.
+    os.environ["OMP_NUM_THREADS"] = "1"
     if config.getoption("--long"): os.environ["LEARNER_LONG"] = "1"
     # A shell that starts a job in the background has Ctrl-C ignored in it; the tests press it.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)

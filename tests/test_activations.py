@@ -57,7 +57,6 @@ def hooks(model):
 
 @pytest.fixture(autouse=True)
 def tidy():
-    torch.set_num_threads(1)
     yield
     plt.close("all")
 

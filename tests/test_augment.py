@@ -16,7 +16,6 @@ from learner.look import predictions
 from learner.metrics import Metrics
 from learner.stages import Callback, CancelBatchException
 
-torch.set_num_threads(1)
 IMAGES = torch.rand(12, 3, 9, 7, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(12) % 4
 

@@ -67,7 +67,6 @@ sys.path.insert(0, {tests!r})
 from test_checkpoint import *
 from test_store import Points
 os.chdir({folder!r})
-torch.set_num_threads(1)
 
 def child(work):
     pid = os.fork()

@@ -48,14 +48,6 @@ def learner(model, batches=None, loss_func=F.cross_entropy, **loaders):
     return Learner(model, torch.optim.SGD(trained, lr=0.1), loss_func, loaders, device="cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # Findings
 
 def test_findings_are_true_if_all_is_well():

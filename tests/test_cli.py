@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 SMALL = ("--epochs=1", "--model.width=2", "--device=cpu")
 
 
@@ -37,10 +37,7 @@ FORKING.set_forkserver_preload(["torch", "learner.runs", "learner.loggers", "lea
 
 
 def in_child(words, cwd, files):
-    import torch
-
     from learner.cli import main
-    torch.set_num_threads(1)  # as OMP_NUM_THREADS does for the others: what they give is compared
     os.chdir(cwd)
     for number, file in enumerate(files, 1): os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     warnings.simplefilter("error")
@@ -334,7 +331,6 @@ class Bad(Callback):
 
 @register_config(epochs=3)
 def own(what: str = ""):
-    torch.set_num_threads(1)
     x = torch.ones(8, 2)
     return Learner(nn.Linear(2, 1), torch.optim.SGD, nn.functional.mse_loss, {"train": [(x, x[:, :1])] * 4, "validation": [(x, x[:, :1])]}, [Bad(what)], device="cpu")
 """

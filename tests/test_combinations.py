@@ -36,14 +36,6 @@ NEEDS = {"MixedPrecision": PRECISION, "Compile": PRECISION, "BatchSchedule": SCH
 THERE = [name for name in MAKE if NEEDS.get(name, True)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))

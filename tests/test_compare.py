@@ -20,8 +20,6 @@ from learner.rundir import RunError, read_run, write_json, write_rows, write_tex
 from learner.runs import Run
 from learner.stages import Callback
 
-torch.set_num_threads(1)
-
 
 class At(Callback):
     "Does something after one batch."

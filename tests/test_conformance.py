@@ -40,14 +40,6 @@ from learner.stages import (
 RULE = {rule.name: rule for rule in RULES}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Watcher(Callback):
     watches = True
 

@@ -113,7 +113,6 @@ def test_a_callback_that_is_not_in_the_table_is_noticed():
 
 @pytest.mark.parametrize("name", TABLE)
 def test_it_keeps_all_rules(name):
-    torch.set_num_threads(1)
     report = check_callback(TABLE[name], LEARNERS[name]() if name in LEARNERS else None)
     assert report.ok, report
 

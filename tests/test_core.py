@@ -4,6 +4,7 @@ import gc
 import math
 import random
 import signal
+import traceback
 import warnings
 import weakref
 from time import perf_counter
@@ -665,6 +666,14 @@ def test_an_error_in_the_model_says_where():
             return self.layer(x)
     with pytest.raises(IndexError) as caught: learner(Breaks()).train()
     assert caught.value.__notes__ == ["in train (epoch 0, batch 4)"]
+
+
+def test_a_notebook_shows_the_loop_and_the_hook_and_not_what_is_between():
+    learn = learner()
+    learn.on("after_loss", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as caught: learn.train()
+    frames = [frame for frame, _ in traceback.walk_tb(caught.value.__traceback__) if not frame.f_locals.get("__tracebackhide__")]
+    assert [frame.f_code.co_name for frame in frames][1:] == ["train", "_train", "_pass", "train_batch", "<lambda>"]
 
 
 @pytest.mark.parametrize(("action", "leaves"), [("predict", "predictions"), ("loss", "loss")])

@@ -10,15 +10,6 @@ from learner.core import Learner
 from learner.diagnosis import EXPLAINS, Diagnosis, check_training, doctor, root_causes
 from learner.stages import Callback
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # Data: small tasks that each kind of net can learn
 
 def images(n=640, seed=0):

@@ -14,7 +14,6 @@ from learner.fingerprints import FingerprintError, Fingerprints, first_differenc
 from learner.provenance import seed_everything
 from learner.stages import Callback, CancelBatchException
 
-torch.set_num_threads(1)
 PARTS = ("model", "optimiser", "order", "rng")
 
 

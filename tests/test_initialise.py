@@ -12,8 +12,6 @@ from learner.core import Learner
 from learner.initialise import LSUV, InitError, fan_in, gain, kaiming
 from learner.stages import Callback
 
-torch.set_num_threads(1)
-
 
 def images(): return torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -57,10 +57,7 @@ LOOKS = [predictions, predict_new, show_batch, show_predictions, confusion_matri
 
 @pytest.fixture(autouse=True)
 def no_figure_left():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the nets are too small to share out
     yield
-    torch.set_num_threads(threads)
     plt.close("all")
 
 

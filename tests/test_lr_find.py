@@ -15,8 +15,6 @@ from learner.data import TensorLoader, digits
 from learner.range_test import SUGGESTIONS, RangeTest, Rounds, local_lines, longest_descent, lr_find
 from learner.stages import Callback, CancelBatchException, CancelStepException
 
-torch.set_num_threads(1)
-
 
 def net():
     torch.manual_seed(0)

@@ -17,8 +17,6 @@ from learner.parts import is_optimiser
 from learner.provenance import rng_state, set_rng_state
 from learner.stages import Callback, CallbackError, CancelBatchException, CancelStepException, Stage
 
-torch.set_num_threads(1)
-
 
 def networks(seed=0):
     torch.manual_seed(seed)

@@ -32,11 +32,8 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_nothing_leaked():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def nothing_leaked():
     yield
-    torch.set_num_threads(threads)
     assert switch() == (False, torch.bfloat16, True, 0)
 
 

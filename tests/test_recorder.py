@@ -22,7 +22,6 @@ from learner.stages import (
     CancelTrainException,
 )
 
-torch.set_num_threads(1)
 torch.manual_seed(0)
 X, Y = torch.randn(203, 6), torch.randint(3, (203,))
 BATCHES = list(zip(X.split(20), Y.split(20), strict=True))  # 11, the last of 3 examples

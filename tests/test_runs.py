@@ -48,8 +48,7 @@ SMALL = {"epochs": 2, "model.width": 2, "lr_schedule": "constant", "batch_size":
 
 @pytest.fixture(autouse=True)
 def calm(tmp_path, monkeypatch):
-    """One thread, and no repository around, in which somebody may be at work."""
-    torch.set_num_threads(1)
+    """No repository around, in which somebody may be at work."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -64,7 +63,6 @@ def quick(folder, **options): return Run(folder, **{"plots": False, "log_every":
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run that tests only read, or copy."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("runs") / "first"
     with contextlib.chdir(folder.parent): train_run("digits", folder, SMALL, log_every=5, fingerprints=5)
     return folder
@@ -382,7 +380,6 @@ def python(code, **options):
 
 TRAINING = """
 import os, signal, torch
-torch.set_num_threads(1)
 from learner.runs import train_run
 from learner.stages import FunctionCallback
 def stop(epoch, batch_num):

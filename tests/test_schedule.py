@@ -41,7 +41,6 @@ from learner.stages import (
     CancelTrainException,
 )
 
-torch.set_num_threads(1)
 torch.manual_seed(0)
 X, Y = torch.randn(70, 4), torch.randint(3, (70,))
 BATCHES = list(zip(X.split(10), Y.split(10), strict=True))  # 7

@@ -37,7 +37,6 @@ from learner.state import ResumeError, order_state
 from learner.store import DamagedError, hash_state, load_state, save_state, snapshot
 from learner.update import EMA, Accumulate, ClipGradients, FreezeUntil
 
-torch.set_num_threads(1)
 EPOCHS, BATCHES = 3, 8  # of a training; in an epoch, the last of two examples
 
 

@@ -387,7 +387,6 @@ import json, os, random, signal, sys, time
 import torch
 sys.path.insert(0, {tests!r})
 from test_store import OPS, Points, made, store, whole
-torch.set_num_threads(1)
 os.chdir({folder!r})
 
 def child(work):

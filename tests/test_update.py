@@ -24,14 +24,6 @@ from learner.stages import (
 from learner.update import EMA, Accumulate, ClipGradients, FreezeUntil, LookAhead, pick
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def net(seed=0, double=True):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
