@@ -34,6 +34,7 @@ from .errors import check_whole, did_you_mean
 from .fingerprints import Fingerprints
 from .history import History
 from .loggers import STEP_COLUMNS, StepValues, describe_settings
+from .look import show_predictions
 from .names import mode_of, split_column
 from .provenance import data_hash, git_state
 from .rundir import FORMAT, VERSION, RunError, RunExistsError, RunFiles, RunLock
@@ -47,8 +48,8 @@ _all_ = ["build"]
 
 # %% auto #0
 __all__ = ['Tee', 'kept_output', 'script_text', 'module_text', 'command_line', 'host_facts', 'versions', 'loader_hash',
-           'model_hash', 'checkpoint_hash', 'score_rows', 'write_plots', 'Run', 'checkpoint_of', 'train_run',
-           'load_run', 'resume_run', 'evaluate_run', 'Rerun', 'rerun', 'build']
+           'model_hash', 'checkpoint_hash', 'score_rows', 'write_plots', 'write_predictions', 'Run', 'checkpoint_of',
+           'train_run', 'load_run', 'resume_run', 'evaluate_run', 'Rerun', 'rerun', 'build']
 
 # %% ../nbs/53_runs.ipynb #08f97f7f
 _CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -235,11 +236,30 @@ def write_plots(
         for quantity in quantities:
             figure = Figure(figsize=(6.0, 3.5), layout="constrained")
             history.plot(quantity, ax=figure.subplots())
-            path = Path(folder) / (re.sub(r"[^\w.-]", "_", quantity) + ".png")
-            figure.savefig(new := path.with_name(f".{path.name}.tmp"), format="png", dpi=120)
-            os.replace(new, path)
-    except Exception as error:
-        warnings.warn(f"the pictures in {folder} are not complete: {type(error).__name__}: {error}", stacklevel=2)
+            _save_figure(figure, Path(folder) / (re.sub(r"[^\w.-]", "_", quantity) + ".png"))
+    except Exception as error: _warn_of_pictures(folder, error)
+
+def write_predictions(
+    folder: str | os.PathLike[str],
+    learn: Learner,
+) -> None:
+    "Draw the first images of the validation data, with what the model says, as predictions.png; an error becomes a warning."
+    if "validation" not in learn.dataloaders: return
+    try:
+        from matplotlib.figure import Figure
+        figure = Figure(figsize=(6.0, 6.5), layout="constrained")
+        try: show_predictions(learn, ax=figure.subplots())
+        except (TypeError, ValueError): return  # no images, or nothing that one can say of each
+        Path(folder).mkdir(exist_ok=True)
+        _save_figure(figure, Path(folder) / "predictions.png")
+    except Exception as error: _warn_of_pictures(folder, error)
+
+def _save_figure(figure: Any, path: Path) -> None:
+    figure.savefig(new := path.with_name(f".{path.name}.tmp"), format="png", dpi=120)
+    os.replace(new, path)
+
+def _warn_of_pictures(folder: Any, error: Exception) -> None:
+    warnings.warn(f"the pictures in {folder} are not complete: {type(error).__name__}: {error}", stacklevel=3)
 
 # %% ../nbs/53_runs.ipynb #1a11f54b
 class Run(Callback):
@@ -553,6 +573,7 @@ def train_run(
 def _trained(settings: Any, run: Run, callbacks: Callback | Iterable[Callback] | None) -> Learner:
     learn: Learner = settings.build()
     learn.train(**settings.training, callbacks=[*_listed(callbacks), run])
+    if run.plots: write_predictions(run.folder / "plots", learn)
     return learn
 
 _OPTIONS = ("log_every", "checkpoint", "tensorboard", "fingerprints", "hash_data", "plots")  # of Run, kept in meta.json
@@ -599,6 +620,7 @@ def resume_run(
     else:
         run.start_from = Path(latest).name
         learn.train(epochs, resume=latest, callbacks=more)
+    if run.plots: write_predictions(run.folder / "plots", learn)
     return learn
 
 def evaluate_run(

@@ -39,6 +39,7 @@ from learner.runs import (
     score_rows,
     train_run,
     write_plots,
+    write_predictions,
 )
 from learner.stages import Callback, CallbackError, CancelTrainException, FunctionCallback
 
@@ -78,7 +79,7 @@ def test_all_files_are_there_and_agree(trained):
     run = read_run(trained)
     names = {str(path.relative_to(trained)) for path in trained.rglob("*")}
     assert names >= {"config.json", "meta.json", "script.py", "stdout.txt", "stderr.txt", "history.csv", "steps.csv", "score.json",
-                     "checkpoints/epoch-0002", "plots/loss.png", "plots/accuracy.png", "fingerprints.jsonl"} - {"script.py"}
+                     "checkpoints/epoch-0002", "plots/loss.png", "plots/accuracy.png", "plots/predictions.png", "fingerprints.jsonl"} - {"script.py"}
     assert run.status == "finished" and len(run.rows) == 2 and run.config["config"] == "digits" and run.settings["model"]["width"] == 2
     assert run.settings["optimiser"]["name"] == "AdamW"  # a default
     assert [row["step"] for block in run.steps() for row in block] == list(range(0, 22, 5))
@@ -171,6 +172,17 @@ def test_a_picture_that_fails_is_a_warning(tmp_path):
     learn.train(1)
     (tmp_path / "plots").write_text("in the way")
     with pytest.warns(UserWarning, match="are not complete: FileExistsError"): write_plots(tmp_path / "plots", learn.history)
+
+
+def test_predictions_are_drawn_of_images_only(tmp_path):
+    learn = example_learner()  # of rows of numbers
+    write_predictions(tmp_path / "plots", learn)
+    learn.dataloaders = {"train": learn.dataloaders["train"]}
+    write_predictions(tmp_path / "plots", learn)
+    assert not (tmp_path / "plots").exists()
+    learn = load_run(train_run("digits", tmp_path / "run", SMALL, plots=False) and tmp_path / "run")
+    learn.on("after_predict", lambda: [][0])
+    with pytest.warns(UserWarning, match="the pictures in .* are not complete: IndexError"): write_predictions(tmp_path / "plots", learn)
 
 
 # Names

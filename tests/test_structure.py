@@ -89,7 +89,7 @@ def test_the_demo_leaves_what_it_says(tmp_path):
     assert not re.search(r"[\x00-\x08\x0b-\x1f]", out)  # a pipe gets plain rows
     assert len((folder / "history.csv").read_text().splitlines()) == 13
     pictures = re.search(r"^pictures: (.+)$", out, re.M)[1].split(", ")
-    assert len(pictures) == 2
+    assert [Path(picture).stem for picture in pictures] == ["accuracy", "loss", "predictions"]
     for picture in pictures: assert Path(picture).parent == folder / "plots" and Path(picture).read_bytes()[:4] == b"\x89PNG"
     accuracy = float(re.search(r"test_accuracy +([\d.]+)", run("evaluate", str(folder), "--split=test"))[1])
     assert accuracy >= 0.98
