@@ -656,6 +656,17 @@ def test_the_first_press_stops_between_two_batches_and_training_goes_on_exactly(
     assert differences(learn, reference(), seen(learn)[-4:]) == []
 
 
+@pytest.mark.parametrize("screen", [True, False])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_terminal_says_that_the_press_was_heard(monkeypatch, screen, times):
+    said = []
+    monkeypatch.setattr("os.isatty", lambda number: screen)
+    monkeypatch.setattr("os.write", lambda number, text: said.append((number, text)))
+    learn = make("own", Press("before_loss", times=times))
+    with pytest.raises(KeyboardInterrupt): train(learn)
+    assert said == [(2, b"\nstopping after this batch; Ctrl-C again stops at once\n")] * screen
+
+
 @pytest.mark.parametrize("hook", HOOKS)
 def test_the_second_press_stops_at_once_and_cleans_up_once(hook):
     press, balance = Press(hook, times=2), Balance()
