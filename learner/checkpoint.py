@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from shutil import rmtree
+from tempfile import TemporaryFile
 from threading import Thread
 from time import monotonic
 from typing import Any
@@ -22,10 +23,10 @@ from .errors import check_number, check_whole
 from .schedule import MonitorError, check_mode, check_monitor, monitored
 from .stages import Callback
 from .state import checkpoint_name, list_checkpoints, newest_checkpoint
-from .store import check_state, save_state, snapshot
+from .store import check_state, load_state, save_state, snapshot
 
 # %% auto #0
-__all__ = ['CheckpointError', 'Checkpoint']
+__all__ = ['CheckpointError', 'read_index', 'Checkpoint']
 
 # %% ../nbs/40_checkpoint.ipynb #2b4b9a1e
 _INDEX = "index.json"  # beside the checkpoints: whose they are, and which is the best
@@ -33,9 +34,12 @@ _INDEX = "index.json"  # beside the checkpoints: whose they are, and which is th
 class CheckpointError(ValueError):
     "A folder that a training cannot keep its checkpoints in."
 
-def _read_index(folder: Path) -> dict[str, Any]:
-    try: index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError): return {}  # it is lost, and everything else is there
+def read_index(
+    folder: str | PathLike[str],  # of checkpoints
+) -> dict[str, Any]:
+    "Whose the checkpoints of a folder are, and which is the best; empty if `index.json` is lost."
+    try: index = json.loads((Path(folder) / _INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError): return {}  # everything else is there
     return index if isinstance(index, dict) else {}
 
 def _write_index(folder: Path, index: Mapping[str, Any]) -> None:
@@ -46,6 +50,11 @@ def _write_index(folder: Path, index: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
     new.replace(folder / _INDEX)
 
+def _is_of(state: Any, training: str) -> bool:
+    "Whether a Checkpoint of that training is in a state of callbacks, or in one of theirs."
+    if not isinstance(state, Mapping): return False
+    return state.get("training") == training or any(_is_of(part, training) for part in state.values())
+
 class Checkpoint(Callback):
     "Saves all that training depends on, so that `train(resume=folder)` goes on exactly."
     priority = 3000  # when all others have seen the batch or the epoch
@@ -53,7 +62,7 @@ class Checkpoint(Callback):
 
     def __init__(
         self,
-        folder: str | PathLike[str],  # for the checkpoints of one training; made when the first is saved
+        folder: str | PathLike[str],  # for the checkpoints of one training; made when it begins
         every: str | None = "epoch",  # None: at the end of an epoch only if it is the best so far
         steps: int | None = None,  # also after so many batches
         minutes: float | None = None,  # also after so many minutes, when a batch ends
@@ -72,7 +81,9 @@ class Checkpoint(Callback):
         if best is not None:
             check_monitor("Checkpoint", best)
             mode = check_mode("Checkpoint", best, mode)
-        self.folder, self.every, self.best_by, self.mode, self.background = Path(folder), every, best, mode, background
+        self._named = os.fspath(folder)  # as it is shown
+        self.folder = Path(os.path.abspath(folder))  # the process may go to another folder
+        self.every, self.best_by, self.mode, self.background = every, best, mode, background
         self.training = secrets.token_hex(8)  # whose checkpoints these are
         self.taken = 0  # batches since the last one
         self.best_one: dict[str, Any] | None = None
@@ -81,17 +92,47 @@ class Checkpoint(Callback):
         self._failure: BaseException | None = None
         if steps is None and minutes is None: self.after_batch = None  # type: ignore[assignment, method-assign]
 
-    def __repr__(self) -> str: return f"Checkpoint({str(self.folder)!r})"
+    def __repr__(self) -> str: return f"Checkpoint({self._named!r})"
+
+    # Whose
+
+    def check_folder(
+        self,
+        learn: Learner,  # about to train
+    ) -> None:
+        "Raise CheckpointError if the folder holds checkpoints that this training has not come from."
+        there = list_checkpoints(self.folder)
+        if not there: return
+        owner = read_index(self.folder).get("training")
+        if owner is None:
+            newest = newest_checkpoint(self.folder, load_state)
+            if newest and _is_of(newest[1]["callbacks"], self.training): owner = self.training
+        begun = there[-1].name != checkpoint_name(0, 0)  # else it is from before the first batch
+        if owner is None: wrong = f"checkpoints, and {_INDEX}, which tells of which training, is lost; they go"
+        elif owner != self.training: wrong = "checkpoints of another training,"
+        elif begun and not len(learn.history) and not any(learn.place):
+            wrong = "checkpoints of a training that this learner has not gone on from,"
+        else: return
+        raise CheckpointError(f"{self._named} holds {wrong} up to {there[-1].name}; go on with it: "
+                              f"train(resume={self._named!r}), or give another folder")
+
+    def _open_folder(self) -> None:
+        "Make the folder; raises OSError if nothing can be written there."
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=self.folder, buffering=0) as file: file.write(b"0")
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}; no checkpoint can be written there", self._named) from None
+        if list_checkpoints(self.folder) and not read_index(self.folder): self._write_index(self.best_one or {})
+
+    def _write_index(self, best: Mapping[str, Any]) -> None: _write_index(self.folder, {"training": self.training, **best})
 
     # When
 
-    def before_train(self) -> None:
+    def before_train(self, learn: Learner) -> None:
         self._last_time = monotonic()
-        owner = _read_index(self.folder).get("training")
-        there = list_checkpoints(self.folder)
-        if there and owner != self.training:
-            raise CheckpointError(f"{self.folder} holds checkpoints of another training, up to {there[-1].name}; go on with "
-                                  f"it: train(resume={str(self.folder)!r}), or give another folder")
+        self.check_folder(learn)
+        self._open_folder()
 
     def after_batch(self, learn: Learner) -> None:
         self.taken += 1
@@ -142,9 +183,9 @@ class Checkpoint(Callback):
 
     def _write(self, name: str, state: dict[str, Any], best: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not _read_index(self.folder): _write_index(self.folder, {"training": self.training})  # before there is anything
+        if not read_index(self.folder): self._write_index({})  # before there is anything
         save_state(self.folder / name, state)
-        _write_index(self.folder, {"training": self.training, **best})
+        self._write_index(best)
         self._remove_old(name, best.get("checkpoint", ""))
 
     def _remove_old(self, newest: str, best: str) -> None:
@@ -197,8 +238,10 @@ class Checkpoint(Callback):
     def best(
         folder: str | PathLike[str],
     ) -> Path | None:
-        "The best checkpoint of a folder, or None if none was measured; raises DamagedError if it is damaged."
-        name = _read_index(Path(folder)).get("checkpoint")
+        """The best checkpoint of a folder, or None if none was measured, or `index.json` is lost, which names it.
+
+        Raises DamagedError if it is damaged."""
+        name = read_index(folder).get("checkpoint")
         paths = {path.name: path for path in list_checkpoints(folder)}
         if name not in paths: return None
         check_state(paths[name])

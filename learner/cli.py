@@ -143,6 +143,16 @@ def _quoted(path: str) -> str:
     import shlex
     return shlex.quote(path)
 
+def _check_least(option: str, value: int, least: int, meaning: str = "") -> None:
+    if value < least: raise UsageError(f"--{option} is {value}; it must be a whole number of at least {least}{meaning}")
+
+def _check_file(option: str, path: str) -> None:
+    "Raise UsageError for a file that cannot be written."
+    folder = os.path.dirname(path) or "."
+    if not path: raise UsageError(f"--{option} is empty; name a file: --{option}=scores.{option}")
+    if os.path.isdir(path): raise UsageError(f"--{option} is {path}, which is a folder; name a file in it")
+    if not os.path.isdir(folder): raise UsageError(f"--{option} is {path}, and there is no folder {folder}; make it first")
+
 def _search_here() -> None:
     "Find the user's modules in the current folder, after all others."
     if os.getcwd() not in sys.path: sys.path.append(os.getcwd())
@@ -186,6 +196,8 @@ def train(
     **settings: Any,
 ) -> None:
     "Train from settings, and keep all about it in a new folder."
+    _check_least("log_every", log_every, 1)
+    _check_least("fingerprints", fingerprints, 0, "; 0 means never")
     _search_here()
     if new_name: run_dir = str(free_name(run_dir))
     elif not overwrite and os.path.lexists(run_dir): create_run(run_dir)  # says what to do, unless it is empty
@@ -208,7 +220,7 @@ def resume(
     debug: bool = False,  # show the traceback of an error
 ) -> None:
     "Go on exactly where a run has stopped."
-    if epochs is not None and epochs < 1: raise UsageError(f"--epochs is {epochs}; it must be a whole number of at least 1")
+    if epochs is not None: _check_least("epochs", epochs, 1)
     files = _record(run_dir, allow)
     done = len(files.rows)
     if files.status == "finished" and done and (epochs is None or epochs <= done):
@@ -270,6 +282,8 @@ def scores(
     debug: bool = False,  # show the traceback of an error
 ) -> None:
     "Rank the runs in a folder."
+    for option, path in (("csv", csv), ("json", json), ("html", html)):
+        if path is not None: _check_file(option, path)
     with _mistakes():
         from learner.scores import scores as rank
         found = rank(folder, metric, top, mode, by, status, flatten(where or {}) or None)
@@ -376,19 +390,19 @@ def main(
     words = list(sys.argv[1:] if words is None else words)
     name = words[0] if words else ""
     try:
-        if name in ("-h", "--help", "help"): print(help_text(words[1] if words[1:2] and words[1] in _commands else None, words[2:]))
+        if name in ("-h", "--help", "help"):
+            about = words[1] if words[1:] and not words[1].startswith("-") else None
+            print(help_text(_known_command(about) if about is not None else None, words[2:]))
         elif name == "--version":
             from importlib.metadata import version
             print(f"learner {version('nblearner')}")
         elif not words:
             print(help_text(), file=sys.stderr)
             return 2
-        elif name not in _commands:
-            known = did_you_mean(name, _commands) or f"; there are {', '.join(_commands)}"
-            raise UsageError(f"there is no command {name}{known}")
-        elif {"-h", "--help"} & set(words): print(help_text(name, [word for word in words[1:] if word not in ("-h", "--help")]))
-        else: _call(name, words[1:])
-        sys.stdout.flush()
+        elif {"-h", "--help"} & set(words):
+            print(help_text(_known_command(name), [word for word in words[1:] if word not in ("-h", "--help")]))
+        else: _call(_known_command(name), words[1:])
+        if sys.stdout is not None: sys.stdout.flush()  # None: it was closed
     except _TrainingError as error: return _failed(words, str(error), error.__cause__, 1)
     except _BAD_INPUT as error: return _failed(words, _as_line(error), error, 2)
     except KeyboardInterrupt: return 130
@@ -398,6 +412,11 @@ def main(
     except Exception as error:
         return _failed(words, f"{type(error).__name__}: {error}; show where with --debug", error, 1)
     return 0
+
+def _known_command(name: str) -> str:
+    if name in _commands: return name
+    known = did_you_mean(name, _commands) or f"; there are {', '.join(_commands)}"
+    raise UsageError(f"there is no command {name}{known}")
 
 def _call(name: str, words: Sequence[str]) -> None:
     "Call the function of a command with its arguments typed."

@@ -126,16 +126,16 @@ class First:
 
 _Rows = Iterable[Mapping[str, Any]]
 
-def _first_row(a: _Rows, b: _Rows, key: str, source: str) -> First | None:
-    "The first row in both that differs; both are sorted by the key."
+def _first_row(a: _Rows, b: _Rows, key: str, source: str) -> tuple[First, Pairs] | None:
+    "The first row in both that differs, and what differs in it; both are sorted by the key."
     agreed: tuple[int, ...] | None = None
-    for one, other in _pairs(a, b, key):
-        where = tuple(one[name] for name in ("epoch", "batch") if isinstance(one.get(name), int))
+    for number, (one, other) in enumerate(_pairs(a, b, key)):
+        where = tuple(one[name] for name in ("epoch", "batch") if isinstance(one.get(name), int)) or (number,)
         unequal = _known(differences(_measured(one), _measured(other)))
         if unequal:
             batch = where[1] if len(where) > 1 else None
-            return First(where[0] if where else 0, batch, tuple(unequal), source, agreed)
-        agreed = where or None
+            return First(where[0], batch, tuple(unequal), source, agreed), unequal
+        agreed = where
     return None
 
 def _pairs(a: _Rows, b: _Rows, key: str) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
@@ -286,8 +286,9 @@ def compare_runs(
             if part: found.first = First(part.epoch, part.batch, part.parts, "fingerprints", part.agreed)
     elif one.records or other.records: found.notes.append(f"only {one.name if one.records else other.name} has fingerprints")
     if found.first is None and one.run and other.run:
-        try: found.first = _first_row(_steps(one.run), _steps(other.run), "step", "steps")
+        try: step = _first_row(_steps(one.run), _steps(other.run), "step", "steps")
         except RunError as error: found.notes.append(str(error))
+        else: found.first = step and step[0]
     if one.rows is not None and other.rows is not None: _compare_rows(found, one.rows, other.rows)
     elif not found.compared: raise CompareError(f"{one.name} and {other.name} have nothing in common to compare")
     return found
@@ -295,12 +296,11 @@ def compare_runs(
 def _compare_rows(found: Comparison, a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> None:
     "Compare the histories."
     found.epochs = (len(a), len(b))
-    first = _first_row(a, b, "epoch", "history")
+    first, pairs = _first_row(a, b, "step" if a and "step" in a[0] else "epoch", "history") or (None, {})
     if a and b: found.compared.append("results")
     elif a or b: found.notes.append(f"only {found.a if a else found.b} has a history")
     if first:
-        row, match = (next(row for row in rows if row.get("epoch") == first.epoch) for rows in (a, b))
-        found.results = {"epoch": (first.epoch, first.epoch), **_known(differences(_measured(row), _measured(match)))}
+        found.results = {"epoch": (first.epoch, first.epoch), **pairs}
         ends = [{name: value for name, value in _measured(rows[-1]).items() if name != "epoch"} for rows in (a, b)]
         found.last = _known(differences(*ends))
     found.first = found.first or first

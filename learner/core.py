@@ -99,6 +99,10 @@ class Learner(Resumable):
         state = self._to_resume(resume)
         epochs, validation_epochs = self._lengths(state, epochs, validation_epochs)
         if learning_rate is not None: learning_rate = check_number("learning_rate", learning_rate)
+        began = state["loop"].get("learning_rate") if state else None
+        if learning_rate is not None and began not in (None, learning_rate):
+            warnings.warn(f"learning_rate={learning_rate:g} is left aside: the training that is resumed began with {began:g}, "
+                          "and keeps what it has now", stacklevel=2)
         with self._call("train", callbacks, "train", *self.dataloaders):
             self._begin(state, epochs, validation_epochs, learning_rate)
             with self._left_off(): self._train(self._place, epochs, validation_epochs)
@@ -247,9 +251,10 @@ class Learner(Resumable):
     @contextmanager
     def _call(self, call: str, callbacks: Callback | Iterable[Callback] | None, *phases: str) -> Iterator[None]:
         "The frame of a public call: everything is checked, since anything may have been replaced; modes stay."
+        self.check_idle(call)  # before signals are taken over
         check_parts(self.model, self.optimiser, self.loss_func, self.dataloaders)
         self._check_loaders(*phases)
-        if self._failed and not self._running: self.release()
+        if self._failed: self.release()
         self._failed = True
         with self._signals, self.running(call, callbacks):
             modes, grad = [(module, module.training) for module in self.model.modules()], torch.is_grad_enabled()
@@ -265,8 +270,8 @@ class Learner(Resumable):
     @contextmanager
     def trial(self) -> Iterator[Learner]:
         "A copy to try things on, for a `with`: it shares the loaders, has no watchers, and leaves no trace."
-        if self._running: raise RuntimeError(f"trial() was called inside {self._running}(); call it afterwards")
-        watchers = [callback for callback in self._callbacks if callback.watches]
+        self.check_idle("trial")
+        watchers = self.watchers()
         shared = {id(part): part for part in (self.dataloaders, *watchers)} | {id(self.history): History()}
         with kept_rng(), kept_order(self.dataloaders.values()):
             copy = deepcopy(self, shared)
@@ -278,15 +283,20 @@ class Learner(Resumable):
         **values: Any,  # scalars
     ) -> None:
         "Add to the row of the epoch: from within a batch the pass's mean, as `<phase>_<name>`; else as `<name>`."
-        size = self._batch_size() if "batch" in vars(self) else 0
+        inside = "batch" in vars(self)
+        if inside and "loss" in values: raise ValueError("log: \"loss\" is the mean of learn.loss; take another name")
+        if "epoch" in values: raise ValueError("log: \"epoch\" is the number of the row; take another name")
+        self._log(values, inside)
+
+    def _log(self, values: Mapping[str, Any], inside: bool) -> None:
         for name, value in values.items():
             if isinstance(value, Tensor):
                 if value.ndim: raise ValueError(f"log: {name} has shape {tuple(value.shape)}; log a scalar")
-                value = value.detach().clone() if size else value.item()  # a copy, since its owner may go on with it
-            elif size and not isinstance(value, Real):
+                value = value.detach().clone() if inside else value.item()  # a copy, since its owner may go on with it
+            elif inside and not isinstance(value, Real):
                 raise ValueError(f"log: {name} is {value!r}; within a batch log numbers or scalar tensors")
-            if not size: self.results[name] = value
-            elif self._done: self._means[name].add(value, size)
+            if not inside: self.results[name] = value
+            elif self._done: self._means[name].add(value, self._batch_size())
             else: self._logged.append((self.batch_num, name, value))
 
     def _batch_size(self) -> int:
@@ -301,7 +311,7 @@ class Learner(Resumable):
             if not isinstance(values, Mapping):
                 raise TypeError(f"the batch routine returned a {type(values).__name__}; it may return a mapping of "
                                 "values to log, or nothing")
-            self.log(**values)
+            self._log(values, inside=True)
         try: loss, size = self.loss, self.batch_size
         except AttributeError:  # an override that names its losses otherwise, or prepares the batch in its own way
             if "loss" not in vars(self): return
@@ -353,24 +363,28 @@ class Learner(Resumable):
 
     def _begin(self, state: Any, epochs: int, validation_epochs: int, learning_rate: float | None) -> None:
         "Get ready to train from the beginning, or to go on from a state."
-        if not is_optimiser(self.optimiser) and not state:
-            self.optimiser = make_optimiser(self.optimiser, self.model, learning_rate)
-        elif learning_rate is not None and not state: self._set_learning_rate(learning_rate)
         if state: self._put(state)  # or it raises, and nothing has changed
-        else: self._place, self._first_row = Place(), len(self.history)
+        if not is_optimiser(self.optimiser): self.optimiser = make_optimiser(self.optimiser, self.model, learning_rate)
+        elif learning_rate is not None and not state: self._set_learning_rate(learning_rate)
+        if not state: self._place, self._first_row = Place(), len(self.history)
         if not self._place.phase: self.results = {}
         self._saved, self._resuming, self._under_way = state, state, False
         if state and not state["loop"]["under_way"]:  # no training was stopped: set-up is part of what comes
             self._saved = self._resuming = None
             self._set_random(state["loop"])
         self.num_epochs, self._validation_epochs = epochs, validation_epochs
+        self._asked_rate = state["loop"].get("learning_rate") if state else learning_rate
         self.optimiser.zero_grad()
 
     def _set_learning_rate(self, learning_rate: float) -> None:
         groups = self.optimiser.param_groups
-        top = max(group["lr"] for group in groups)
-        for group in groups:  # groups that differ keep their proportions; the highest gets the value
-            group["lr"] = learning_rate if group["lr"] == top else group["lr"] * (learning_rate / top)
+        rates = [float(group["lr"]) for group in groups]
+        if not any(rates): rates = [float(group.get("initial_lr", 1.0)) for group in groups]  # a schedule has ended at 0
+        top = max(rates)
+        for group, rate in zip(groups, rates, strict=True):  # groups that differ keep their proportions
+            new = learning_rate if rate == top else rate * (learning_rate / top)
+            if isinstance(group["lr"], Tensor): group["lr"].fill_(new)
+            else: group["lr"] = new
 
     def _stopped(self) -> str:
         goes_on = "; train(resume=True) goes on from there" if self._running == "train" else ""

@@ -16,7 +16,7 @@ from contextlib import suppress
 from copy import copy
 from itertools import product
 from numbers import Integral, Real
-from operator import itemgetter, length_hint
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subs
 
 from .errors import check_whole, did_you_mean
 from .names import PHASES
+from .parts import length_of
 from .provenance import seed_everything
 from .tree import map_tensors
 
@@ -51,7 +52,7 @@ class EpochSampler(Sampler[int]):
 
     def __init__(
         self,
-        num_examples: int,
+        num_examples: int,  # of which each pass takes every one once
         shuffle: bool = True,  # a new order in each epoch; otherwise always 0, 1, 2 ...
         seed: int = 0,  # each one gives its own series of orders
     ):
@@ -110,10 +111,10 @@ def _check_tensors(name: str, data: Any) -> list[Tensor]:
 def _summary(loader: Any) -> str:
     "What a loader holds, in a few words."
     size, sampler = getattr(loader, "batch_size", None), getattr(loader, "sampler", None)
-    batches, examples = length_hint(loader, -1), length_hint(sampler, -1) if size else -1  # -1: nobody knows
-    words = "an unknown number of batches" if batches < 0 else f"{batches:,} batch{'es' * (batches != 1)}"
+    batches, examples = length_of(loader), length_of(sampler) if size else None
+    words = "an unknown number of batches" if batches is None else f"{batches:,} batch{'es' * (batches != 1)}"
     if size: words += f" of {size:,}"
-    if examples >= 0: words = f"{examples:,} example{'s' * (examples != 1)} in {words}"
+    if examples is not None: words = f"{examples:,} example{'s' * (examples != 1)} in {words}"
     if isinstance(sampler, EpochSampler) and sampler.shuffle: words += f", shuffled with seed {sampler.seed}"
     return words
 
@@ -247,6 +248,10 @@ class DatasetLoader(_InEpochs, DataLoader):
         num_workers: int = 0,  # processes that read examples; 0 reads them in this one
         **options: Any,  # further arguments of torch's DataLoader, such as collate_fn and prefetch_factor
     ):
+        for name in ("sampler", "batch_sampler", "generator"):
+            if name in options:
+                raise TypeError(f"{name}: the order is that of an EpochSampler, which (seed, epoch) alone decides; "
+                                "for another one put torch's DataLoader into DataLoaders(train=...)")
         sampler = EpochSampler(_check_dataset("dataset", dataset), shuffle, seed)
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         options.setdefault("pin_memory", accelerator is not None and accelerator.type != "mps")  # mps cannot pin
@@ -261,8 +266,8 @@ class DatasetLoader(_InEpochs, DataLoader):
         first: int,  # number of a batch, from 0
     ) -> Iterator[Any]:
         "The next pass without the batches before this one, which are not read."
-        self.sampler.skip = first * cast(int, self.batch_size)
-        return iter(self)
+        self.sampler.skip = first * cast(int, self.batch_size)  # not before the first `next`, which takes it at once
+        yield from iter(self)
 
     def __iter__(self) -> Any:
         # DataLoader draws a seed for its workers from this, on the device that is the default now.
@@ -315,8 +320,8 @@ class DataLoaders(Mapping[str, Iterable[Any]]):
     def __init__(
         self,
         train: Iterable[Any] | None = None,  # any iterable of batches, as are the other two
-        validation: Iterable[Any] | None = None,
-        test: Iterable[Any] | None = None,
+        validation: Iterable[Any] | None = None,  # read after each epoch of training
+        test: Iterable[Any] | None = None,  # read once, after training
         classes: Sequence[str] | None = None,  # names of the classes by label, for pictures
         **unknown: Any,  # refused
     ):
@@ -332,8 +337,8 @@ class DataLoaders(Mapping[str, Iterable[Any]]):
     def from_tensors(
         cls,
         train: TensorData | None = None,  # a tensor, a tuple or a dict of tensors, examples in the first dimension
-        validation: TensorData | None = None,
-        test: TensorData | None = None,
+        validation: TensorData | None = None,  # in the form of `train`
+        test: TensorData | None = None,  # likewise
         batch_size: int = 64,  # examples in a batch
         shuffle: bool = True,  # a new order of the training examples in each epoch
         seed: int = 0,  # decides the orders
@@ -354,8 +359,8 @@ class DataLoaders(Mapping[str, Iterable[Any]]):
     def from_datasets(
         cls,
         train: Dataset | None = None,  # map-style; if it has `__getitems__`, that is asked for a batch at once
-        validation: Dataset | None = None,
-        test: Dataset | None = None,
+        validation: Dataset | None = None,  # map-style, as `train`
+        test: Dataset | None = None,  # likewise
         batch_size: int = 64,  # examples in a batch
         shuffle: bool = True,  # a new order of the training examples in each epoch
         seed: int = 0,  # decides the orders
@@ -485,7 +490,7 @@ _FASHION_DEBIAN = "/usr/share/datasets/fashion-mnist"
 
 def _fashion_files(root: str | os.PathLike[str] | None) -> list[Path]:
     "The four files in the first folder that has them all; raises FileNotFoundError."
-    places = [root] if root is not None else [os.environ.get("LEARNER_DATA"), _FASHION_DEBIAN]
+    places = [root] if root else [os.environ.get("LEARNER_DATA"), _FASHION_DEBIAN]
     places = [place for place in places if place]
     for place, inner, ending in product(places, (".", "fashion-mnist"), ("", ".gz")):
         files = [Path(place, inner, name + ending) for name in _FASHION_FILES]

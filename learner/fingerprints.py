@@ -39,7 +39,7 @@ def _check(
     return f"has no text for {wrong[0]!r:.40}" if wrong else ""
 
 def read_fingerprints(
-    file: str | os.PathLike[str],
+    file: str | os.PathLike[str],  # lines of JSON, as Fingerprints writes them
 ) -> list[Record]:  # in the order of training
     "Read what Fingerprints wrote; raises FingerprintError, or FileNotFoundError."
     path = Path(file)
@@ -118,7 +118,7 @@ class FirstDifference(NamedTuple):
 
 def first_difference(
     one: Iterable[Record],  # records, or a Fingerprints
-    other: Iterable[Record],
+    other: Iterable[Record],  # of the other run, in the same form
 ) -> FirstDifference | None:  # None: they agree wherever both have a record
     "The first batch after which fingerprints differ; raises FingerprintError where no batch is in both."
     theirs = {_place(record): record for record in other}

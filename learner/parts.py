@@ -23,7 +23,7 @@ __all__ = ['accepts', 'is_optimiser', 'check_optimiser', 'make_optimiser', 'chec
 # %% ../nbs/10_parts.ipynb #90e40f92
 def accepts(
     function: Callable[..., Any],
-    *args: Any,
+    *args: Any,  # with which it would be called
     **kwargs: Any,
 ) -> bool:
     "Whether a function can be called so, as far as its signature tells."
@@ -33,14 +33,14 @@ def accepts(
     return True
 
 def is_optimiser(
-    value: Any,
+    value: Any,  # an instance, a factory, anything
 ) -> bool:
     "Whether it steps, as a torch Optimizer does; False for a factory of one."
     return not isinstance(value, type) and all(hasattr(value, name) for name in ("step", "zero_grad", "param_groups"))
 
 def check_optimiser(
-    optimiser: Any,
-    model: nn.Module,
+    optimiser: Any,  # what a factory returned, or the user gave
+    model: nn.Module,  # of which it must have a parameter at least
 ) -> None:
     "Raise TypeError or ValueError unless an optimiser trains something of a model."
     if not is_optimiser(optimiser):
@@ -52,7 +52,7 @@ def check_optimiser(
 
 def make_optimiser(
     factory: Callable[..., Any],  # called as `factory(model.parameters(), lr=learning_rate)`
-    model: nn.Module,
+    model: nn.Module,  # whose parameters it is to train
     learning_rate: Any = None,  # None: as the factory has it
 ) -> Any:
     "An optimiser of a model's parameters. Raises ValueError if the factory needs a learning rate and gets none."
@@ -64,10 +64,10 @@ def make_optimiser(
     return made
 
 def check_parts(
-    model: Any,
+    model: Any,  # a torch Module
     optimiser: Any,  # or a factory called as `optimiser(model.parameters(), lr=learning_rate)`
-    loss_func: Any,
-    dataloaders: Any,
+    loss_func: Any,  # a function of predictions and labels; None: the model's output has a `.loss`
+    dataloaders: Any,  # a mapping of phases to iterables of batches
 ) -> None:
     "Raise TypeError or ValueError for what cannot be trained."
     if not isinstance(model, nn.Module):
@@ -95,7 +95,7 @@ def check_parts(
 
 # %% ../nbs/10_parts.ipynb #8fd90dd9
 def not_scalar(
-    loss: Tensor,
+    loss: Tensor,  # of one dimension or more
 ) -> str:
     "What to say of a loss with dimensions."
     return f"the loss has shape {tuple(loss.shape)}; it must be a scalar: take its .mean()"
@@ -112,7 +112,7 @@ def no_loss(
 
 # %% ../nbs/10_parts.ipynb #831a40d8
 def place_model(
-    model: nn.Module,
+    model: nn.Module,  # moved in place
     device: str | torch.device | None,  # None: the best accelerator, else the CPU
 ) -> torch.device:
     "Move the model if need be; return where it is. Raises ValueError for a device that cannot be used."
@@ -129,21 +129,21 @@ def place_model(
 
 # %% ../nbs/10_parts.ipynb #e61a7e39
 def length_of(
-    loader: Any,
+    loader: Any,  # any iterable
 ) -> int | None:
     "The number of batches, where the loader knows it."
     try: return len(loader)
-    except TypeError: return None
+    except (TypeError, NotImplementedError): return None  # a stream whose class has a `__len__` raises the latter
 
 def samplers_of(
-    loader: Any,
+    loader: Any,  # any iterable; those of torch have samplers
 ) -> Iterator[Any]:
     "A loader and the samplers in it: whatever may hold a generator or an epoch."
     for part in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
         if part is not None: yield from (part, *filter(None, [getattr(part, "sampler", None)]))
 
 def generators_of(
-    loader: Any,
+    loader: Any,  # as for `samplers_of`
 ) -> list[torch.Generator]:
     "The generators that a loader and its samplers have for themselves, each once."
     found = [getattr(part, "generator", None) for part in samplers_of(loader)]
@@ -151,7 +151,7 @@ def generators_of(
 
 @contextmanager
 def kept_order(
-    loaders: Iterable[Any],
+    loaders: Iterable[Any],  # that are going to be read in the `with`
 ) -> Iterator[None]:
     "Leave the order that loaders will give as it was on entry: their generators, and the epoch they were told."
     listed = list(loaders)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .history import History
 from .names import format_value, split_column
+from .parts import length_of
 from .stages import Callback
 
 if TYPE_CHECKING:
@@ -401,9 +402,7 @@ class Progress(Callback):
 
     def _begin(self, stage: str, learn: Learner) -> None:
         view = self.view or self._open(stage, learn, 0)
-        try: total = len(learn.dataloaders[learn.phase])  # type: ignore[arg-type]
-        except TypeError: total = None
-        view.begin(learn.phase, total)
+        view.begin(learn.phase, length_of(learn.dataloaders[learn.phase]))
         if monotonic() >= self.next_look: self._look(learn)
 
     def _look(self, learn: Learner) -> None:

@@ -150,7 +150,8 @@ class RangeTest:
             rate = getattr(self, name)
             if rate is None: continue
             nearest = min(range(len(shown)), key=lambda i: abs(math.log(self.rates[i] / rate)))
-            ax.plot(rate, shown[nearest], mark, color=colour, markersize=9, label=f"{name} {rate:.2g}")
+            what = "minimum / 10" if name == "minimum" else name
+            ax.plot(rate, shown[nearest], mark, color=colour, markersize=9, label=f"{what}: {rate:.2g}")
         if shown:  # the losses of the divergence would make the rest a line
             low, high = min(*self.losses, *shown), max(shown)
             margin = 0.1 * (high - low) or abs(high) / 10 or 1.0

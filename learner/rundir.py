@@ -24,8 +24,8 @@ from .errors import did_you_mean
 
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'RunError', 'RunExistsError', 'write_text', 'as_plain', 'write_json', 'write_rows', 'now',
-           'check_name', 'new_name', 'create_run', 'move_aside', 'is_run', 'find_runs', 'is_locked', 'RunLock',
-           'read_cell', 'read_json', 'iter_rows', 'RunFiles', 'read_run']
+           'check_name', 'run_path', 'new_name', 'create_run', 'move_aside', 'is_run', 'find_runs', 'is_locked',
+           'RunLock', 'read_cell', 'read_json', 'iter_rows', 'RunFiles', 'read_run']
 
 # %% ../nbs/50_rundir.ipynb #290a1c7a
 FORMAT, VERSION = "learner.run", 1  # in config.json
@@ -92,8 +92,9 @@ def write_rows(
     "Write rows as CSV, as a whole, values in full precision."
     rows = list(rows)
     if columns is None: columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    returns = any(isinstance(value, str) and "\r" in value for row in rows for value in row.values())
+    text = io.StringIO()  # csv puts no quotes around a return before Python 3.13
+    writer = csv.DictWriter(text, columns, lineterminator="\n", quoting=csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL)
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue(), sync)
@@ -118,20 +119,27 @@ def check_name(
     if wrong: raise RunError(f"{what} is {str(name)[:80]!r}; {wrong}")
     return str(name)
 
-# %% ../nbs/50_rundir.ipynb #7766e26c
+# %% ../nbs/50_rundir.ipynb #c23b9c54
+def run_path(
+    folder: str | os.PathLike[str],
+) -> Path:
+    "The path of a run folder; raises RunError if it is empty."
+    if not os.fspath(folder): raise RunError("the path of the run is empty; name a folder, such as runs/first")
+    return Path(folder)
+
 def new_name(
     path: str | os.PathLike[str],
 ) -> Path:
-    "The path if nothing is there, else the first of `path-2`, `path-3` ... that is free."
-    path = Path(path)
+    "The path if nothing is there, else the first of `path-2`, `path-3` ... that is free; raises RunError if it is empty."
+    path = run_path(path)
     names = (path.name if i == 1 else f"{path.name}-{i}" for i in count(1))
     return next(free for name in names if not os.path.lexists(free := path.with_name(name)))
 
 def create_run(
     folder: str | os.PathLike[str],
 ) -> Path:
-    "Make a new folder, and those above it; raises RunExistsError if there is something already."
-    path = Path(os.path.abspath(folder))
+    "Make a new folder, and those above it; raises RunExistsError if there is something already, RunError for a bad name."
+    path = Path(os.path.abspath(run_path(folder)))
     check_name(path.name, "the run's name")
     try: path.mkdir(parents=True)
     except FileExistsError:
@@ -152,7 +160,7 @@ def move_aside(
     folder: str | os.PathLike[str],
 ) -> Path | None:  # where it is now; None: there was nothing
     "Rename a run out of the way; raises RunError for what is no run, and for one that is training."
-    path = Path(os.path.abspath(folder))
+    path = Path(os.path.abspath(run_path(folder)))
     if not os.path.lexists(path): return None
     if path.is_symlink(): raise RunError(f"{folder} is a link; move what it leads to yourself, or choose another name")
     if path.is_dir() and not any(path.iterdir()): return None
@@ -242,23 +250,23 @@ class RunLock:
 _STATUSES = ("running", "finished", "stopped", "failed")
 _CHECKPOINT = re.compile(r"epoch-(\d+)(?:-batch-(\d+))?")
 _LARGEST = 256 << 20  # bytes of a file that is read as a whole
+_NUMBER = re.compile(r"[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|inf(?:inity)?)", re.ASCII | re.IGNORECASE)
 
 def read_cell(
     text: str,
 ) -> Any:
     "A cell of a CSV file as a number where it is one; None where it is empty."
     if not text: return None
+    if not _NUMBER.fullmatch(text): return text
     try: return int(text)
-    except ValueError: pass
-    try: return float(text)
-    except ValueError: return text
+    except ValueError: return float(text)
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     "A file in a run folder, for reading text; raises RunError or FileNotFoundError."
     try:
         file = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-        with open(file, encoding="utf-8", newline="") as stream:
+        with open(file, encoding="utf-8", newline="\n") as stream:  # a return may be within a cell
             info = os.fstat(file)
             if not stat.S_ISREG(info.st_mode): raise RunError(f"{path} is no file")
             if info.st_size > _LARGEST: raise RunError(f"{path} has {info.st_size:,} bytes, too many to be what it should be")
@@ -414,7 +422,7 @@ def read_run(
     folder: str | os.PathLike[str],
 ) -> RunFiles:
     "The files of a run, for reading; raises RunError, or FileNotFoundError with the nearest name."
-    path = Path(folder)
+    path = run_path(folder)
     if not path.is_dir():
         if os.path.lexists(path): raise RunError(f"{folder} is a file, and a run is a folder")
         beside = [other.name for other in path.parent.iterdir() if is_run(other)] if path.parent.is_dir() else []

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, read_index
 from .config import build, from_record, resolve, settings_of
 from .core import Learner
 from .errors import check_whole, did_you_mean
@@ -39,8 +39,9 @@ from .names import mode_of, split_column
 from .provenance import data_hash, git_state
 from .rundir import FORMAT, VERSION, RunError, RunExistsError, RunFiles, RunLock
 from .rundir import as_plain, check_name, create_run, is_locked, is_run, iter_rows, move_aside, now
-from .rundir import read_json, read_run, write_json, write_rows, write_text
-from .stages import Callback, CancelException, provides
+from .rundir import read_json, read_run, run_path, write_json, write_rows, write_text
+from .stages import Callback, CancelException, as_callbacks, provides
+from .state import checkpoint_name
 from .tensorboard import TensorBoard
 from .tree import map_tensors
 
@@ -114,6 +115,7 @@ def kept_output(
     tees = []
     try:
         for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None: continue  # it is closed, and nothing can be printed
             tees.append((name, tee := Tee(getattr(sys, name), Path(folder) / f"{name}.txt")))
             setattr(sys, name, tee)
         yield
@@ -282,11 +284,11 @@ class Run(Callback):
         seed: int | None = None,  # that everything was seeded with; None: that of the settings, or of torch
         parent: str | os.PathLike[str] | None = None,  # the checkpoint that tuning goes on from
         hash_data: bool = True,  # note hashes of the data; for that all examples are read once
-        plots: bool = True,  # draw the curves at the end
+        plots: bool = True,  # draw the curves at the end; train_run and resume_run draw predictions of images too
         command: list[str] | None = None,  # for meta.json; None: that of the process
         script: str | None = None,  # for script.py; None: the notebook's cells, the file that was started, or the config's module
     ):
-        self.folder = Path(os.path.abspath(folder))
+        self.folder = Path(os.path.abspath(run_path(folder)))
         self.resume, self.overwrite, self.hash_data, self.plots = resume, overwrite, hash_data, plots
         if resume and overwrite: raise ValueError("resume and overwrite exclude each other; give one of them")
         self.settings, self.seed, self.parent = settings, seed, parent
@@ -366,9 +368,7 @@ class Run(Callback):
     def _begin(self, learn: Learner, again: bool) -> None:
         "Write down what is known at the start."
         files = RunFiles(self.folder)
-        if again and not self._opened and not len(learn.history) and not self.values.num_steps and files.checkpoints:
-            raise RunError(f"{self.folder} has checkpoints, and this learner has not gone on from one: "
-                           f"train(resume={str(self.folder / 'checkpoints')!r})")
+        if again: self._check_learner(learn, files)
         git = git_state()
         made = settings_of(learn)
         self.config = files.config if again else {}
@@ -412,6 +412,18 @@ class Run(Callback):
         self.values.points = []
         self._cut_steps()
         self._write(learn)
+
+    def _check_learner(self, learn: Learner, files: RunFiles) -> None:
+        "Raise if the folder has more than its learner has come from: going on would cut it."
+        fresh = not len(learn.history) and not any(learn.place)
+        if fresh and files.checkpoints and files.checkpoints[-1] != checkpoint_name(0, 0):  # which is from before the first batch
+            raise RunError(f"{self.folder} has checkpoints, and this learner has not gone on from one: "
+                           f"train(resume={str(self.folder / 'checkpoints')!r}), or give another folder")
+        if fresh and files.rows:
+            raise RunError(f"{self.folder} has {_epochs(len(files.rows))} of a training that this learner has not done, and no "
+                           "checkpoint to go on from; give another folder")
+        for part in self.parts:
+            if isinstance(part, Checkpoint): part.check_folder(learn)
 
     def _keep(self, name: str, text: str) -> None:
         "Write a text down; another one than was there before gets a number."
@@ -526,6 +538,8 @@ class Run(Callback):
 
     def _stateful(self) -> list[Any]: return [part for part in self.parts if hasattr(part, "load_state_dict")]
 
+def _epochs(count: int) -> str: return f"{count} epoch{'s' * (count != 1)}"
+
 def _among(callback: Callback, learn: Learner) -> bool: return any(callback is other for other in learn.callbacks)
 
 # %% ../nbs/53_runs.ipynb #b33cb78c
@@ -540,6 +554,9 @@ def checkpoint_of(
     there = f"; there are {', '.join(files.checkpoints)}" if files.checkpoints else "; there is none at all"
     if checkpoint in ("best", "last"):
         found = (Checkpoint.best if checkpoint == "best" else Checkpoint.latest)(place) if place.is_dir() else None
+        if found is None and checkpoint == "best" and files.checkpoints and not read_index(place):
+            raise FileNotFoundError(f"{folder}: which checkpoint is the best is not known, since {place / 'index.json'} is lost; "
+                                    f"name one, or go on with the run{there}")
         if found is None: raise FileNotFoundError(f"{folder} has no {checkpoint} checkpoint{there}")
         return place / check_name(Path(found).name, f"the {checkpoint} checkpoint of {folder}")
     text = os.fspath(checkpoint)
@@ -572,14 +589,11 @@ def train_run(
 
 def _trained(settings: Any, run: Run, callbacks: Callback | Iterable[Callback] | None) -> Learner:
     learn: Learner = settings.build()
-    learn.train(**settings.training, callbacks=[*_listed(callbacks), run])
+    learn.train(**settings.training, callbacks=[*as_callbacks(callbacks), run])
     if run.plots: write_predictions(run.folder / "plots", learn)
     return learn
 
 _OPTIONS = ("log_every", "checkpoint", "tensorboard", "fingerprints", "hash_data", "plots")  # of Run, kept in meta.json
-
-def _listed(callbacks: Callback | Iterable[Callback] | None) -> list[Callback]:
-    return [] if callbacks is None else [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
 
 def load_run(
     folder: str | os.PathLike[str],
@@ -605,17 +619,21 @@ def resume_run(
     settings = _settings(files, allow)
     if epochs is not None: check_whole("epochs", epochs)
     if is_locked(files.folder): raise RunError(f"{folder} is training just now, in another process")
+    place = files.folder / "checkpoints"
+    if place.is_symlink(): raise RunError(f"{place} is a link, which is not followed")
     done = files.meta.get("epochs_done") or 0
     if files.status == "finished" and (epochs is None or epochs <= done): return load_run(folder, "last", allow)
-    place = files.folder / "checkpoints"
-    latest = Checkpoint.latest(place) if place.is_dir() and not place.is_symlink() else None
+    latest = Checkpoint.latest(place) if place.is_dir() else None
     if latest is None and files.checkpoints:
         raise RunError(f"{folder}: none of its checkpoints is whole ({', '.join(files.checkpoints)}); remove them to begin anew")
+    if latest is None and files.rows:
+        raise RunError(f"{folder} has {_epochs(len(files.rows))} and no checkpoint to go on from; train again in another folder "
+                       "(learner rerun, or rerun)")
     given = files.meta.get("options")
     options = given if isinstance(given, dict) else {}
     run = Run(folder, resume=True, **{name: options[name] for name in _OPTIONS if name in options})
     learn: Learner = settings.build()
-    more = [*_listed(callbacks), run]
+    more = [*as_callbacks(callbacks), run]
     if latest is None: learn.train(**{**settings.training, **({} if epochs is None else {"epochs": epochs})}, callbacks=more)
     else:
         run.start_from = Path(latest).name
@@ -636,17 +654,22 @@ def evaluate_run(
     learn = load_run(folder, checkpoint, allow, [split])
     results = (learn.test if split == "test" else learn.validate)(callbacks)
     digest = loader_hash(learn.dataloaders[split])
-    path = Path(folder) / "meta.json"
-    meta = read_json(path) if path.exists() else {}
-    data = meta["data"] if isinstance(meta.get("data"), dict) else {}
-    if data.get(split) not in (None, digest):
-        warnings.warn(f"{folder}: the {split} data is not what it was", stacklevel=2)
-    meta["data"] = {**data, split: data.get(split) or digest}
     entry = {"split": split, "checkpoint": learn.loaded_from.name, "at": now(), "data": digest,  # type: ignore[attr-defined]
              "results": as_plain(results)}
-    meta["evaluations"] = [*(meta.get("evaluations") or ()), entry]
-    write_json(path, meta)
+    before = _add_evaluation(Path(folder), entry)
+    if before not in (None, digest): warnings.warn(f"{folder}: the {split} data is not what it was", stacklevel=2)
     return results
+
+def _add_evaluation(folder: Path, entry: Mapping[str, Any]) -> Any:
+    "Write an evaluation down, and nothing else; tells the hash that the data had before."
+    split, path = entry["split"], folder / "meta.json"
+    with ExitStack() as stack:
+        with contextlib.suppress(RunError, OSError): stack.enter_context(RunLock(folder))  # one that trains reads what is added
+        meta = read_json(path) if path.exists() else {}
+        data = meta["data"] if isinstance(meta.get("data"), dict) else {}
+        evaluations = [*(meta.get("evaluations") or ()), entry]
+        write_json(path, meta | {"data": {**data, split: data.get(split) or entry["data"]}, "evaluations": evaluations})
+    return data.get(split)
 
 class Rerun:
     "What came of running a run again."

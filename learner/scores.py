@@ -25,7 +25,7 @@ from .page import page
 from .rundir import RunError, RunFiles, as_plain, find_runs, now, write_text
 
 # %% auto #0
-__all__ = ['Where', 'ScoreError', 'printable', 'format_cell', 'Score', 'LeftOut', 'scores', 'quote', 'rerun_command',
+__all__ = ['USUAL', 'Where', 'ScoreError', 'printable', 'format_cell', 'Score', 'LeftOut', 'scores', 'quote', 'rerun_command',
            'train_command', 'Scores']
 
 # %% ../nbs/52_scores.ipynb #7e5b964e
@@ -139,7 +139,9 @@ def _value_of(run: RunFiles, metric: str, mode: str, by: str) -> _Value:
     if not math.isfinite(value): raise _Unranked(f"its {metric} is {value}")
     return _Value(value, epoch, last)
 
-# %% ../nbs/52_scores.ipynb #5ec30991
+# %% ../nbs/52_scores.ipynb #c34b0be2
+USUAL = ("validation_accuracy", "validation_loss", "train_loss")  # what runs are ranked by: the first that there is
+
 def _mode(metric: str, runs: Sequence[RunFiles]) -> str:
     "Whether low or high values are good: what the runs say, else the name; raises ScoreError."
     said = {entry.get("mode") for run in runs if (entry := run.score.get(metric))} & {"min", "max"}
@@ -155,7 +157,7 @@ _STATUS = ("finished", "running", "stopped", "failed", "unknown")
 
 def _check_arguments(folder: Any, metric: Any, mode: Any, by: Any, status: Any) -> tuple[str, ...]:
     "The statuses that are wanted; raises ScoreError, or FileNotFoundError."
-    if not isinstance(metric, str) or not metric:
+    if metric is not None and (not isinstance(metric, str) or not metric):
         raise ScoreError(f"metric is {metric!r}; name one, such as \"validation_accuracy\"")
     if mode not in (None, "min", "max"): raise ScoreError(f"mode is {mode!r}; it must be \"min\" or \"max\"")
     if by not in ("best", "last"): raise ScoreError(f"by is {by!r}; it must be \"best\" or \"last\"")
@@ -216,7 +218,7 @@ def _ranked(rows: list[Score], mode: str) -> list[Score]:
 
 def scores(
     folder: str | os.PathLike[str],  # runs in it, and in the folders in it
-    metric: str = "validation_accuracy",  # a column of the history, or of an evaluation such as test_accuracy
+    metric: str | None = None,  # a column of the history, or an evaluation such as test_accuracy; None: `USUAL`, what there is
     top: int | None = 10,  # ranks to show; runs of one rank stay together; None: all
     mode: str | None = None,  # "max" or "min"; None: as the runs, or else the name, say
     by: str = "best",  # the "best" value of all epochs, or that of the "last"
@@ -237,6 +239,7 @@ def scores(
         except (_Unranked, RunError) as error: left_out.append(LeftOut(name, str(error)))
     if not found: raise ScoreError(f"{folder} holds no runs; a run is a folder with config.json or meta.json")
     rows: list[Score] = []
+    if metric is None: metric = next((name for name in USUAL if any(name in run.score for run in runs.values())), USUAL[0])
     if runs:
         if not any(metric in run.score for run in runs.values()): _check_metric(metric, runs)
         if mode is None: mode = _mode(metric, list(runs.values()))

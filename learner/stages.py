@@ -21,9 +21,9 @@ from .errors import did_you_mean
 # %% auto #0
 __all__ = ['STAGES', 'KINDS', 'TREE', 'Times', 'Owners', 'CancelException', 'CancelTrainException', 'CancelEpochException',
            'CancelBatchException', 'CancelStepException', 'CallbackError', 'Stage', 'StageTree', 'provides', 'Callback',
-           'check_kind', 'FunctionCallback', 'label_of', 'hooks_of', 'providers_of', 'Hook', 'define', 'compile_hooks',
-           'OpenStage', 'Stopwatch', 'TimedContext', 'TimedStage', 'Resolution', 'in_order', 'as_callbacks', 'Actions',
-           'Staged', 'format_seconds', 'explain_lines']
+           'check_kind', 'FunctionCallback', 'label_of', 'hooks_of', 'providers_of', 'Hook', 'needs_of', 'define',
+           'compile_hooks', 'OpenStage', 'Stopwatch', 'TimedContext', 'TimedStage', 'Resolution', 'in_order',
+           'as_callbacks', 'Actions', 'Staged', 'format_seconds', 'explain_lines']
 
 # %% ../nbs/10_stages.ipynb #5cdc08df
 class CancelException(Exception):
@@ -173,7 +173,7 @@ class StageTree:
         return {a for parent in self.stages[name].inside for a in (parent, *self.ancestors(parent))}
 
     def always_inside(self, name: str, outer: str) -> bool:
-        "Whether a stage is another, or on every way opens in it."
+        "Whether the stage `name` is the stage `outer`, or on every way opens in it."
         inside = self.stages[name].inside
         return name == outer or (bool(inside) and all(self.always_inside(parent, outer) for parent in inside))
 
@@ -347,6 +347,15 @@ class Hook:
     label: str  # such as "Metrics.after_loss"
     function: Callable[..., Any]
     arguments: str  # as source, such as "learn, learn.loss"
+
+def needs_of(
+    callback: Callback,
+    tree: StageTree,  # which says what is a hook
+) -> set[str]:
+    "The fixtures without which a callback cannot be added."
+    functions = [function for _, function in hooks_of(callback, tree)] + [maker for *_, maker in providers_of(callback)]
+    return {name for function in functions for name, parameter in inspect.signature(function).parameters.items()
+            if parameter.default is parameter.empty}
 
 def define(
     name: str,  # of the function
@@ -747,6 +756,24 @@ class Staged:
         "The callbacks in firing order."
         return tuple(in_order(self._callbacks))
 
+    def watchers(self) -> list[Callback]:
+        "The callbacks without which all goes the same way: those that watch, and those that ask for what these provide."
+        found = [callback for callback in self._callbacks if callback.watches]
+        others = [callback for callback in self._callbacks if not callback.watches]
+        while True:
+            provided = {fixture for callback in found for fixture, *_ in providers_of(callback)}
+            more = [callback for callback in others if provided & needs_of(callback, self.tree)]
+            if not more: return found
+            found += more
+            others = [callback for callback in others if not any(callback is other for other in more)]
+
+    def check_idle(
+        self,
+        call: str,  # the name of a public method
+    ) -> None:
+        "Raise RuntimeError for a call that cannot be made within another."
+        if self._running: raise RuntimeError(f"{call}() was called inside {self._running}(); call it afterwards")
+
     def add(
         self,
         *callbacks: Callback,  # checked together; if one cannot work, none is added
@@ -808,8 +835,7 @@ class Staged:
         callbacks: Callback | Iterable[Callback] | None = None,  # for this call only
     ) -> Iterator[None]:
         "The frame of a public call; raises RuntimeError inside another."
-        if self._running:
-            raise RuntimeError(f"{call}() was called inside {self._running}(); call it afterwards")
+        self.check_idle(call)
         guests = as_callbacks(callbacks)
         self._set_callbacks(self._callbacks)  # priorities and methods may have changed
         own, resolved = self._callbacks, self._resolved

@@ -136,6 +136,8 @@ class Signals:
         if number == signal.SIGINT and os.isatty(2):  # print() might have been interrupted in its middle
             with suppress(OSError): os.write(2, b"\nstopping after this batch; Ctrl-C again stops at once\n")
 
+    _note.gives_way = True  # type: ignore[attr-defined]  # to a learner that is trained within a hook: it is what runs
+
     def error(
         self,
         notice: str,  # what a notebook shows
@@ -196,6 +198,7 @@ def check_optimiser_state(
     for index, entries in values.items():
         if type(index) is not int or not 0 <= index < len(parameters) or not isinstance(entries, Mapping):
             raise ResumeError(f"the state of the optimiser has an entry for parameter {index!r:.40}, which there is not")
+        if is_lazy(parameters[index]): continue  # a forward pass will tell
         for name, value in entries.items():
             if isinstance(value, Tensor) and value.ndim and value.shape != parameters[index].shape:
                 raise ResumeError(f"{name} of parameter {index} is {_form(value)} in the state of the optimiser, and the "
@@ -309,6 +312,7 @@ class Resumable(Staged):
     ):
         self._place = Place()
         self._validation_epochs, self._first_row = 1, 0  # of the last call of `train`
+        self._asked_rate: float | None = None  # the learning rate that it was called with
         self._evaluating = False  # a validation or test pass is under way
         self._done = True  # the batch's routine
         self._under_way = False  # a training, with all its set-up done
@@ -343,7 +347,7 @@ class Resumable(Staged):
         """Take over a checkpoint whole; `train(resume=True)` then goes on from it, and `train()` begins anew with it.
 
         Raises DamagedError, FileNotFoundError, or ResumeError if it does not fit; then nothing is changed."""
-        if self.is_running: raise RuntimeError(f"load() was called inside {self._running}(); call it before or afterwards")
+        self.check_idle("load")
         self.load_state_dict(read_checkpoint(path))
 
     # The state
@@ -378,7 +382,7 @@ class Resumable(Staged):
         if again: orders[place.phase] = again["order"]
         loop = {
             "place": list(place), "under_way": self.is_running and self._under_way, "num_epochs": self.num_epochs,
-            "validation_epochs": self._validation_epochs, "first_row": self._first_row,
+            "validation_epochs": self._validation_epochs, "first_row": self._first_row, "learning_rate": self._asked_rate,
             "rows": deepcopy(self.history.rows), "results": dict(self.results),
             "steps": _packed(self.history.steps), "keep_steps": self.history.keep_steps, "row_steps": _packed(self._steps),
             "means": {name: mean.state_dict() for name, mean in self._means.items()} if within else {},
@@ -414,12 +418,14 @@ class Resumable(Staged):
                 undo.append((callback, deepcopy(callback.state_dict())))
                 try: callback.load_state_dict(given[name])
                 except Exception as error: raise ResumeError(f"the state of {name} does not fit: {error}") from error
-            if state.get("optimiser") is not None: optimiser.load_state_dict(state["optimiser"])
+            if state.get("optimiser") is not None:
+                if optimiser is self.optimiser: undo.append((optimiser, optimiser.state_dict()))
+                optimiser.load_state_dict(state["optimiser"])
+            if "model" in state: self._put_model(state["model"])
         except BaseException:
-            for callback, before in undo:
-                with suppress(Exception): callback.load_state_dict(before)
+            for part, before in undo:
+                with suppress(Exception): part.load_state_dict(before)
             raise
-        if "model" in state: self.model.load_state_dict(state["model"])
         if "groups" in state: _set_groups(optimiser, state["groups"])
         self.optimiser = optimiser
         self.history.rows, self.history.keep_steps = deepcopy(loop["rows"]), loop["keep_steps"]
@@ -427,6 +433,11 @@ class Resumable(Staged):
         self._place, self._first_row = Place(*loop["place"]), loop["first_row"]
         if self._place.phase: self.results = dict(loop["results"])
         self._steps = {name: values.tolist() for name, values in loop["row_steps"].items()}
+
+    def _put_model(self, state: Mapping[str, Any]) -> None:
+        try: self.model.load_state_dict(state)
+        except Exception as error:  # of a module with a loading of its own, since names and shapes fit
+            raise ResumeError(f"the model does not take its state: {error}; some of its weights may be new already") from error
 
     def _fitting_optimiser(self, state: Mapping[str, Any]) -> Any:
         "The optimiser, made if there is only a factory; raises ResumeError if a state does not fit it."
@@ -447,6 +458,8 @@ class Resumable(Staged):
         "The state that a call of `train` goes on from; None if it begins anew."
         if resume is None or resume is False: return None
         if resume is not True:
+            if not isinstance(resume, (str, PathLike)) or not str(resume):
+                raise ResumeError(f"resume is {resume!r}; it must be True, or the path of a checkpoint or of a folder of them")
             state = read_checkpoint(resume)
             check_state_parts(state)
             return state
@@ -557,7 +570,7 @@ class Resumable(Staged):
 
     def release(self) -> None:
         "Let go of the tensors that a failed call has left: in its traceback, as gradients, and in the device's cache."
-        if self.is_running: raise RuntimeError(f"release() was called inside {self._running}(); call it afterwards")
+        self.check_idle("release")
         error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)  # where a notebook keeps it
         seen: set[int] = set()
         while error is not None and id(error) not in seen:

@@ -502,7 +502,9 @@ def _locked(path: Path) -> Iterator[None]:
         try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError: raise busy from None
         except OSError: pass  # a file system without locks
-        if not lock.exists() or lock.stat().st_ino != os.fstat(file).st_ino: raise busy  # its owner has just removed it
+        try: removed = lock.stat().st_ino != os.fstat(file).st_ino
+        except FileNotFoundError: removed = True
+        if removed: raise busy  # by its owner, just now
         try: yield
         finally:
             with contextlib.suppress(OSError): os.unlink(lock)
@@ -518,6 +520,9 @@ def save_state(
     path is under way, and OSError; what was there before is kept."""
     encoder = _Encoder()
     encoded = _encode_state(encoder, state)
+    if os.fspath(path) in ("", "."):
+        raise ValueError(f"path is {os.fspath(path)!r}, the current folder, and a save would replace it; "
+                         "give the checkpoint a folder of its own, such as 'runs/last'")
     place = Path(os.path.realpath(path))
     if place.exists():
         if not place.is_dir():
@@ -573,20 +578,20 @@ def _read(path: str | os.PathLike[str], device: torch.device | None) -> Any:
                 if _find(path) == (folder, identity): raise DamagedError(path, flaw.part, flaw.what) from None
 
 def load_state(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str],  # the folder of a checkpoint
     device: str | torch.device = "cpu",  # where tensors go; arrays and bytes stay on the CPU
 ) -> dict[str, Any]:  # plain values; tensors require no gradient
     "Read a state that `save_state` wrote; raises DamagedError or FileNotFoundError. Nothing in the files is executed."
     return _read(path, torch.device(device))
 
 def check_state(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str],  # the folder of a checkpoint
 ) -> None:
     "Read and check all of a checkpoint without keeping it; raises DamagedError or FileNotFoundError."
     _read(path, None)
 
 def list_states(
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str],  # that checkpoints were saved into
 ) -> list[Path]:  # paths for `load_state`, the one saved last at the end
     "The checkpoints in a folder, also one that a crash left aside; whether they are whole is for `check_state` to say."
     found = {}
@@ -598,13 +603,22 @@ def list_states(
             found[Path(folder) / (aside[1] if aside else name)] = time
     return sorted(found, key=lambda path: found[path])
 
-# %% ../nbs/04_store.ipynb #3764d890
+# %% ../nbs/04_store.ipynb #4d915029
+class _Canon(_Encoder):
+    "Makes the same JSON of equal states: tensors are told by their values, and the order of keys does not matter."
+
+    def tensor(self, value: Tensor, where: _Where) -> tuple[str, str]:
+        super().tensor(value, where)  # or it raises
+        digest = hashlib.sha256(_bytes(_values(value).cpu().contiguous()))
+        return f"{_CODES[value.dtype]} {list(value.shape)}", digest.hexdigest()
+
+    def container(self, value: Any, where: _Where) -> Any:
+        encoded = super().container(value, where)
+        if isinstance(encoded, dict) and "$dict" in encoded: encoded["$dict"].sort(key=lambda pair: json.dumps(pair[0]))
+        return encoded
+
 def hash_state(
     state: Mapping[str, Any],  # as for `save_state`
 ) -> str:  # 64 hexadecimal digits
     "SHA-256 of all that a state holds: equal for equal states, whatever device they are on. Raises as `save_state` does."
-    encoder = _Encoder()
-    digest = hashlib.sha256(json.dumps(_encode_state(encoder, state), sort_keys=True).encode())
-    for part in sorted(encoder.parts):
-        for block in _blocks(encoder.parts[part], encoder.ties.get(part, {})): digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(json.dumps(_encode_state(_Canon(), state), sort_keys=True).encode()).hexdigest()

@@ -346,14 +346,17 @@ def test_a_disk_that_is_full(tmp_path):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "run").write_text("a file")
-    learn = make("plain", Checkpoint(tmp_path / "run"))
-    with pytest.raises(OSError): train(learn)
-    assert whole(learn) and (tmp_path / "run").read_text() == "a file"
+    def refused(kind, folder):
+        learn = make("plain", Checkpoint(folder))
+        with pytest.raises(kind, match="no checkpoint can be written there: '.*run'"): train(learn)
+        assert whole(learn) and not seen(learn)  # before the first batch
+    refused(FileExistsError, tmp_path / "run")
+    refused(NotADirectoryError, tmp_path / "run" / "run")
+    assert (tmp_path / "run").read_text() == "a file"
+    refused(OSError, Path("/proc/run"))  # also for root
     if not os.geteuid(): return
     (tmp_path / "fixed").mkdir(mode=0o555)
-    learn = make("plain", Checkpoint(tmp_path / "fixed" / "run"))
-    with pytest.raises(PermissionError): train(learn)
-    assert whole(learn)
+    refused(PermissionError, tmp_path / "fixed" / "run")
 
 
 def test_an_error_in_the_thread_comes_out_at_the_next_checkpoint_or_at_the_end(tmp_path, monkeypatch):
@@ -433,14 +436,27 @@ def test_a_folder_with_nothing_whole_is_an_error(three):
 
 def test_a_lost_index_loses_the_best_and_nothing_else(tmp_path):
     learn = trained(tmp_path / "run")
-    assert Checkpoint.best(tmp_path / "run") is not None
+    index = json.loads((tmp_path / "run" / "index.json").read_text())
+    assert Checkpoint.best(tmp_path / "run").name == index["checkpoint"]
     for text in ("", "[]", "{", "null"):
         (tmp_path / "run" / "index.json").write_text(text)
         assert Checkpoint.best(tmp_path / "run") is None and Checkpoint.latest(tmp_path / "run").name == "epoch-0003"
-    fresh = make("plain", Checkpoint(tmp_path / "run"), seed=9)
+        with pytest.raises(CheckpointError, match="index.json, which tells of which training, is lost"): train(make("plain", Checkpoint(tmp_path / "run")))
     (tmp_path / "run" / "index.json").unlink()
-    with pytest.raises(CheckpointError): train(fresh, 4, resume=tmp_path / "run")  # whose they are cannot be told
-    assert whole(learn)
+    fresh = make("plain", Checkpoint(tmp_path / "run"), seed=9)
+    fresh.on("before_epoch", lambda: seen.append(json.loads((tmp_path / "run" / "index.json").read_text())))
+    seen = []
+    train(fresh, 4, resume=tmp_path / "run")  # the checkpoint that it goes on from tells whose they are, and the best
+    assert seen == [index] and Checkpoint.best(tmp_path / "run") is not None and whole(learn)
+
+
+def test_a_lost_index_does_not_let_another_training_in(tmp_path):
+    trained(tmp_path / "run")
+    trained(tmp_path / "other")
+    (tmp_path / "run" / "index.json").unlink()
+    before = sorted(map(str, tmp_path.rglob("*")))
+    with pytest.raises(CheckpointError, match="is lost"): train(make("plain", Checkpoint(tmp_path / "run")), 4, resume=tmp_path / "other")
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
 
 
 # ---------------------------------------------------------------------------------------------------- which stay, and whose they are
@@ -493,6 +509,31 @@ def test_another_trainings_folder_is_refused_before_anything_happens(tmp_path):
     assert sorted(map(str, tmp_path.rglob("*"))) == before and len(other.history) == 0 and whole(other)
     learn.train(1)  # the one whose they are may
     assert Checkpoint.latest(tmp_path / "run").name == "epoch-0004"
+
+
+@pytest.mark.parametrize("stop", [None, 5])
+def test_a_second_learner_with_the_same_callback_is_refused_before_anything_happens(tmp_path, stop):
+    saver = Checkpoint(tmp_path / "run", steps=4)
+    first = make("plain", saver)
+    if stop: first.add(StopAfter(stop))
+    with contextlib.suppress(KeyboardInterrupt): train(first)
+    assert bool(len(first.history)) == (stop is None)
+    before = sorted(map(str, tmp_path.rglob("*")))
+    second = make("plain", saver)
+    with pytest.raises(CheckpointError, match=r"that this learner has not gone on from, up to epoch-000.*train\(resume='.*run'\), or give another folder"): train(second)
+    assert sorted(map(str, tmp_path.rglob("*"))) == before and len(second.history) == 0 and whole(second)
+    train(second, resume=tmp_path / "run")  # that is no mixing
+    assert differences(second, reference("plain")) == []
+
+
+def test_a_process_that_goes_to_another_folder_saves_in_the_same(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    learn = make("plain", Checkpoint("run"))
+    learn.on("after_epoch", lambda epoch: os.chdir("elsewhere") if epoch == 0 else None)
+    train(learn)
+    assert names(tmp_path / "run") == ["epoch-0001", "epoch-0002", "epoch-0003"] and os.listdir(tmp_path / "elsewhere") == []
+    assert repr(saved_by(learn)) == "Checkpoint('run')"
 
 
 def test_a_future_that_did_not_happen_goes(tmp_path):

@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -151,7 +152,14 @@ MISTAKES = [
     ("train digits runs/first", "runs/first exists already: go on with that run (learner resume, or resume=True), choose another name (first-2 is free), or move the old one aside (--overwrite, or overwrite=True)"),
     ("train digits full", "full exists already, and is no run"),
     ("train digits file", "file is a file"),
+    ("train digits runs/x --log_every=0", "learner train: --log_every is 0; it must be a whole number of at least 1"),
+    ("train digits runs/x --fingerprints=-1", "learner train: --fingerprints is -1; it must be a whole number of at least 0; 0 means never"),
+    ("train digits '' --epochs=1", "the path of the run is empty; name a folder"),
+    ("train digits '' --new_name", "the path of the run is empty; name a folder"),
+    ("help nothing", "learner: there is no command nothing; there are train, resume"),
+    ("help trian", "there is no command trian; did you mean train?"),
     # resume
+    ("resume ''", "learner resume: the path of the run is empty; name a folder, such as runs/first"),
     ("resume", "RUN_DIR is missing"),
     ("resume runs/first --epochs=0", "epochs is 0"),
     ("resume runs/frist", "there is no run runs/frist; did you mean first?"),
@@ -186,8 +194,11 @@ MISTAKES = [
     ("scores runs --top=0", "top is 0"),
     ("scores runs --mode=mox", "--mode is \"mox\"; it must be one of max, min or null; did you mean max?"),
     ("scores runs --by=first", "--by is \"first\"; it must be one of best, last"),
-    ("scores runs --csv=nowhere/x.csv", "nowhere/"),
+    ("scores runs --csv=nowhere/x.csv", "--csv is nowhere/x.csv, and there is no folder nowhere"),
     ("scores runs --html", "--html has no value"),
+    ("scores runs --html=", "--html is empty; name a file: --html=scores.html"),
+    ("scores runs --html=nodir/x.html", "learner scores: --html is nodir/x.html, and there is no folder nodir; make it first"),
+    ("scores runs --json=full", "--json is full, which is a folder; name a file in it"),
     # compare
     ("compare runs/first", "RUN_B is missing"),
     ("compare runs/first runs/frist", "frist"),
@@ -205,7 +216,7 @@ MISTAKES = [
 @pytest.mark.parametrize("line, words", MISTAKES, ids=[line or "nothing" for line, _ in MISTAKES])
 def test_a_mistake_is_one_line_and_exit_status_2(runs, quick, line, words):
     before = sorted(runs.rglob("*"))
-    done = quick(*line.split(), cwd=runs)
+    done = quick(*shlex.split(line), cwd=runs)
     assert done.returncode == 2, done.err
     assert words in done.err and done.out == ""
     assert line == "" or len(done.err.splitlines()) == 1
@@ -387,6 +398,26 @@ def test_a_reader_that_goes_away_is_no_error(runs):
     process.stdout.close()
     with process.stderr: assert process.stderr.read() == b""
     assert process.wait(60) == 141
+
+
+def test_training_needs_no_screen(tmp_path):
+    command = f"{sys.executable} -m learner train digits runs/x {' '.join(SMALL)} >&-"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert read(tmp_path / "runs/x/meta.json")["status"] == "finished"
+
+
+def test_a_run_whose_checkpoints_are_elsewhere_or_lost_is_left_as_it_is(runs, tmp_path, quick):
+    run = shutil.copytree(runs / "runs/first", tmp_path / "run")
+    def refused(words):
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        done = quick("resume", "run", "--epochs=3", cwd=tmp_path)
+        assert done.returncode == 2 and words in done.err and len(done.err.splitlines()) == 1, done.err
+        assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    (run / "checkpoints").rename(tmp_path / "large")
+    refused("run has 2 epochs and no checkpoint to go on from")
+    (run / "checkpoints").symlink_to(tmp_path / "large")
+    refused("checkpoints is a link, which is not followed")
 
 
 # Help

@@ -177,6 +177,19 @@ def test_histories_and_fingerprints_by_themselves(base, tmp_path):
     assert compare_runs(read_run(base), base).same
 
 
+def test_tables_without_epochs_or_with_several_rows_an_epoch(tmp_path):
+    def table(name, *lines): (tmp_path / name).write_text("\n".join(lines) + "\n")
+    table("a.csv", "loss", "0.5", "0.25")
+    table("b.csv", "loss", "0.5", "0.375")
+    found = compare_runs(tmp_path / "a.csv", tmp_path / "b.csv")
+    assert (found.first.epoch, found.first.agreed, found.results) == (1, (0,), {"epoch": (1, 1), "loss": (0.25, 0.375)})
+    table("a.csv", "step,epoch,batch,loss", "0,0,0,0.5", "1,0,1,0.25", "2,1,0,0.1")
+    table("b.csv", "step,epoch,batch,loss", "0,0,0,0.5", "2,1,0,0.2")
+    found = compare_runs(tmp_path / "a.csv", tmp_path / "b.csv")
+    assert (found.first.epoch, found.first.batch, found.first.agreed) == (1, 0, (0, 0))
+    assert found.results == {"epoch": (1, 1), "loss": (0.1, 0.2)} and "0.1" in repr(found) and "+0.1" in repr(found)
+
+
 def test_nan_is_equal_to_nan_and_times_do_not_count():
     class Table:
         def __init__(self, *rows): self.rows = list(rows)

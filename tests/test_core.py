@@ -668,6 +668,93 @@ def test_an_error_in_the_model_says_where():
     assert caught.value.__notes__ == ["in train (epoch 0, batch 4)"]
 
 
+def test_a_trial_leaves_out_who_needs_a_watcher():
+    class Notebook(Callback):
+        watches = True
+
+        @provides("train")
+        def pages(self): return []
+
+        def after_epoch(self, pages): pages.append("an epoch")
+
+    class Writes(Callback):
+        def after_epoch(self, pages, learn): raise AssertionError("left out")
+
+        @provides("epoch")
+        def pen(self, pages): return "pen"
+
+    class Draws(Callback):
+        def after_epoch(self, pen): raise AssertionError("left out too")
+
+    class Optional(Callback):
+        def after_epoch(self, learn, pages=None): learn.pages_seen = pages
+    learn = learner(callbacks=[Notebook(), Writes(), Draws(), Optional()])
+    with learn.trial() as copy:
+        assert [type(callback) for callback in copy.callbacks] == [Optional]
+        copy.train()
+        assert copy.pages_seen is None
+    assert len(learn.callbacks) == 4
+
+
+@pytest.mark.parametrize("call", ["validate", "test", "train", "release", "trial"])
+def test_a_call_within_a_run_is_refused_and_leaves_the_signals_alone(call):
+    learn, refused = learner(loaders_={"train": batches(), "validation": batches(), "test": batches()}), []
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    @learn.on("after_batch")
+    def nested(learn):
+        before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        assert before != handlers
+        with pytest.raises(RuntimeError, match=f"{call}.. was called inside train.."):
+            if call == "trial":
+                with learn.trial(): pass
+            else: getattr(learn, call)()
+        refused.append([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before)
+    learn.train()
+    assert refused and all(refused) and [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_ctrl_c_reaches_a_learner_that_is_trained_within_a_hook():
+    inner, outer = learner(), learner()
+    inner.on("after_batch", lambda epoch, batch_num: (epoch, batch_num) == (0, 1) and signal.raise_signal(signal.SIGINT))
+    outer.on("before_epoch", lambda: inner.train(3))
+    with pytest.raises(KeyboardInterrupt): outer.train(2)
+    assert len(inner.history) == len(outer.history) == 0 and inner.place.batch == 2
+
+
+def test_what_the_learner_logs_itself_cannot_be_logged():
+    learn = learner()
+    wrong = learn.on("after_loss", lambda learn: learn.log(loss=100.0))
+    with pytest.raises(ValueError, match='log: "loss" is the mean of learn.loss; take another name'): learn.train()
+    learn.remove(wrong)
+    learn.on("after_epoch", lambda learn: learn.log(epoch=7))
+    with pytest.raises(ValueError, match='log: "epoch" is the number of the row; take another name'): learn.train()
+
+
+def test_what_is_logged_in_an_empty_batch_belongs_to_the_pass():
+    x, y = batches()[0]
+    learn = learner(loaders_={"train": [(x, y), (x[:0], y[:0])]}, loss_func=lambda predictions, labels: predictions.sum())
+    learn.on("after_batch", lambda learn: learn.log(size=float(learn.batch_size)))
+    learn.train()
+    assert learn.history[0]["train_size"] == len(x) and "size" not in learn.history[0]
+
+
+@pytest.mark.parametrize("tensors", [False, True])
+def test_groups_keep_their_proportions_also_after_a_schedule_that_has_ended_at_0(tensors):
+    model = net()
+    rates = [torch.tensor(rate) if tensors else rate for rate in (0.001, 0.01)]
+    first, *others = model.parameters()
+    halves = [[first], others]
+    optimiser = torch.optim.AdamW([{"params": half, "lr": rate} for half, rate in zip(halves, rates, strict=True)])
+    learn = learner(model, optimiser=optimiser)
+    for group in optimiser.param_groups:
+        group["initial_lr"] = float(group["lr"])
+        group["lr"] = group["lr"] * 0
+    learn.train(1, 0.05)
+    assert [float(group["lr"]) for group in optimiser.param_groups] == pytest.approx([0.005, 0.05])
+    assert all(isinstance(group["lr"], torch.Tensor) == tensors for group in optimiser.param_groups)
+
+
 def test_a_notebook_shows_the_loop_and_the_hook_and_not_what_is_between():
     learn = learner()
     learn.on("after_loss", lambda: 1 / 0)

@@ -11,9 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, random_split
+from torch import nn
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+    random_split,
+)
 
 from learner import data
+from learner.core import Learner
 from learner.data import (
     DataLoaders,
     DatasetLoader,
@@ -25,6 +35,7 @@ from learner.data import (
     read_idx,
     split,
 )
+from learner.parts import length_of
 
 N = 23  # neither a multiple of the batch size nor of anything else
 X = torch.arange(N * 3.0).reshape(N, 3)
@@ -283,6 +294,29 @@ def test_indices_and_transform():
 
 
 # Data sets
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_pass_from_the_middle_that_nobody_reads_leaves_the_next_one_whole(num_workers):
+    loader = from_datasets(num_workers=num_workers, shuffle=True)
+    abandoned = loader.batches_from(3)
+    assert torch.equal(torch.cat([y for _, y in loader]), Y[loader.order(0)])
+    loader.set_epoch(0)
+    assert torch.equal(torch.cat([y for _, y in abandoned]), Y[loader.order(0)][15:])  # it is read after all
+    assert torch.equal(torch.cat([y for _, y in loader]), Y[loader.order(1)])
+
+
+class NoLength(Stream):
+    def __len__(self): raise NotImplementedError
+
+
+def test_a_stream_that_tells_no_length_can_be_trained_on():
+    loaders = DataLoaders(train=DataLoader(NoLength(), 1))
+    assert repr(loaders) == "DataLoaders\n  train  an unknown number of batches of 1"
+    assert length_of(loaders.train) is None
+    learn = Learner(nn.Linear(3, 1), torch.optim.SGD, lambda p, y: p.mean(), loaders, device="cpu")
+    learn.train(2, learning_rate=0.1)
+    assert len(learn.history) == 2
 
 
 def test_getitems_is_asked_once_for_each_batch():
@@ -597,7 +631,7 @@ def test_small_fashion_mnist_by_hand(nowhere):
 
 
 def test_where_fashion_mnist_is_found(nowhere, monkeypatch):
-    with pytest.raises(FileNotFoundError) as error: fashion_mnist()
+    with pytest.raises(FileNotFoundError) as error: fashion_mnist("")
     fix = "run `apt install dataset-fashion-mnist`, or set LEARNER_DATA to the folder that has them"
     assert str(error.value) == f"the four files of Fashion-MNIST are not in {nowhere / 'debian'}; {fix}"
 
@@ -725,10 +759,14 @@ BAD = [
     (lambda: from_datasets(valid=Rows()), TypeError, "unexpected keyword argument 'valid'"),
     (lambda: from_datasets(num_worker=2), TypeError, "unexpected keyword argument 'num_worker'"),
     (lambda: from_datasets(TensorDataset(X), num_worker=2), TypeError, "unexpected keyword argument 'num_worker'"),
-    (lambda: from_datasets(sampler=[1]), TypeError, "multiple values for keyword argument 'sampler'"),
-    (lambda: from_datasets(generator=torch.Generator()), TypeError, "multiple values for keyword argument 'generator'"),
-    (lambda: from_datasets(batch_sampler=[[1]]), ValueError, "batch_sampler option is mutually exclusive"),
     # from_datasets
+    *[
+        (lambda name=name, value=value: from_datasets(**{name: value}), TypeError,
+         f"{name}: the order is that of an EpochSampler, which (seed, epoch) alone decides; "
+         "for another one put torch's DataLoader into DataLoaders(train=...)")
+        for name, value in (("sampler", WeightedRandomSampler([1.0] * N, N)), ("generator", torch.Generator()),
+                            ("batch_sampler", [[1]]))
+    ],
     (lambda: from_datasets(num_workers=-1), ValueError, f"num_workers is -1; {WHOLE} 0"),
     (lambda: from_datasets(num_workers=1.5), ValueError, f"num_workers is 1.5; {WHOLE} 0"),
     (lambda: DataLoaders.from_datasets(Stream()), TypeError,
@@ -767,7 +805,7 @@ BAD = [
 @pytest.mark.parametrize(("call", "kind", "message"), BAD, ids=range(len(BAD)))
 def test_bad_input(call, kind, message):
     with pytest.raises(kind) as error: call()
-    theirs = "keyword argument" in message or kind is IndexError or "batch_sampler" in message
+    theirs = "keyword argument" in message or kind is IndexError
     assert message in str(error.value) if theirs else message == str(error.value)
 
 

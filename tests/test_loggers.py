@@ -225,6 +225,11 @@ for os.environ["NO_COLOR"] in ("", "1"): StarredRows(History(), 1, seconds=False
     assert done.returncode == 0 and "\x1b[32m0.5000\x1b[0m*" in lines[1] and "\x1b" not in lines[3] and "0.5000*" in lines[3]
 
 
+def test_without_a_screen_rows_are_written_to_nobody(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    no_test(example_learner()).train(1, callbacks=ConsoleTable())
+
+
 # Files
 
 def test_the_csv_file_is_the_history(tmp_path):

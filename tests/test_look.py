@@ -2,6 +2,8 @@
 
 import gc
 import random
+import threading
+import time
 import weakref
 from copy import deepcopy
 from types import SimpleNamespace
@@ -40,6 +42,7 @@ from learner.stages import (
     CancelBatchException,
     CancelEpochException,
     CancelTrainException,
+    provides,
 )
 from learner.update import EMA
 
@@ -337,6 +340,99 @@ def test_new_data_meet_what_steers_but_no_loss_and_no_watcher():
     raw = by_hand(learn.model, x)
     learn.remove(ema)
     assert (found - raw).abs().max() > 2 * (predict(learn, x) - raw).abs().max()  # the averaged weights are others
+
+
+def test_new_data_end_before_what_needs_losses():
+    seen = []
+
+    class Reads(Callback):
+        def before_validation(self): seen.append("before")
+        def after_validation_batch(self, loss): seen.append(loss)
+        def after_validation(self, results): seen.append(results["validation_loss"])
+        def cleanup_validation(self): seen.append("cleanup")
+
+    x = data()[0]
+    torch.testing.assert_close(predict(learner(Reads()), x, 20), predict(learner(), x))
+    assert seen == ["before", "cleanup"]
+    cancelled_late = learner([Reads(), CancelsLast()])
+    with pytest.raises(ValueError, match="1 of 3 batches"): predict(cancelled_late, x, 20)
+    assert seen == ["before", "cleanup"] * 2
+
+
+class CancelsLast(Callback):
+    def before_validation_batch(self, batch_num):
+        if batch_num == 2: raise CancelBatchException
+
+
+@pytest.mark.parametrize("do", [predictions, predict_new, top_losses, confusion_matrix], ids=lambda f: f.__name__)
+def test_what_asks_for_fixtures_of_watchers_still_steers(do):
+    calls = []
+
+    class Gives(Callback):
+        watches = True
+        @provides("train")
+        def run(self):
+            calls.append("train")
+            yield "the run"
+        @provides("validation")
+        def share(self):
+            calls.append("share")
+            try: yield 0.5
+            finally: calls.append("end")
+        def before_validation(self): calls.append("watched")
+
+    class Asks(Swap):
+        def after_epoch(self, run, epoch): calls.append(run)
+        def before_validation(self, model, share):
+            super().before_validation(model)
+            calls.append(share)
+
+    learn = learner([Gives(), Asks()])
+    callbacks, given = learn.callbacks, []
+    do(learn), given.append(predict(learn, data()[0]))
+    assert calls == ["share", 0.5, "end"] * 2 and learn.callbacks == callbacks
+    torch.testing.assert_close(given[0], predict(learner(Swap()), data()[0]))
+
+
+@pytest.mark.parametrize("do", [predictions, predict_new, show_predictions, confusion_matrix, top_losses, show_top_losses],
+                         ids=lambda f: f.__name__)
+def test_a_look_after_a_failed_run_keeps_the_gradients(do):
+    learn = learner(fail := Fail(RuntimeError("boom")))
+    with pytest.raises(RuntimeError, match="boom"): learn.train(2, learning_rate=0.01)
+    learn.remove(fail)
+    for parameter in learn.model.parameters(): parameter.grad = torch.ones_like(parameter)
+    before = snapshot(learn)
+    do(learn)
+    after = snapshot(learn)
+    for name in before: assert same(before[name], after[name]), name
+    assert all(parameter.grad is not None for parameter in learn.model.parameters())
+
+
+def test_looks_from_two_threads_do_not_mix():
+    modes, errors = [], []
+
+    class Slow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, x):
+            time.sleep(0.002)
+            modes.append(self.training)
+            return self.inner(x)
+
+    learn, x = learner(model=Slow()), data()[0]
+    expected = by_hand(learn.model.inner, x)
+
+    def look_often():
+        try:
+            for _ in range(6): torch.testing.assert_close(predict(learn, x, 10), expected)
+        except BaseException as error: errors.append(error)
+
+    threads = [threading.Thread(target=look_often) for _ in range(2)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    assert not errors and not any(modes) and learn.model.training
 
 
 def test_models_that_make_their_own_loss():
@@ -736,12 +832,17 @@ BAD = [
     (lambda: predictions(learner(), "valid"), ValueError, "phase is 'valid', none of ['train', 'validation', 'test']; did you mean validation?"),
     (lambda: predict(nn.Linear(1, 1), data()[0]), TypeError, "learn is a Linear; pass a Learner"),
     (lambda: predict(learner(), data()[0], 0), ValueError, "batch_size is 0;"),
-    (lambda: predict(learner(), data()[0][:0]), ValueError, "inputs have [0] rows; give each example one"),
+    *[(lambda inputs=inputs: predict(learner(), inputs), ValueError, "inputs is empty; give at least one example")
+      for inputs in (data()[0][:0], (), {}, [], None, (data()[0][:0], data()[0][:0]))],
     (lambda: predict(learner(), (data()[0], data(3)[0])), ValueError, "inputs have [3, 50] rows"),
-    (lambda: predict(learner(), None), ValueError, "inputs have [] rows"),
     (lambda: predict(learner(), "text"), TypeError, "inputs are a str; it takes tensors with a row for each example"),
     (lambda: predict(learner(), torch.tensor(1.0)), TypeError, "inputs are a scalar tensor"),
-    (lambda: predict(learner(cls=OwnRoutine), data()[0]), ValueError, "validation_batch does not come to the action predict"),
+    (lambda: predict(learner(), [1, 2]), TypeError, "inputs hold an int; it takes tensors with a row for each example, alone, in tuples, lists and mappings; convert with torch.as_tensor"),
+    (lambda: predict(learner(), np.zeros((3, 1, 6, 6))), TypeError, "inputs are an ndarray; it takes tensors with a row for each example, alone, in tuples, lists and mappings; convert with torch.as_tensor"),
+    (lambda: predict(learner(model=nn.Linear(4, 3)), torch.randn(4)), ValueError, "predictions have shape (3,) for 4 examples; the model must give a row for each (inputs[None] makes a batch of a single example)"),
+    (lambda: predict(learner(model=Nested(lambda p: (p, p[:1]))), data()[0]), ValueError, "predictions have shape (50, 4), (1, 4) for 50 examples; the model must give a row for each"),
+    (lambda: predict(learner(cls=OwnRoutine), data()[0]), ValueError, "1 of 1 batches did not come through the action predict: a callback cancels them, or the learner's own validation_batch leaves it out"),
+    (lambda: predict(learner(SkipsSecond()), data()[0], 20), ValueError, "1 of 3 batches did not come through the action predict: a callback cancels them"),
     (lambda: show_batch(learner(), "trian"), ValueError, "did you mean train?"),
     (lambda: confusion_matrix(learner(), ["test"]), ValueError, "phase is ['test'], none of"),
     (lambda: show_top_losses(learner(given={"train": [data()]})), ValueError, "dataloaders has no \"validation\" loader, it has ['train']; look at one of these"),
@@ -791,6 +892,11 @@ class OwnRoutine(Learner):
 
 class Skips(Callback):
     def before_validation_batch(self): raise CancelBatchException
+
+
+class SkipsSecond(Callback):
+    def before_validation_batch(self, batch_num):
+        if batch_num == 1: raise CancelBatchException
 
 
 class SkipsTraining(Callback):

@@ -24,6 +24,7 @@ from learner.rundir import (
     iter_rows,
     move_aside,
     new_name,
+    read_cell,
     read_json,
     read_run,
     write_json,
@@ -66,6 +67,17 @@ def test_numbers_in_tables_come_back_to_the_last_digit(tmp_path):
     one, two = iter_rows(tmp_path / "x.csv")
     assert one == {**rows[0], "later": None}
     assert math.isnan(two["loss"]) and math.copysign(1, two["later"]) == -1 and two["big"] is None
+
+
+@pytest.mark.parametrize("text", ["a\rb", "a\nb", "a\r\nb", "\r", "\"a\r\",b", "1_000", "\uff11\uff12", " 3", "0x10", "True", "1e", "\u0131nf"])
+def test_texts_in_tables_come_back(tmp_path, text):
+    rows = [{"epoch": 0, "note": text, "loss": 0.5, "later": None}, {"epoch": 1, "note": "fine", "loss": None, "later": -1e-05}]
+    write_rows(tmp_path / "x.csv", rows)
+    assert [*iter_rows(tmp_path / "x.csv")] == rows
+
+
+@pytest.mark.parametrize("text, number", [("12", 12), ("-3", -3), ("+3", 3), ("1.", 1.0), (".5", 0.5), ("-1.5E-3", -0.0015), ("-inf", -math.inf), ("Infinity", math.inf), ("9" * 5000, math.inf)])
+def test_numbers_in_tables_of_others_are_numbers(text, number): assert read_cell(text) == number and type(read_cell(text)) is type(number)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
@@ -129,6 +141,13 @@ def test_a_run_that_exists_is_not_made_again(tmp_path):
     a_run(tmp_path / "a")
     with pytest.raises(RunExistsError, match=r"resume.*a-2 is free.*overwrite"): create_run(tmp_path / "a")
     with pytest.raises(FileExistsError): create_run(tmp_path / "a")
+
+
+@pytest.mark.parametrize("function", [create_run, move_aside, new_name, read_run])
+def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch, function):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match="the path of the run is empty; name a folder, such as runs/first"): function("")
+    assert os.listdir(tmp_path) == []
 
 
 def test_other_things_in_the_way(tmp_path):

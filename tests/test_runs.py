@@ -287,6 +287,41 @@ def test_a_learner_that_has_not_gone_on_cannot_take_over_a_run(copied):
     assert (copied / "history.csv").read_text() == before and read_run(copied).status == "finished"
 
 
+@contextlib.contextmanager
+def unchanged(folder):
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    yield
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_without_checkpoints_a_run_is_not_begun_anew_over_its_rows(copied, tmp_path):
+    no_test(example_learner()).train(2, callbacks=quick(tmp_path / "a", checkpoint=False))
+    with unchanged(tmp_path / "a"), pytest.raises(RunError, match="has 2 epochs of a training that this learner has not done"):
+        no_test(example_learner()).train(1, callbacks=quick(tmp_path / "a", resume=True, checkpoint=False))
+    write_json(copied / "meta.json", read_json(copied / "meta.json") | {"status": "stopped"})
+    shutil.move(copied / "checkpoints", tmp_path / "large")
+    with unchanged(copied), pytest.raises(RunError, match="has 2 epochs and no checkpoint to go on from"): resume_run(copied)
+    (copied / "checkpoints").symlink_to(tmp_path / "large")
+    with unchanged(copied), pytest.raises(RunError, match="checkpoints is a link, which is not followed"): resume_run(copied)
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_a_second_learner_with_the_same_callback_is_refused(tmp_path, checkpoint):
+    run = quick(tmp_path / "a", checkpoint=checkpoint)
+    first, second = (no_test(example_learner()) for _ in range(2))
+    first.train(2, callbacks=run)
+    with unchanged(tmp_path / "a"), pytest.raises(RunError, match="give another folder"): second.train(1, callbacks=run)
+    first.train(1, callbacks=run)  # its own goes on
+    assert len(read_run(tmp_path / "a").rows) == 3 and not len(second.history)
+
+
+def test_a_learner_of_another_training_is_refused_before_anything_is_cut(tmp_path):
+    first, second = (no_test(example_learner()) for _ in range(2))
+    first.train(2, callbacks=quick(tmp_path / "a"))
+    second.train(1)
+    with unchanged(tmp_path / "a"), pytest.raises(ValueError, match="another training"): second.train(1, callbacks=quick(tmp_path / "a", resume=True))
+
+
 def test_two_cannot_train_in_one_folder(copied):
     with RunLock(copied), pytest.raises(RunError, match="training just now"): resume_run(copied, epochs=3)
     with RunLock(copied), pytest.raises(RunError, match="in use"): load_run(copied, "last").train(3, callbacks=quick(copied, resume=True))
@@ -361,6 +396,14 @@ def test_threads_and_forks_and_logging(tmp_path, capsys):
     late = handler.stream
     late.write("after the end\n")  # somebody may keep it: it still hands on
     assert "after the end" in capsys.readouterr().err and "after" not in (tmp_path / "stderr.txt").read_text()
+
+
+def test_an_output_that_is_closed_stays_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with kept_output(tmp_path):
+        assert sys.stdout is None and isinstance(sys.stderr, Tee)
+        print("to nobody")
+    assert not isinstance(sys.stderr, Tee)
 
 
 def test_one_that_others_have_wrapped_is_left_to_them(tmp_path):
@@ -478,6 +521,34 @@ def test_evaluations_are_written_down_also_while_it_trains(copied):
     assert run.meta["evaluations"][1]["results"] == seen[0] and len(run.meta["data"]["test"]) == 64 and run.status == "finished" and len(run.rows) == 3
 
 
+def test_an_evaluation_changes_nothing_else_of_what_a_run_writes_meanwhile(copied, monkeypatch):
+    write_json(copied / "meta.json", read_json(copied / "meta.json") | {"status": "running"})
+
+    def now():  # the run ends
+        write_json(copied / "meta.json", read_json(copied / "meta.json") | {"status": "finished", "epochs_done": 7})
+        return "now"
+    monkeypatch.setattr(runs, "now", now)
+    evaluate_run(copied)
+    meta = read_json(copied / "meta.json")
+    assert (meta["status"], meta["epochs_done"], meta["evaluations"][0]["at"]) == ("finished", 7, "now")
+    seen = []
+    monkeypatch.setattr(runs, "write_json", lambda path, value: seen.append(is_locked(copied)) or write_json(path, value))
+    evaluate_run(copied)
+    assert seen == [True] and not is_locked(copied) and len(read_json(copied / "meta.json")["evaluations"]) == 2
+    with RunLock(copied): evaluate_run(copied)  # while it trains
+    assert len(read_json(copied / "meta.json")["evaluations"]) == 3
+
+
+def test_a_lost_index_is_said_and_comes_back(copied):
+    index = (copied / "checkpoints" / "index.json").read_text()
+    (copied / "checkpoints" / "index.json").unlink()
+    with pytest.raises(FileNotFoundError, match="the best is not known, since .*index.json is lost; name one, or go on with the run; there are epoch-0001, epoch-0002"): evaluate_run(copied)
+    assert evaluate_run(copied, checkpoint="last")
+    resume_run(copied, epochs=3)
+    assert json.loads((copied / "checkpoints" / "index.json").read_text())["training"] == json.loads(index)["training"]
+    assert evaluate_run(copied)
+
+
 def test_other_data_is_noticed(copied):
     meta = read_json(copied / "meta.json")
     meta["data"]["validation"] = "0" * 64
@@ -524,6 +595,7 @@ def test_damaged_checkpoints(copied):
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(copied, trained):
     shutil.rmtree(copied / "checkpoints")
+    for name in ("history.csv", "score.json"): (copied / name).unlink()  # of the first epoch, some steps may be there
     write_json(copied / "meta.json", read_json(copied / "meta.json") | {"status": "running"})
     assert read_run(copied).status == "stopped"
     resume_run(copied)
@@ -538,7 +610,7 @@ BAD_CALLS = [
     (lambda run: load_run(run.with_name("copyed")), FileNotFoundError, "did you mean copied"), (lambda run: load_run(run / "meta.json"), RunError, "is a file"),
     (lambda run: evaluate_run(run, "tets"), RunError, "did you mean test"), (lambda run: evaluate_run(run, "train"), RunError, "must be one of"),
     (lambda run: resume_run(run, epochs=0), ValueError, "epochs is 0"), (lambda run: resume_run(run, epochs="3"), ValueError, "epochs is '3'"),
-    (lambda run: rerun(run, run), RunExistsError, "exists already"),
+    (lambda run: rerun(run, run), RunExistsError, "exists already"), (lambda run: Run(""), RunError, "the path of the run is empty"),
 ]
 
 

@@ -110,6 +110,14 @@ def test_without_a_score_the_history_counts_and_then_an_evaluation(tmp_path):
     assert reasons(found) == {"a": "it has no test_accuracy"}
 
 
+def test_without_an_accuracy_the_loss_ranks(tmp_path):
+    for name, values in {"a": (0.5, 0.4), "b": (0.3, 0.6)}.items(): write_run(tmp_path, name, values, metric="validation_loss", mode="min")
+    found = scores(tmp_path)
+    assert found.metric == "validation_loss" and found.mode == "min" and [row.name for row in found] == ["b", "a"]
+    write_run(tmp_path, "c", (0.9,))
+    assert scores(tmp_path).metric == "validation_accuracy" and scores(tmp_path, status="failed").metric == "validation_accuracy"
+
+
 def test_what_has_no_place_is_named_with_the_reason(tmp_path):
     write_run(tmp_path, "good")
     write_run(tmp_path, "nan", (math.nan, math.nan))
@@ -172,7 +180,7 @@ def test_filters_by_setting_fact_and_function(tmp_path):
 
 @pytest.mark.parametrize(("arguments", "error", "message"), [
     ({"metric": "validation_acuracy"}, ScoreError, "no run has validation_acuracy; did you mean validation_accuracy?"),
-    ({"metric": ""}, ScoreError, "metric is ''"), ({"metric": None}, ScoreError, "metric is None"),
+    ({"metric": ""}, ScoreError, "metric is ''"), ({"metric": 3}, ScoreError, "metric is 3"),
     ({"mode": "up"}, ScoreError, 'mode is \'up\'; it must be "min" or "max"'), ({"by": "mean"}, ScoreError, "by is 'mean'"),
     ({"top": 0}, ValueError, "top is 0; it must be a whole number of at least 1"), ({"top": True}, ValueError, "top is True"),
     ({"status": "finnished"}, ScoreError, "did you mean finished"), ({"where": 3}, ScoreError, "where is 3; give a mapping"),

@@ -656,6 +656,76 @@ def test_the_first_press_stops_between_two_batches_and_training_goes_on_exactly(
     assert differences(learn, reference(), seen(learn)[-4:]) == []
 
 
+def test_a_lazy_model_goes_on_in_another_process(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.LazyLinear(5), nn.ReLU(), nn.LazyLinear(3))
+        data = torch.randn(24, 6, generator=torch.Generator().manual_seed(1)), torch.arange(24) % 3
+        loaders = DataLoaders.from_tensors(data, batch_size=8)
+        learn = Learner(model, torch.optim.AdamW, F.cross_entropy, loaders, device="cpu")
+        model(data[0][:2])
+        learn.optimiser = torch.optim.AdamW(model.parameters(), lr=0.01)
+        return learn
+
+    def lazy():
+        torch.manual_seed(7)
+        model = nn.Sequential(nn.LazyLinear(5), nn.ReLU(), nn.LazyLinear(3))
+        return Learner(model, torch.optim.AdamW(model.parameters(), lr=0.01), F.cross_entropy, make().dataloaders, device="cpu")
+    whole, half, fresh = make(), make(), lazy()
+    whole.train(3)
+    half.train(2)
+    half.save(tmp_path / "c")
+    fresh.train(3, resume=tmp_path / "c")
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), fresh.model.parameters(), strict=True))
+
+
+def test_another_learning_rate_for_a_training_that_is_resumed_is_left_aside_with_a_warning(tmp_path):
+    learn = stopped("plain", 10)
+    learn.save(tmp_path / "c")
+    fresh = make("plain", seed=9)
+    with pytest.warns(UserWarning, match=r"learning_rate=0.5 is left aside: the training that is resumed began with 0.01, and keeps"):
+        fresh.train(3, 0.5, resume=tmp_path / "c")
+    assert differences(fresh, reference("plain")) == []
+
+
+def test_a_state_from_before_the_first_training_is_one_to_go_on_from(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        return Learner(nn.Linear(4, 3), torch.optim.SGD, F.cross_entropy, {"train": [(torch.ones(2, 4), torch.tensor([0, 1]))]}, device="cpu")
+    make().save(tmp_path / "c")
+    plain = make()
+    plain.train(2, 0.1)
+    for load in (False, True):
+        learn = make()
+        if load: learn.load(tmp_path / "c")
+        learn.train(2, 0.1, resume=True if load else tmp_path / "c")
+        assert torch.equal(learn.model.weight, plain.model.weight) and len(learn.history) == 2
+
+
+def test_a_model_that_does_not_take_its_state_leaves_optimiser_and_callbacks_as_they_were():
+    class Stubborn(nn.Linear):
+        def get_extra_state(self): return torch.ones(1)
+
+        def set_extra_state(self, state): raise KeyError("no")
+
+    def make(rate):
+        model = Stubborn(4, 3)
+        return Learner(model, torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9), F.cross_entropy,
+                       {"train": [(torch.ones(2, 4), torch.tensor([0, 1]))]}, EMA(0.5), device="cpu")
+    one, other = make(0.5), make(0.01)
+    one.train(1)
+    other.train(3)
+    before = hash_state({"optimiser": one.optimiser.state_dict(), "EMA": one.callbacks[0].state_dict()})
+    with pytest.raises(ResumeError, match="the model does not take its state: 'no'"): one.load_state_dict(other.state_dict())
+    assert hash_state({"optimiser": one.optimiser.state_dict(), "EMA": one.callbacks[0].state_dict()}) == before
+
+
+@pytest.mark.parametrize("resume", ["", 5, b"x"])
+def test_what_is_no_place_to_go_on_from(resume):
+    with pytest.raises(ResumeError, match="resume is .*; it must be True, or the path of a checkpoint or of a folder of them"):
+        make("plain").train(1, resume=resume)
+
+
 @pytest.mark.parametrize("screen", [True, False])
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_terminal_says_that_the_press_was_heard(monkeypatch, screen, times):

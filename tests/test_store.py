@@ -25,7 +25,7 @@ from torch import nn
 
 from learner import store
 from learner.provenance import kept_rng, rng_state, set_rng_state
-from learner.store import DamagedError, check_state, list_states, load_state, save_state, snapshot
+from learner.store import DamagedError, check_state, hash_state, list_states, load_state, save_state, snapshot
 
 LONG = os.environ.get("LEARNER_LONG") == "1"
 FILES = ["model.safetensors", "optimiser.safetensors", "state.json", "state.json.sha256"]
@@ -558,6 +558,15 @@ def test_what_is_written_wrongly_never_replaces(tmp_path, monkeypatch):
     assert whole(load_state(tmp_path / "c")) == 1 and os.listdir(tmp_path) == ["c"]
 
 
+@pytest.mark.parametrize("path", ["", ".", Path("")], ids=repr)
+def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    before = tmp_path.stat()
+    with pytest.raises(ValueError, match="the current folder, and a save would replace it; give the checkpoint a folder") as error:
+        save_state(path, made(1))
+    assert "\n" not in str(error.value) and os.listdir(tmp_path) == [] and tmp_path.stat().st_ino == before.st_ino
+
+
 def test_a_write_may_take_less_than_it_was_given(tmp_path, monkeypatch):
     write = os.write
     monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:777]))
@@ -584,6 +593,18 @@ def test_two_saves_to_one_path_do_not_mix(tmp_path, monkeypatch):
     assert whole(load_state(tmp_path / "c")) == 1
     save_state(tmp_path / "c", made(2))
     assert sorted(os.listdir(tmp_path)) == ["c", "d"]
+
+
+def test_a_lock_that_goes_in_between_is_one_of_another_save(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    flock, exists = fcntl.flock, Path.exists
+    def owner_removes_it(file, how): flock(file, how); os.unlink(tmp_path / ".c.lock")
+    monkeypatch.setattr(fcntl, "flock", owner_removes_it)
+    monkeypatch.setattr(Path, "exists", lambda path, **options: path.name == ".c.lock" or exists(path, **options))
+    with pytest.raises(RuntimeError, match="another save to c is under way"): save_state(tmp_path / "c", made(1))
+    monkeypatch.undo()
+    save_state(tmp_path / "c", made(2))
+    assert whole(load_state(tmp_path / "c")) == 2 and os.listdir(tmp_path) == ["c"]
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "aside"])
@@ -950,3 +971,48 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 50  # MB, of 120
+
+
+# ---------------------------------------------------------------------------------------------------- fingerprints
+
+one, two = torch.arange(6.0).reshape(2, 3), torch.ones(3, dtype=torch.int16)
+EQUAL = {
+    "order of tensors": ({"a": {"x": one, "y": two}}, {"a": {"y": two, "x": one}}),
+    "order of whole numbers": ({"a": {1: 5, 2: 6, "b": 7}}, {"a": {"b": 7, 2: 6, 1: 5}}),
+    "order in lists": ({"a": [({3: one, -3: [two]},)]}, {"a": [({-3: [two], 3: one},)]}),
+    "ties": ({"a": {"x": one, "y": one}}, {"a": {"x": one, "y": one.clone()}}),
+    "ties of parts": ({"a": one, "b": one}, {"a": one.clone(), "b": one}),
+    "strides": ({"a": one.t().contiguous().t()}, {"a": one}),
+    "parameters": ({"a": nn.Parameter(one)}, {"a": one}),
+    "names that collide": ({"a": {"x.y": one, "x": {"y": two}}}, {"a": {"x": {"y": two}, "x.y": one}}),
+}
+OTHER = {
+    "values": ({"a": one}, {"a": -one}), "dtypes": ({"a": two}, {"a": two.to(torch.uint16)}),
+    "shapes": ({"a": one}, {"a": one.reshape(3, 2)}), "no numbers": ({"a": one[:0]}, {"a": one[:, :0]}),
+    "places": ({"a": {"x": one, "y": two}}, {"a": {"x": two, "y": one}}), "kinds of keys": ({"a": {1: 2}}, {"a": {"1": 2}}),
+    "kinds of values": ({"a": 1}, {"a": 1.0}), "lists and tuples": ({"a": [1]}, {"a": (1,)}), "names": ({"a": one}, {"b": one}),
+    "order in a list": ({"a": [one, two]}, {"a": [two, one]}), "bytes and tensors": ({"a": b"ab"}, {"a": torch.tensor([97, 98], dtype=torch.uint8)}),
+    "what looks like a tensor": ({"a": two}, {"a": {"$tensor": ["I16 [3]", hashlib.sha256(two.numpy().tobytes()).hexdigest()]}}),
+}
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_equal_states_have_one_hash(name):
+    assert hash_state(EQUAL[name][0]) == hash_state(EQUAL[name][1])
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_other_states_have_another_hash(name):
+    assert hash_state(OTHER[name][0]) != hash_state(OTHER[name][1])
+
+
+def test_a_hash_is_that_of_what_comes_back(tmp_path):
+    state = {"model": {"w": torch.randn(3, dtype=torch.complex64).conj(), "b": np.arange(3.0)}, "o": {0: (1, math.inf)}, "r": b"x"}
+    save_state(tmp_path / "c", state)
+    assert hash_state(load_state(tmp_path / "c")) == hash_state(state)
+
+
+@pytest.mark.parametrize("state, message", REFUSED, ids=[str(i) for i in range(len(REFUSED))])
+def test_a_hash_is_refused_as_a_save_is(state, message):
+    with pytest.raises((TypeError, ValueError)) as error: hash_state(state)
+    assert message in str(error.value)
