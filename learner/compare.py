@@ -185,7 +185,8 @@ class Comparison:
             if pairs or title in self.compared: yield title, "the same", pairs
         if "results" in self.compared:
             epoch = self._epoch
-            yield (f"results of epoch {epoch}" if self.results else "results"), "the same to the last bit", self.results
+            all_of_them = "results" if self.epochs[0] == self.epochs[1] else f"results up to epoch {min(self.epochs) - 1}"
+            yield (f"results of epoch {epoch}" if self.results else all_of_them), "the same to the last bit", self.results
             if self.last and self.epochs != (epoch + 1, epoch + 1): yield "results of the last epoch", "", self.last
 
     @property
@@ -299,8 +300,8 @@ def _compare_rows(found: Comparison, a: Sequence[Mapping[str, Any]], b: Sequence
     first, pairs = _first_row(a, b, "step" if a and "step" in a[0] else "epoch", "history") or (None, {})
     if a and b: found.compared.append("results")
     elif a or b: found.notes.append(f"only {found.a if a else found.b} has a history")
-    if first:
-        found.results = {"epoch": (first.epoch, first.epoch), **pairs}
+    if first: found.results = {"epoch": (first.epoch, first.epoch), **pairs}
+    if a and b:
         ends = [{name: value for name, value in _measured(rows[-1]).items() if name != "epoch"} for rows in (a, b)]
         found.last = _known(differences(*ends))
     found.first = found.first or first

@@ -400,6 +400,7 @@ class Run(Callback):
             if self.hash_data:
                 for phase in ("train", "validation"):
                     if phase in learn.dataloaders: known["data"][phase] = loader_hash(learn.dataloaders[phase])
+        elif self.hash_data: self._compare_data(learn, known)
         known.setdefault("starts", [])
         for start in known["starts"]:  # of a process that was killed
             if start.get("status") == "running": start |= {"status": "stopped"}
@@ -412,6 +413,14 @@ class Run(Callback):
         self.values.points = []
         self._cut_steps()
         self._write(learn)
+
+    def _compare_data(self, learn: Learner, known: Mapping[str, Any]) -> None:
+        "Warn of data that is not what it was when the run began."
+        before = known["data"] if isinstance(known.get("data"), Mapping) else {}
+        for phase in ("train", "validation"):
+            if not before.get(phase) or phase not in learn.dataloaders: continue
+            if loader_hash(learn.dataloaders[phase]) not in (None, before[phase]):
+                warnings.warn(f"{self.folder}: the {phase} data is not what it was", stacklevel=2)
 
     def _check_learner(self, learn: Learner, files: RunFiles) -> None:
         "Raise if the folder has more than its learner has come from: going on would cut it."
@@ -622,6 +631,7 @@ def resume_run(
     place = files.folder / "checkpoints"
     if place.is_symlink(): raise RunError(f"{place} is a link, which is not followed")
     done = files.meta.get("epochs_done") or 0
+    if not isinstance(done, int): raise RunError(f"{folder}: meta.json is damaged: epochs_done is {done!r}")
     if files.status == "finished" and (epochs is None or epochs <= done): return load_run(folder, "last", allow)
     latest = Checkpoint.latest(place) if place.is_dir() else None
     if latest is None and files.checkpoints:

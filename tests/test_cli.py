@@ -291,7 +291,7 @@ def test_a_file_of_settings_and_the_command_line_merge(runs, tmp_path, quick):
 def test_going_on_and_running_again_end_in_the_same_history(runs, tmp_path, quick):
     shutil.copytree(runs / "runs/first", tmp_path / "first")
     for more in ((), ("--epochs=1",)):
-        assert passed(quick("resume", "first", *more, cwd=tmp_path)) == "first: 2 epochs done, as asked; for more: learner resume first --epochs=3\n"
+        assert passed(quick("resume", "first", *more, cwd=tmp_path)) == "first: finished after 2 epochs; for more: learner resume first --epochs=3\n"
     passed(quick("resume", "first", "--epochs=3", "--quiet", cwd=tmp_path))
     out = passed(quick("rerun", "first", "again", "--quiet", cwd=tmp_path))
     assert "the history is identical" in out
@@ -300,6 +300,20 @@ def test_going_on_and_running_again_end_in_the_same_history(runs, tmp_path, quic
     assert "again" in out and "written: scores.html" in out and all((tmp_path / f"scores.{ending}").stat().st_size for ending in ("csv", "json", "html"))
     assert "2 runs" in passed(quick("scores", ".", "--where.model.width=2", cwd=tmp_path))
     assert "first" in passed(quick("compare", "first", "again", cwd=tmp_path))
+
+
+def test_a_warning_is_one_line(runs, tmp_path):
+    shutil.copytree(runs / "runs/first", tmp_path / "first")
+    meta = read(tmp_path / "first/meta.json")
+    meta["data"]["validation"] = "0" * 64
+    (tmp_path / "first/meta.json").write_text(json.dumps(meta))
+    done = subprocess.run([sys.executable, "-m", "learner", "evaluate", "first"], cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
+    assert (done.returncode, done.stderr) == (0, "warning: first: the validation data is not what it was\n")
+
+
+def test_a_run_is_trained_again_from_its_folder(runs, tmp_path, quick):
+    passed(quick("train", str(runs / "runs/first"), "again", "--epochs=1", "--quiet", cwd=tmp_path))
+    assert read(tmp_path / "again/config.json")["settings"] == {**read(runs / "runs/first/config.json")["settings"], "epochs": 1}
 
 
 def test_free_names_and_moving_aside(runs, tmp_path, quick):
@@ -373,7 +387,7 @@ def test_a_signal_stops_training_in_order_and_resume_goes_on(own, start, quick, 
     if process.process.is_alive(): os.kill(process.process.pid, number)  # the batch takes a minute: now at once
     done = process.end()
     assert done.returncode == status, done.err
-    assert "learner resume run" in done.err and "Traceback" not in done.err
+    assert "learner resume run --allow=own\n" in done.err and "Traceback" not in done.err
     assert read(own / "run/meta.json")["status"] == "stopped"
     (own / "own.py").write_text(OWN.replace("time.sleep(60)", "pass"))
     done = quick("resume", "run", "--allow=own", "--quiet", cwd=own)

@@ -156,6 +156,14 @@ def test_what_is_damaged_is_noted_and_the_rest_is_compared(base, tmp_path):
     assert f"only {base} has a history" in compare_runs(base, other).notes
 
 
+def test_one_that_went_further_is_the_same_up_to_there(tmp_path):
+    rows = [{"epoch": i, "train_loss": 1 / (i + 1)} for i in range(4)]
+    for name, count in (("a", 4), ("b", 2)): write_rows(tmp_path / f"{name}.csv", rows[:count])
+    found = compare_runs(tmp_path / "a.csv", tmp_path / "b.csv")
+    assert not found.same and found.first is None and found.last == {"train_loss": (0.25, 0.5)}
+    assert "results up to epoch 1" in repr(found) and "results of the last epoch" in repr(found)
+
+
 def test_runs_that_share_no_batch_are_not_called_the_same(base, tmp_path):
     other = train(tmp_path / "other")
     (other / "fingerprints.jsonl").write_text('{"epoch": 9, "batch": 0, "model": "a"}\n')

@@ -557,6 +557,16 @@ def test_other_data_is_noticed(copied):
     assert read_run(copied).meta["data"]["validation"] == "0" * 64  # of the training, it stays
 
 
+def test_going_on_with_other_data_is_noticed(copied):
+    meta = read_json(copied / "meta.json")
+    meta["data"]["train"] = "0" * 64
+    write_json(copied / "meta.json", meta)
+    with pytest.warns(UserWarning, match="the train data is not what it was"): resume_run(copied, epochs=3)
+    assert read_run(copied).meta["data"]["train"] == "0" * 64 and len(read_run(copied).rows) == 3
+    write_json(copied / "meta.json", read_json(copied / "meta.json") | {"epochs_done": "six"})
+    with pytest.raises(RunError, match="meta.json is damaged: epochs_done is 'six'"): resume_run(copied, epochs=4)
+
+
 def test_a_rerun_is_identical_and_says_what_differs(copied, tmp_path):
     again = rerun(copied, tmp_path / "again")
     assert again.identical and repr(again) == "the history is identical" and again.learn.history.rows == read_run(copied).rows
