@@ -67,7 +67,9 @@ class View:
 
     def title(self, phase: str) -> str:
         "What a bar is called: `epoch 2/9 train`, with the number of the last row to come."
-        return f"epoch {self.first + self.done}/{self.first + self.epochs - 1} {phase}" if self.epochs else phase
+        if not self.epochs: return phase
+        last = f"/{self.first + self.epochs - 1}" if self.epochs > 1 else ""
+        return f"epoch {self.first + self.done}{last} {phase}"
 
 # %% ../nbs/21_progress.ipynb #6a4a5893
 def results_line(

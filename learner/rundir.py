@@ -149,9 +149,9 @@ def create_run(
         if not is_run(path):
             raise RunExistsError(f"{folder} exists already, and is no run: nothing is written into it; choose another "
                                  "name") from None
-        raise RunExistsError(f"{folder} exists already: go on with that run (learner resume, or resume=True), choose another "
-                             f"name ({new_name(folder).name} is free), or move the old one aside (--overwrite, or "
-                             "overwrite=True)") from None
+        raise RunExistsError(f"{folder} exists already: go on with that run (learner resume; or Run(..., resume=True) and "
+                             f"train(resume=...)), choose another name ({new_name(folder).name} is free), or move the old one "
+                             "aside (--overwrite, or overwrite=True)") from None
     except NotADirectoryError:
         raise RunExistsError(f"{folder}: a folder above it is a file; choose another place") from None
     return path

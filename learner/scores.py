@@ -411,8 +411,8 @@ class Scores(Sequence[Score]):
                 down=self.mode == "max", main=True),
             _Column("epoch", "epoch", lambda row: row.epoch, lambda row: format_cell(row.epoch)),
             _Column("last", "last", lambda row: row.last, lambda row: format_cell(row.last), down=self.mode == "max"),
-            *(_of(name, self.rows) for name in [*facts, *self.differing]),
-            *([] if "epochs" in self.differing else [epochs]),
+            *(_of(name, self.rows) for name in [*facts, *self.differing] if name != "epochs"),
+            epochs,  # that are done, which may be fewer than were asked for
             _Column("time", "time", lambda row: _number(row.facts["seconds"]),
                 lambda row: _duration(row.facts["seconds"])),
             _Column("started", "started", lambda row: _day(row.facts["started"]) or None,

@@ -149,7 +149,7 @@ MISTAKES = [
     ("train no_such:thing runs/x", "no_such:thing: there is no module no_such"),
     ("train json:no_such runs/x", "json has no no_such"),
     ("train foreign/config.json runs/x", "model: evil.Net is code that is not registered here; if you trust it, allow its module: --allow=evil"),
-    ("train digits runs/first", "runs/first exists already: go on with that run (learner resume, or resume=True), choose another name (first-2 is free), or move the old one aside (--overwrite, or overwrite=True)"),
+    ("train digits runs/first", "runs/first exists already: go on with that run (learner resume; or Run(..., resume=True) and train(resume=...)), choose another name (first-2 is free), or move the old one aside (--overwrite, or overwrite=True)"),
     ("train digits full", "full exists already, and is no run"),
     ("train digits file", "file is a file"),
     ("train digits runs/x --log_every=0", "learner train: --log_every is 0; it must be a whole number of at least 1"),
