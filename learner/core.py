@@ -282,7 +282,9 @@ class Learner(Resumable):
         self,
         **values: Any,  # scalars
     ) -> None:
-        "Add to the row of the epoch: from within a batch the pass's mean, as `<phase>_<name>`; else as `<name>`."
+        """Add to the row of the epoch: from within a batch the pass's mean, as `<phase>_<name>`; else as `<name>`.
+
+        Raises ValueError for what is no scalar, and for the names `epoch` and, within a batch, `loss`."""
         inside = "batch" in vars(self)
         if inside and "loss" in values: raise ValueError("log: \"loss\" is the mean of learn.loss; take another name")
         if "epoch" in values: raise ValueError("log: \"epoch\" is the number of the row; take another name")

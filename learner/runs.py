@@ -283,7 +283,7 @@ class Run(Callback):
         settings: Mapping[str, Any] | None = None,  # nested; None: those it was built with, or what its parts tell
         seed: int | None = None,  # that everything was seeded with; None: that of the settings, or of torch
         parent: str | os.PathLike[str] | None = None,  # the checkpoint that tuning goes on from
-        hash_data: bool = True,  # note hashes of the data; for that all examples are read once
+        hash_data: bool = True,  # note hashes of the data, and compare them on going on; for that all examples are read each time
         plots: bool = True,  # draw the curves at the end; train_run and resume_run draw predictions of images too
         command: list[str] | None = None,  # for meta.json; None: that of the process
         script: str | None = None,  # for script.py; None: the notebook's cells, the file that was started, or the config's module

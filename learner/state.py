@@ -224,6 +224,8 @@ def check_loop_state(
               "keep_steps": bool(), "row_steps": dict(),
               "means": dict(means), "rng": dict(rng), "orders": dict(), "optimiser": str()}: pass
         case _: raise ResumeError("the state does not say where training stands; it is none that save() made")
+    if not isinstance(loop.get("learning_rate"), int | float | None) or not isinstance(loop.get("half"), str | None):
+        raise ResumeError("the state has a learning rate that is none, or does not say how it was stopped")
     if place[1] not in ("", *PHASES) or min(place[0], place[2]) < 0 or not all(isinstance(row, dict) for row in rows):
         raise ResumeError(f"the state has an impossible place {place!r:.80}, or rows that are none")
     try:
@@ -462,12 +464,13 @@ class Resumable(Staged):
                 raise ResumeError(f"resume is {resume!r}; it must be True, or the path of a checkpoint or of a folder of them")
             state = read_checkpoint(resume)
             check_state_parts(state)
-            return state
-        if self._saved is None:
+        elif self._saved is None:
             raise ResumeError("there is nothing to resume: no train was stopped here, and none was loaded; call train() "
                               "without resume, or name a checkpoint: train(resume=path)")
-        if self._saved.get("half"): warnings.warn(f"{self._saved['half']}; train(resume=checkpoint) is exact", stacklevel=3)
-        return self._saved
+        else: state = self._saved
+        half = state["loop"].get("half")
+        if half: warnings.warn(f"{half}; a checkpoint from before that batch is exact: train(resume=checkpoint)", stacklevel=3)
+        return state
 
     def _lengths(self, state: Any, *given: int | None) -> tuple[int, int]:
         "How many epochs to train, and how often to validate."
@@ -548,8 +551,9 @@ class Resumable(Staged):
         try:
             kept = [{key: deepcopy(value) for key, value in group.items() if key != "params"}
                     for group in _groups_of(self.optimiser)]
-            half = "" if self._done else _COUNTED if self._stepped == self.batch_num else _AGAIN
-            self._saved, self._place = {"groups": kept, **self._state_beside(), "half": half}, self.place
+            beside = self._state_beside()
+            if not self._done: beside["loop"]["half"] = _COUNTED if self._stepped == self.batch_num else _AGAIN
+            self._saved, self._place = {"groups": kept, **beside}, self.place
         except Exception as second:
             error.add_note(f"train(resume=True) cannot go on from here, since the state cannot be had: {second}")
             return

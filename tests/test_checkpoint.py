@@ -65,15 +65,8 @@ import json, os, random, signal, sys, time
 import torch
 sys.path.insert(0, {tests!r})
 from test_checkpoint import *
-from test_store import Points
+from test_store import Points, child
 os.chdir({folder!r})
-
-def child(work):
-    pid = os.fork()
-    if pid: return pid
-    try: work()
-    except BaseException as error: print(repr(error), file=sys.stderr, flush=True)
-    finally: os._exit(1)
 
 def wait(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 

@@ -720,6 +720,19 @@ def test_a_model_that_does_not_take_its_state_leaves_optimiser_and_callbacks_as_
     assert hash_state({"optimiser": one.optimiser.state_dict(), "EMA": one.callbacks[0].state_dict()}) == before
 
 
+@pytest.mark.parametrize(("hook", "told"), [("after_backward", "is done again"), ("after_step", "counts as done"), ("after_batch", "")])
+def test_what_is_saved_after_half_a_batch_says_so(tmp_path, hook, told):
+    learn = make("plain", Fail(hook, 11))
+    with pytest.raises(RuntimeError): train(learn)
+    learn.save(tmp_path / "c")
+    fresh = make("plain", seed=9)
+    with pytest.warns(UserWarning, match=told) if told else contextlib.nullcontext(): train(fresh, resume=tmp_path / "c")
+    again = make("plain", seed=9)
+    again.load(tmp_path / "c")
+    with pytest.warns(UserWarning, match=told) if told else contextlib.nullcontext(): again.train(resume=True)
+    assert len(fresh.history) == len(again.history) == EPOCHS
+
+
 @pytest.mark.parametrize("resume", ["", 5, b"x"])
 def test_what_is_no_place_to_go_on_from(resume):
     with pytest.raises(ResumeError, match="resume is .*; it must be True, or the path of a checkpoint or of a folder of them"):
@@ -891,6 +904,8 @@ FORGED = {
     "no model": (lambda s: s.pop("model"), "the state has no model; it is none that save"),
     "no optimiser": (lambda s: s.pop("optimiser"), "the state has no optimiser; it is none that save"),
     "no callbacks": (lambda s: s.pop("callbacks"), "the state has no callbacks; it is none that save"),
+    "a rate that is none": (lambda s: s["loop"].update(learning_rate="0.1"), "the state has a learning rate that is none"),
+    "half of what": (lambda s: s["loop"].update(half=3), "the state has a learning rate that is none, or does not say how it was stopped"),
     "no loop": (lambda s: s.pop("loop"), "the state has no loop; it is none that save"),
     # the model
     "a model that is none": (lambda s: s.update(model=[1]), "the state has a list as model; it is of another model"),

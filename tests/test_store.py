@@ -382,18 +382,21 @@ def test_errors_before_the_exchange_leave_nothing_behind_and_say_that_the_old_on
     assert caught.value.errno == errno.ENOSPC and os.listdir(tmp_path) == ["c"]
 
 
+def child(work):
+    "A process that does the work, and ends: its number."
+    pid = os.fork()
+    if pid: return pid
+    try: work()
+    except BaseException as error: print(repr(error), file=sys.stderr, flush=True)
+    finally: os._exit(1)
+
+
 SERVER = """
 import json, os, random, signal, sys, time
 import torch
 sys.path.insert(0, {tests!r})
-from test_store import OPS, Points, made, store, whole
+from test_store import OPS, Points, child, made, store, whole
 os.chdir({folder!r})
-
-def child(work):
-    pid = os.fork()
-    if pid: return pid
-    try: work()
-    finally: os._exit(1)
 
 def killed_at(at, exchange):
     def work():
