@@ -1669,6 +1669,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'learner.state.Resumable._loader_state': ('state.html#resumable._loader_state', 'learner/state.py'),
                                'learner.state.Resumable._put': ('state.html#resumable._put', 'learner/state.py'),
                                'learner.state.Resumable._put_model': ('state.html#resumable._put_model', 'learner/state.py'),
+                               'learner.state.Resumable._remember': ('state.html#resumable._remember', 'learner/state.py'),
                                'learner.state.Resumable._set_random': ('state.html#resumable._set_random', 'learner/state.py'),
                                'learner.state.Resumable._state_beside': ('state.html#resumable._state_beside', 'learner/state.py'),
                                'learner.state.Resumable._take_up': ('state.html#resumable._take_up', 'learner/state.py'),

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .errors import check_number
+from .errors import check_number, check_whole
 from .history import History, Mean
 from .parts import accepts, check_parts, is_optimiser, kept_order, length_of
 from .parts import make_optimiser, no_loss, not_scalar, place_model
@@ -99,6 +99,7 @@ class Learner(Resumable):
         state = self._to_resume(resume)
         epochs, validation_epochs = self._lengths(state, epochs, validation_epochs)
         if learning_rate is not None: learning_rate = check_number("learning_rate", learning_rate)
+        if self.rewind_every is not None: check_whole("rewind_every", self.rewind_every)
         began = state["loop"].get("learning_rate") if state else None
         if learning_rate is not None and began not in (None, learning_rate):
             warnings.warn(f"learning_rate={learning_rate:g} is left aside: the training that is resumed began with {began:g}, "
@@ -145,6 +146,8 @@ class Learner(Resumable):
             with torch.set_grad_enabled(training), suppress(CancelEpochException), self.stage(pass_stage):
                 if self.model is not model: self.model.train(training)  # a hook has put another in its place
                 first, batches = self._training_batches() if training else (0, self._loader(phase))
+                rewind = self.rewind_every if training else None
+                if rewind: self._remember()
                 every, measured = self.measure_every, 0 if self.measure_every == 1 or length_of(batches) == 1 else 1
                 try:
                     for self.batch_num, self.batch in enumerate(batches, first):
@@ -152,6 +155,7 @@ class Learner(Resumable):
                         self._done = False
                         self.act(batch_stage)
                         self._done = True
+                        if rewind and (self.batch_num + 1) % rewind == 0: self._remember()
                         if signals.noted: raise signals.error(self._stopped())
                 except CancelException:
                     self._end_pass()
@@ -342,6 +346,7 @@ class Learner(Resumable):
     def _end_pass(self) -> None:
         "Put the means of the pass into the row."
         self.measure(True)
+        self._copy = None
         if self.batch_num < 0:
             raise ValueError(f"dataloaders[\"{self.phase}\"] yielded no batch; an iterator can be read only once, "
                              "so give a list or a DataLoader")
@@ -371,6 +376,7 @@ class Learner(Resumable):
         if not state: self._place, self._first_row = Place(), len(self.history)
         if not self._place.phase: self.results = {}
         self._saved, self._resuming, self._under_way = state, state, False
+        if state is not self._copy: self._copy = None  # it is of another training
         if state and not state["loop"]["under_way"]:  # no training was stopped: set-up is part of what comes
             self._saved = self._resuming = None
             self._set_random(state["loop"])

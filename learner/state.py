@@ -31,7 +31,7 @@ from .names import PHASES, split_column
 from .parts import generators_of, is_optimiser, make_optimiser, samplers_of
 from .provenance import kept_rng, rng_state, set_rng_state
 from .stages import Callback, CancelException, CancelTrainException, Staged
-from .store import DamagedError, hash_state, list_states, load_state, save_state
+from .store import DamagedError, hash_state, list_states, load_state, save_state, snapshot
 from .tree import to_device
 
 # %% auto #0
@@ -308,6 +308,8 @@ class Resumable(Staged):
     batch_num: int
     num_epochs: int
 
+    rewind_every: int | None = None  # batches; so often a copy of the state in memory, to go back to when a batch fails
+
     def __init__(
         self,
         callbacks: Callback | Iterable[Callback] | None = None,
@@ -324,6 +326,7 @@ class Resumable(Staged):
         self._began: dict[str, Any] = {}  # random numbers and the loader's order, when the pass began
         self._saved: dict[str, Any] | None = None  # what `train(resume=True)` goes on from
         self._resuming: dict[str, Any] | None = None  # the same, while set-up is being done
+        self._copy: dict[str, Any] | None = None  # the state of some batches ago, with `rewind_every`
         self._signals = Signals()
         super().__init__(callbacks)
 
@@ -362,6 +365,7 @@ class Resumable(Staged):
                                "after_epoch")
         optimiser = self.optimiser.state_dict() if is_optimiser(self.optimiser) else None
         beside = self._state_beside() if self.is_running or self._saved is None else self._saved
+        if beside is self._copy: return dict(beside)  # the model and the optimiser of then
         if "groups" in beside: _set_groups(optimiser, beside["groups"])  # what a schedule had set when training stopped
         return {"model": self.model.state_dict(), "optimiser": optimiser,
                 "callbacks": beside["callbacks"], "loop": beside["loop"]}
@@ -469,7 +473,8 @@ class Resumable(Staged):
                               "without resume, or name a checkpoint: train(resume=path)")
         else: state = self._saved
         half = state["loop"].get("half")
-        if half: warnings.warn(f"{half}; a checkpoint from before that batch is exact: train(resume=checkpoint)", stacklevel=3)
+        if half: warnings.warn(f"{half}; a checkpoint from before that batch is exact: train(resume=checkpoint), and so is a "
+                               "copy in memory, with learn.rewind_every", stacklevel=3)
         return state
 
     def _lengths(self, state: Any, *given: int | None) -> tuple[int, int]:
@@ -506,6 +511,10 @@ class Resumable(Staged):
         batches = batches_from(loader, first, self._began["rng"], loop["loader"], loop["orders"]["train"])
         set_rng_state(loop["rng"])
         return first, batches
+
+    def _remember(self) -> None:
+        "Keep a copy of the state in memory, to go back to when a batch fails."
+        self._copy = snapshot(self.state_dict())
 
     def _loader(self, phase: str) -> Iterable[Any]:
         "The loader of a phase; one that shuffles by epoch is told which epoch it is."
@@ -548,6 +557,10 @@ class Resumable(Staged):
     def _leave(self, error: BaseException) -> None:
         "An error, or a stop, ends training: keep what going on in this process needs."
         if self._saved is not None or self._resuming is not None or not self._under_way: return  # kept, or not begun yet
+        between = self._signals.noted and not self._signals.urgent and self._done  # a stop, between two batches
+        if self._copy is not None and not between:
+            self._saved, self._place = self._copy, Place(*self._copy["loop"]["place"])
+            return
         try:
             kept = [{key: deepcopy(value) for key, value in group.items() if key != "params"}
                     for group in _groups_of(self.optimiser)]
@@ -557,7 +570,7 @@ class Resumable(Staged):
         except Exception as second:
             error.add_note(f"train(resume=True) cannot go on from here, since the state cannot be had: {second}")
             return
-        if self._signals.noted and not self._signals.urgent and self._done and self._place.phase != "test":
+        if between and self._place.phase != "test":
             with self.stage("interrupt"): pass
 
     # Looking and tidying

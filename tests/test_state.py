@@ -783,6 +783,105 @@ def test_an_exception_at_any_hook_is_named_and_leaves_the_learner_whole(hook):
     assert len(learn.history) == rows + 1 and whole(learn)
 
 
+class At(Callback):
+    "Does something once, in the middle of a batch."
+
+    def __init__(self, epoch, batch_num, function): self.when, self.function = (epoch, batch_num), function
+
+    def after_backward(self, epoch, batch_num):
+        if (epoch, batch_num) != self.when: return
+        self.when = None
+        self.function()
+
+
+IN_BATCH = [hook for hook in HOOKS if hook.partition("_")[2] in ("batch", "prepare", "predict", "loss", "backward", "step")]
+
+
+@pytest.mark.parametrize(("case", "every"), [("own", 1), ("mixup", 3)])
+@pytest.mark.parametrize("hook", IN_BATCH)
+def test_a_batch_that_failed_in_any_hook_is_done_anew_from_a_copy_in_memory(hook, case, every):
+    learn = make(case)
+    learn.rewind_every = every
+    for n, resume in ((nth(hook), None), (3, True)):  # it fails, is resumed and fails again
+        with pytest.raises(RuntimeError, match="no luck"): train(learn, callbacks=Fail(hook, n), resume=resume)
+        assert learn.place.phase == "train" and learn.place.batch % every == 0
+    before = len(seen(learn))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # exact, so nothing to warn of
+        learn.train(resume=True)
+    assert not differences(learn, reference(case), seen(learn)[before:])
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # in torchdata
+@pytest.mark.parametrize("case", ["torch", "torch with a generator", "tensors", "stream", "list", "torchdata", "gan"])
+def test_every_loader_goes_back_to_a_copy_in_memory(case):
+    learn = make(case)
+    learn.rewind_every = 3
+    with pytest.raises(RuntimeError, match="no luck"): train(learn, callbacks=Fail("after_prepare", 17))
+    before = len(seen(learn))
+    learn.train(resume=True)
+    assert not differences(learn, reference(case), seen(learn)[before:])
+
+
+def test_a_copy_in_memory_undoes_what_a_loader_drew_for_a_batch_that_never_came(tmp_path):
+    flag = tmp_path / "broken"
+    learn = make("own")
+    learn.rewind_every, learn.dataloaders = 4, own(broken=flag)
+    with pytest.raises(RuntimeError, match="a file cannot be read"): train(learn, callbacks=At(1, 1, flag.touch))
+    flag.unlink()
+    before = len(seen(learn))
+    learn.train(resume=True)
+    assert not differences(learn, reference(), seen(learn)[before:])
+
+
+def test_a_copy_in_memory_undoes_half_a_step():
+    def half_a_step():
+        with torch.no_grad(): next(learn.model.parameters()).add_(1.0)
+        learn.optimiser.state.popitem()
+        raise RuntimeError("no luck")
+    learn = make("own")
+    learn.rewind_every = 4
+    with pytest.raises(RuntimeError): train(learn, callbacks=At(1, 5, half_a_step))
+    before = len(seen(learn))
+    learn.train(resume=True)
+    assert not differences(learn, reference(), seen(learn)[before:])
+
+
+def test_a_copy_in_memory_serves_a_second_press_and_what_is_saved_after_it(tmp_path):
+    learn = make("own")
+    learn.rewind_every = 4
+    with pytest.raises(KeyboardInterrupt, match="stopped at once"): train(learn, callbacks=Press("after_loss", times=2))
+    learn.save(tmp_path / "c")
+    fresh = make("own", seed=9)
+    fresh.train(resume=tmp_path / "c")
+    assert not differences(fresh, reference())
+    before = len(seen(learn))
+    learn.train(resume=True)
+    assert not differences(learn, reference(), seen(learn)[before:])
+
+
+def test_a_single_press_loses_no_batch_to_a_copy_in_memory():
+    learn = make("own")
+    learn.rewind_every = BATCHES
+    with pytest.raises(KeyboardInterrupt): train(learn, callbacks=Press("after_loss", n=15))
+    assert learn.place == (1, "train", 3)  # after 8 + 4 losses of the first epoch
+    before = len(seen(learn))
+    learn.train(resume=True)
+    assert not differences(learn, reference(), seen(learn)[before:])
+
+
+def test_an_old_copy_in_memory_is_of_no_other_training(tmp_path):
+    learn = make("own")
+    learn.rewind_every = 1
+    with pytest.raises(RuntimeError): train(learn, callbacks=Fail("after_loss", 3))
+    learn.rewind_every = None
+    with pytest.raises(RuntimeError): train(learn, callbacks=Fail("after_batch", 2))  # a new one, without copies
+    assert learn.place == (0, "train", 2)
+    with pytest.raises(ValueError, match="rewind_every is 0; it must be a whole number of at least 1"):
+        learn.rewind_every = 0
+        train(learn)
+
+
 def hooks_of_all():
     learn = make("mixup", MixedPrecision("bfloat16"), EpochSchedule(partial(StepLR, step_size=2)))
     return sorted({(type(callback).__name__, hook) for callback in learn.callbacks for hook, _ in hooks_of(callback, learn.tree)})
