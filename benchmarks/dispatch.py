@@ -12,15 +12,12 @@ from torch import nn
 
 from learner import Callback, Learner
 
-SCALAR = torch.tensor(0.5)
-
-
 class Nothing:
     "A loss and an optimiser in one, without any work."
     ndim, requires_grad = 0, True
 
     def backward(self): pass
-    def detach(self): return SCALAR
+    def __float__(self): return 0.5
     def step(self): pass
     def zero_grad(self): pass
 

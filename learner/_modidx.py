@@ -776,6 +776,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'learner.history.HistoryError': ('history.html#historyerror', 'learner/history.py'),
                                  'learner.history.Mean': ('history.html#mean', 'learner/history.py'),
                                  'learner.history.Mean.__init__': ('history.html#mean.__init__', 'learner/history.py'),
+                                 'learner.history.Mean._values': ('history.html#mean._values', 'learner/history.py'),
                                  'learner.history.Mean.add': ('history.html#mean.add', 'learner/history.py'),
                                  'learner.history.Mean.compute': ('history.html#mean.compute', 'learner/history.py'),
                                  'learner.history.Mean.flush': ('history.html#mean.flush', 'learner/history.py'),

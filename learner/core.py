@@ -65,7 +65,7 @@ class Learner(Resumable):
     predictions: Any
     loss: Tensor
 
-    measure_every: int = 128  # of so many batches, one is measured for `explain`
+    measure_every: int = 512  # of so many batches, one is measured for `explain`
 
     def __init__(
         self,
@@ -298,7 +298,8 @@ class Learner(Resumable):
         for name, value in values.items():
             if isinstance(value, Tensor):
                 if value.ndim: raise ValueError(f"log: {name} has shape {tuple(value.shape)}; log a scalar")
-                value = value.detach().clone() if inside else value.item()  # a copy, since its owner may go on with it
+                on_device = inside and not value.is_cpu
+                value = value.detach().clone() if on_device else value.item()  # a copy: its owner may go on with it
             elif inside and not isinstance(value, Real):
                 raise ValueError(f"log: {name} is {value!r}; within a batch log numbers or scalar tensors")
             if not inside: self.results[name] = value
@@ -353,7 +354,7 @@ class Learner(Resumable):
         for name, mean in self._means.items():
             column = f"{self.phase}_{name}"
             self.results[column] = mean.compute()
-            if mean.blocks: self._steps[column] = mean.values()
+            if mean.kept: self._steps[column] = mean.values()
         if self.phase == "train": self._place, self._began = Place(self.epoch, "validation", self.batch_num + 1), {}
         loss = self.results.get(f"{self.phase}_loss", 0.0)
         if math.isnan(loss) and not any(math.isnan(row.get(f"{self.phase}_loss") or 0.0) for row in self.history):

@@ -18,6 +18,35 @@ def pytest_configure(config):
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture
+def elsewhere():
+    """Makes tensors that say that they are on an accelerator, where one has to wait for a value."""
+    import torch
+
+    class Elsewhere(torch.Tensor):
+        is_cpu = False
+
+    return lambda value: torch.as_tensor(value).as_subclass(Elsewhere)
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """A list to which whatever reads a value from an accelerator, real or pretended, adds the name of the method."""
+    import torch
+    found = []
+
+    def watch(name):
+        plain = getattr(torch.Tensor, name)
+
+        def method(self, *args, **kwargs):
+            if not self.is_cpu: found.append(name)
+            with torch._C.DisableTorchFunctionSubclass(): return plain(self, *args, **kwargs)  # or it would come here again
+        monkeypatch.setattr(torch.Tensor, name, method)
+
+    for name in ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__"): watch(name)
+    return found
+
+
 def pytest_collection_finish():
     # A learner collects garbage after a failed training, and thousands of those are tested: half a million objects of
     # the packages that are loaded by now need not be looked at each time.

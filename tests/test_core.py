@@ -120,13 +120,31 @@ def test_mean_of_numbers_and_tensors_together():
     assert on_device.numbers == 2.0
 
 
-def test_mean_of_changing_weights_and_many_values():
+@pytest.mark.parametrize("place", ["number", "cpu", "accelerator"])
+def test_mean_of_changing_weights_and_many_values_goes_on_from_its_state(place, elsewhere):
+    place = {"number": float, "cpu": torch.tensor, "accelerator": elsewhere}[place]
     values, weights = [0.1 * i for i in range(1000)], [1 + i % 3 * (i > 500) for i in range(1000)]
-    mean = Mean(keep=True)
-    for value, weight in zip(values, weights, strict=True): mean.add(torch.tensor(value), weight)
+    mean, another = Mean(keep=True), Mean()
+    for i, (value, weight) in enumerate(zip(values, weights, strict=True)):
+        mean.add(place(value), weight)
+        if i == 700:
+            another.load_state_dict(mean.state_dict())
+    for value, weight in zip(values[701:], weights[701:], strict=True): another.add(place(value), weight)
+    assert mean.compute() == another.compute()  # to the last bit
     assert mean.compute() == pytest.approx(sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights), rel=1e-6)
-    assert mean.values() == pytest.approx(values)
+    assert mean.values() == another.values() == pytest.approx(values)
     assert math.isnan(Mean().compute()) and Mean().values() == []
+
+
+def test_a_batch_waits_for_no_device(elsewhere, waits):
+    learn = learner(loss_func=lambda predictions, labels: elsewhere(F.cross_entropy(predictions, labels)))
+    learn.history.keep_steps = True
+    learn.on("after_loss", lambda learn, loss: learn.log(twice=2 * loss))
+    found = {}
+    for stage in ("batch", "validation_batch"): learn.on(f"after_{stage}", lambda learn: found.setdefault(learn.phase, set()).add(len(waits)))
+    learn.train(1, 0.1)
+    assert found["train"] == {0} and len(found["validation"]) == 1 and len(waits) >= 8  # two means and their values, after each pass
+    assert learn.history[0]["train_twice"] == pytest.approx(2 * learn.history[0]["train_loss"])
 
 
 def test_history_columns_and_rows():
@@ -589,16 +607,16 @@ def test_no_growth_over_many_batches_and_failed_trainings():
     assert live_tensors() <= before
 
 
-def test_no_synchronisation_in_a_batch():
+def test_no_synchronisation_in_a_batch(elsewhere):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Count(TorchDispatchMode):
         reads = 0
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            Count.reads += "_local_scalar_dense" in str(function)
+            Count.reads += "_local_scalar_dense" in str(function) and not args[0].is_cpu
             return function(*args, **(kwargs or {}))
     counts = []
-    learn = learner(loaders_={"train": batches() * 100})
+    learn = learner(loaders_={"train": batches() * 100}, loss_func=lambda *given: elsewhere(F.cross_entropy(*given)))
     for hook in ("before_training", "after_training"): learn.on(hook, lambda: counts.append(Count.reads), priority=-1)
     with Count(): learn.train()
     assert counts[1] - counts[0] == 1  # the mean of the pass, read when it has ended
