@@ -12,6 +12,7 @@ from torch import nn
 
 from learner import Callback, Learner
 
+
 class Nothing:
     "A loss and an optimiser in one, without any work."
     ndim, requires_grad = 0, True

@@ -10,7 +10,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from copy import deepcopy
 from functools import partial
 from html import escape
 from numbers import Real
@@ -23,9 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from .errors import check_number, check_whole
 from .history import History, Mean
-from .parts import accepts, check_parts, is_optimiser, kept_order, length_of
-from .parts import make_optimiser, no_loss, not_scalar, place_model
-from .provenance import kept_rng
+from .parts import accepts, check_loaders, check_parts, length_of, no_loss, not_scalar, place_model
 from .state import Place, Resumable
 from .stages import Callback, CancelEpochException, CancelException, CancelTrainException
 from .tree import batch_size, call_model, open_batch
@@ -257,7 +254,7 @@ class Learner(Resumable):
         "The frame of a public call: everything is checked, since anything may have been replaced; modes stay."
         self.check_idle(call)  # before signals are taken over
         check_parts(self.model, self.optimiser, self.loss_func, self.dataloaders)
-        self._check_loaders(*phases)
+        check_loaders(self.dataloaders, phases)
         if self._failed: self.release()
         self._failed = True
         with self._signals, self.running(call, callbacks):
@@ -270,17 +267,6 @@ class Learner(Resumable):
                 for module, training in modes: module.training = training
                 self._resuming = None
         self._failed = False
-
-    @contextmanager
-    def trial(self) -> Iterator[Learner]:
-        "A copy to try things on, for a `with`: it shares the loaders, has no watchers, and leaves no trace."
-        self.check_idle("trial")
-        watchers = self.watchers()
-        shared = {id(part): part for part in (self.dataloaders, *watchers)} | {id(self.history): History()}
-        with kept_rng(), kept_order(self.dataloaders.values()):
-            copy = deepcopy(self, shared)
-            copy.remove(*watchers)
-            yield copy
 
     def log(
         self,
@@ -360,50 +346,6 @@ class Learner(Resumable):
         if math.isnan(loss) and not any(math.isnan(row.get(f"{self.phase}_loss") or 0.0) for row in self.history):
             warnings.warn(f"{self.phase}_loss is nan ({self.position()}); try a lower learning rate, "
                           "or look for bad data", stacklevel=2)
-
-    def _check_loaders(self, *phases: str) -> None:
-        "Raise ValueError if a loader is missing or known to be empty."
-        for phase in phases:
-            if phase not in self.dataloaders:
-                raise ValueError(f"dataloaders has no \"{phase}\" loader, it has {list(self.dataloaders)}; add one")
-            if length_of(self.dataloaders[phase]) == 0:
-                raise ValueError(f"dataloaders[\"{phase}\"] is empty; give it at least one batch")
-
-    def _begin(self, state: Any, epochs: int, validation_epochs: int, learning_rate: float | None) -> None:
-        "Get ready to train from the beginning, or to go on from a state."
-        if state: self._put(state)  # or it raises, and nothing has changed
-        if not is_optimiser(self.optimiser): self.optimiser = make_optimiser(self.optimiser, self.model, learning_rate)
-        elif learning_rate is not None and not state: self._set_learning_rate(learning_rate)
-        if not state: self._place, self._first_row = Place(), len(self.history)
-        if not self._place.phase: self.results = {}
-        self._saved, self._resuming, self._under_way = state, state, False
-        if state is not self._copy: self._copy = None  # it is of another training
-        if state and not state["loop"]["under_way"]:  # no training was stopped: set-up is part of what comes
-            self._saved = self._resuming = None
-            self._set_random(state["loop"])
-        self.num_epochs, self._validation_epochs = epochs, validation_epochs
-        self._asked_rate = state["loop"].get("learning_rate") if state else learning_rate
-        self.optimiser.zero_grad()
-
-    def _set_learning_rate(self, learning_rate: float) -> None:
-        groups = self.optimiser.param_groups
-        rates = [float(group["lr"]) for group in groups]
-        if not any(rates): rates = [float(group.get("initial_lr", 1.0)) for group in groups]  # a schedule has ended at 0
-        top = max(rates)
-        for group, rate in zip(groups, rates, strict=True):  # groups that differ keep their proportions
-            new = learning_rate if rate == top else rate * (learning_rate / top)
-            if isinstance(group["lr"], Tensor): group["lr"].fill_(new)
-            else: group["lr"] = new
-
-    def _stopped(self) -> str:
-        goes_on = "; train(resume=True) goes on from there" if self._running == "train" else ""
-        return f"stopped after {self.position()}{goes_on}"
-
-    def position(self) -> str:
-        "How far the run has got, for messages: `epoch 2, batch 31`."
-        if not self.phase: return ""
-        batch = f"{self.phase} batch {self.batch_num}" if self.phase != "train" else f"batch {self.batch_num}"
-        return batch if self.phase == "test" or not self.num_epochs else f"epoch {self.epoch}, {batch}"
 
     def _summary(self) -> dict[str, str]:
         parameters = list(self.model.parameters())

@@ -17,8 +17,8 @@ from .errors import did_you_mean
 from .names import PHASES
 
 # %% auto #0
-__all__ = ['accepts', 'is_optimiser', 'check_optimiser', 'make_optimiser', 'check_parts', 'not_scalar', 'no_loss', 'place_model',
-           'length_of', 'samplers_of', 'generators_of', 'kept_order']
+__all__ = ['accepts', 'is_optimiser', 'check_optimiser', 'make_optimiser', 'check_parts', 'set_learning_rate', 'not_scalar',
+           'no_loss', 'place_model', 'length_of', 'check_loaders', 'samplers_of', 'generators_of', 'kept_order']
 
 # %% ../nbs/10_parts.ipynb #90e40f92
 def accepts(
@@ -93,6 +93,21 @@ def check_parts(
         if not hasattr(dataloaders[name], "__iter__"):
             raise TypeError(f"dataloaders[\"{name}\"] is {dataloaders[name]!r}; pass an iterable of batches")
 
+# %% ../nbs/10_parts.ipynb #6fbb6dad
+def set_learning_rate(
+    optimiser: Any,  # a torch Optimizer
+    learning_rate: float,  # of the group with the largest; groups that differ keep their proportions
+) -> None:
+    "Set the learning rate of all groups."
+    groups = optimiser.param_groups
+    rates = [float(group["lr"]) for group in groups]
+    if not any(rates): rates = [float(group.get("initial_lr", 1.0)) for group in groups]  # a schedule has ended at 0
+    top = max(rates)
+    for group, rate in zip(groups, rates, strict=True):
+        new = learning_rate if rate == top else rate * (learning_rate / top)
+        if isinstance(group["lr"], Tensor): group["lr"].fill_(new)
+        else: group["lr"] = new
+
 # %% ../nbs/10_parts.ipynb #8fd90dd9
 def not_scalar(
     loss: Tensor,  # of one dimension or more
@@ -134,6 +149,17 @@ def length_of(
     "The number of batches, where the loader knows it."
     try: return len(loader)
     except (TypeError, NotImplementedError): return None  # a stream whose class has a `__len__` raises the latter
+
+def check_loaders(
+    dataloaders: Mapping[str, Iterable[Any]],
+    phases: Iterable[str],  # that are going to be read
+) -> None:
+    "Raise ValueError if a loader is missing or known to be empty."
+    for phase in phases:
+        if phase not in dataloaders:
+            raise ValueError(f"dataloaders has no \"{phase}\" loader, it has {list(dataloaders)}; add one")
+        if length_of(dataloaders[phase]) == 0:
+            raise ValueError(f"dataloaders[\"{phase}\"] is empty; give it at least one batch")
 
 def samplers_of(
     loader: Any,  # any iterable; those of torch have samplers

@@ -19,7 +19,7 @@ from copy import deepcopy
 from os import PathLike
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from torch.nn.parameter import is_lazy
 from .errors import check_whole, did_you_mean
 from .history import History, Mean
 from .names import PHASES, split_column
-from .parts import generators_of, is_optimiser, make_optimiser, samplers_of
+from .parts import generators_of, is_optimiser, kept_order, make_optimiser, samplers_of, set_learning_rate
 from .provenance import kept_rng, rng_state, set_rng_state
 from .stages import Callback, CancelException, CancelTrainException, Staged
 from .store import DamagedError, hash_state, list_states, load_state, save_state, snapshot
@@ -304,6 +304,7 @@ class Resumable(Staged):
     device: torch.device
     history: History
     results: dict[str, Any]
+    phase: str
     epoch: int
     batch_num: int
     num_epochs: int
@@ -335,6 +336,12 @@ class Resumable(Staged):
         "What comes next in the training that is under way or was stopped."
         if self._place.phase != "train" or not self.is_running: return self._place
         return self._place._replace(batch=self.batch_num + (self._done or self._stepped == self.batch_num))
+
+    def position(self) -> str:
+        "How far the run has got, for messages: `epoch 2, batch 31`."
+        if not self.phase: return ""
+        batch = f"{self.phase} batch {self.batch_num}" if self.phase != "train" else f"batch {self.batch_num}"
+        return batch if self.phase == "test" or not self.num_epochs else f"epoch {self.epoch}, {batch}"
 
     # Files
 
@@ -460,6 +467,22 @@ class Resumable(Staged):
 
     # Going on
 
+    def _begin(self, state: Any, epochs: int, validation_epochs: int, learning_rate: float | None) -> None:
+        "Get ready to train from the beginning, or to go on from a state."
+        if state: self._put(state)  # or it raises, and nothing has changed
+        if not is_optimiser(self.optimiser): self.optimiser = make_optimiser(self.optimiser, self.model, learning_rate)
+        elif learning_rate is not None and not state: set_learning_rate(self.optimiser, learning_rate)
+        if not state: self._place, self._first_row = Place(), len(self.history)
+        if not self._place.phase: self.results = {}
+        self._saved, self._resuming, self._under_way = state, state, False
+        if state is not self._copy: self._copy = None  # it is of another training
+        if state and not state["loop"]["under_way"]:  # no training was stopped: set-up is part of what comes
+            self._saved = self._resuming = None
+            self._set_random(state["loop"])
+        self.num_epochs, self._validation_epochs = epochs, validation_epochs
+        self._asked_rate = state["loop"].get("learning_rate") if state else learning_rate
+        self.optimiser.zero_grad()
+
     def _to_resume(self, resume: Any) -> Mapping[str, Any] | None:
         "The state that a call of `train` goes on from; None if it begins anew."
         if resume is None or resume is False: return None
@@ -554,6 +577,10 @@ class Resumable(Staged):
             self._leave(error)
             raise
 
+    def _stopped(self) -> str:
+        goes_on = "; train(resume=True) goes on from there" if self._running == "train" else ""
+        return f"stopped after {self.position()}{goes_on}"
+
     def _leave(self, error: BaseException) -> None:
         "An error, or a stop, ends training: keep what going on in this process needs."
         if self._saved is not None or self._resuming is not None or not self._under_way: return  # kept, or not begun yet
@@ -574,6 +601,17 @@ class Resumable(Staged):
             with self.stage("interrupt"): pass
 
     # Looking and tidying
+
+    @contextmanager
+    def trial(self) -> Iterator[Self]:
+        "A copy to try things on, for a `with`: it shares the loaders, has no watchers, and leaves no trace."
+        self.check_idle("trial")
+        watchers = self.watchers()
+        shared: dict[int, Any] = {id(part): part for part in (self.dataloaders, *watchers)} | {id(self.history): History()}
+        with kept_rng(), kept_order(self.dataloaders.values()):
+            copy = deepcopy(self, shared)
+            copy.remove(*watchers)
+            yield copy
 
     def fingerprint(self) -> dict[str, str]:  # SHA-256 in hexadecimal digits
         "Hashes of what decides the next batch: \"model\", \"optimiser\", \"order\" of the training data, \"rng\"."

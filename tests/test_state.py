@@ -554,7 +554,8 @@ CONTROLS = {
     "the steps": ("own", "batch", loop(lambda loop: loop["steps"].clear())),
     "keeping steps": ("own", "batch", loop(lambda loop: loop.update(keep_steps=False))),
     "the means": ("own", "batch", loop(lambda loop: loop["means"].clear())),
-    "one value in a mean": ("own", "batch", loop(lambda loop: loop["means"]["loss"]["pending"][0].add_(1e-3))),
+    "the sum of a mean": ("own", "batch", loop(lambda loop: loop["means"]["loss"].update(numbers=loop["means"]["loss"]["numbers"] + 1e-3))),
+    "one value in a mean": ("own", "batch", loop(lambda loop: loop["means"]["loss"]["kept"][0].add_(1e-3))),
     "a batch back": ("own", "batch", set_place(1, "train", 4)),
     "a batch on": ("own", "batch", set_place(1, "train", 6)),
     "an epoch back": ("own", "batch", set_place(0, "train", 5)),
@@ -1281,8 +1282,10 @@ def test_no_growth_over_a_thousand_batches_and_twenty_failures(tmp_path):
     assert live_tensors() <= before + 5  # the state of callbacks may have begun
 
 
-def test_history_results_and_state_hold_no_graph():
+@pytest.mark.parametrize("on_accelerator", [False, True])
+def test_history_results_and_state_hold_no_graph(on_accelerator, elsewhere):
     learn, found = make("own"), []
+    if on_accelerator: learn.loss_func = lambda predictions, labels: elsewhere(F.cross_entropy(predictions, labels))
 
     def leaves(tree):
         if isinstance(tree, torch.Tensor): yield tree
@@ -1291,7 +1294,7 @@ def test_history_results_and_state_hold_no_graph():
 
     def look(learn):
         tree = [learn.state_dict(), learn.results, learn.history.rows, learn.history.steps, vars(learn)["_steps"],
-                [mean.pending + [mean.total] + (mean.blocks or []) for mean in learn._means.values()]]
+                [mean.pending + [mean.total] + (mean.kept or []) for mean in learn._means.values()]]
         found.extend((tensor.grad_fn, tensor.requires_grad) for tensor in leaves(tree))
     learn.on("after_loss", lambda learn, loss: learn.log(again=loss, twice=loss * 2))
     learn.on("after_batch", look, priority=4000)
