@@ -1121,6 +1121,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'learner/progress.py'),
                                   'learner.progress.Progress.before_validation': ( 'progress.html#progress.before_validation',
                                                                                    'learner/progress.py'),
+                                  'learner.progress.Progress.cancelled_train': ( 'progress.html#progress.cancelled_train',
+                                                                                 'learner/progress.py'),
                                   'learner.progress.Progress.cleanup_test': ('progress.html#progress.cleanup_test', 'learner/progress.py'),
                                   'learner.progress.Progress.cleanup_train': ( 'progress.html#progress.cleanup_train',
                                                                                'learner/progress.py'),

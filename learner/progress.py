@@ -62,6 +62,7 @@ class View:
         self,
         results: Mapping[str, Any],  # of a pass that was shown alone
         interrupted: bool,  # by an error or by Ctrl-C
+        why: str = "",  # a callback has ended training, if it says so
     ) -> None:
         "Leave things as they are to stay."
 
@@ -113,8 +114,9 @@ class LogView(View):
         before, self.head = self.head, [_aligned(line, widths) for line in zip(*heads, strict=True)]
         self.write(*([] if before == self.head else self.head), _aligned(cells, widths))
 
-    def end(self, results: Mapping[str, Any], interrupted: bool) -> None:
+    def end(self, results: Mapping[str, Any], interrupted: bool, why: str = "") -> None:
         if results: self.write(results_line(results))
+        if why: self.write(why)
 
     def write(self, *lines: str) -> None:
         "Write lines out at once, for those who watch the file grow."
@@ -191,10 +193,10 @@ class TerminalView(LogView):
         super().row(row)
         self.epoch_ended = time()
 
-    def end(self, results: Mapping[str, Any], interrupted: bool) -> None:
+    def end(self, results: Mapping[str, Any], interrupted: bool, why: str = "") -> None:
         if interrupted and self.bar: print(flush=True)  # the bar stays; what follows has a line of its own
         else: self.wipe()
-        super().end(results, interrupted)
+        super().end(results, interrupted, why)
 
     def write(self, *lines: str) -> None:
         self.wipe()
@@ -291,7 +293,8 @@ class NotebookView(View):
         if len(self.table): parts.append(self.table._repr_html_())
         if self.done > self.longest: parts.append(f"<p>The last {self.longest} of {self.done} epochs.</p>")
         if line: parts.append(f"<p style=\"white-space: pre\">{escape(line)}</p>")
-        return {"text/html": "\n".join(parts), "text/plain": line or (repr(self.table) if len(self.table) else "")}
+        table = [repr(self.table)] if len(self.table) else []
+        return {"text/html": "\n".join(parts), "text/plain": "\n".join([*table, *filter(None, [line])])}
 
     def begin(self, phase: str, total: int | None) -> None:
         self.phase, self.bar = phase, self.new_bar(total)
@@ -318,12 +321,12 @@ class NotebookView(View):
             self.graph.add("train_loss", epochs - 0.5, row.get("train_loss"))  # a mean over the epoch
             self.graph.add("validation_loss", epochs, row.get("validation_loss"))
 
-    def end(self, results: Mapping[str, Any], interrupted: bool) -> None:
+    def end(self, results: Mapping[str, Any], interrupted: bool, why: str = "") -> None:
         bars = [self.bar] if interrupted and self.bar else []
         for bar in bars:
             bar.total = bar.total or max(bar.last_v, 1)  # a bar without total would go on moving
             bar.on_update(bar.last_v, f"interrupted: {self.title(self.phase)}", interrupted=True)
-        self.handle.update(self.page(*bars, line=results_line(results)), raw=True)
+        self.handle.update(self.page(*bars, line=results_line(results) or why), raw=True)
         if self.graph: self.graph.end()
 
 # %% ../nbs/21_progress.ipynb #6b3b5492
@@ -352,6 +355,7 @@ class Progress(Callback):
         self.plot = plot
         self.view: View | None = None  # while there is something to show
         self.opened_by, self.completed, self.next_look = "", False, math.inf
+        self.why = ""  # a callback has ended training
         self.shown = 0  # rows of the history
 
     # A view lives as long as the stage that first wants one: all of training, or a pass alone.
@@ -378,7 +382,12 @@ class Progress(Callback):
     def after_train(self) -> None: self.completed = True
 
     after_training = after_validation = after_test = after_train
-    cancelled_train = cancelled_training = cancelled_validation = cancelled_test = after_train  # also a good end
+    cancelled_training = cancelled_validation = cancelled_test = after_train  # also a good end
+
+    def cancelled_train(self) -> None:
+        self.completed = True
+        reason = str(sys.exception())
+        self.why = f"training has ended: {reason}" if reason else ""
 
     def cleanup_train(self, learn: Learner) -> None: self._close("train", learn)
 
@@ -418,4 +427,5 @@ class Progress(Callback):
         if not self.view or self.opened_by != stage: return
         results = {} if self.view.epochs else {k: v for k, v in learn.results.items() if k not in self.known}
         view, self.view, self.next_look = self.view, None, math.inf
-        view.end(results, interrupted=not completed)
+        why, self.why = self.why, ""
+        view.end(results, not completed, why)

@@ -757,7 +757,7 @@ class EarlyStopping(Callback):
         if not self._counted: self._count(learn)  # somebody may have logged it just now
         if self.waited >= self.patience:
             self.reason = (f"{self.monitor} has not improved on {self.best:.4g} (epoch {self.best_epoch}) in "
-                           f"{self.waited} epochs")
+                           f"{self.waited} epoch{'s' * (self.waited > 1)}")
             raise CancelTrainException(self.reason)
 
     def _count(self, learn: Learner) -> None:

@@ -138,6 +138,23 @@ def test_numbering_goes_on(capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["epoch", "0", "1", "epoch", "2"]
 
 
+@pytest.mark.parametrize(("reason", "told"), [("enough", ["training has ended: enough"]), ("", [])])
+@pytest.mark.parametrize("view", [LogView, TerminalView])
+def test_says_why_a_callback_has_ended_training(capsys, monkeypatch, view, reason, told):
+    monkeypatch.setattr(progress, "new_view", lambda first, epochs, plot: view(first, epochs))
+
+    class Enough(Callback):
+        def after_epoch(self, epoch):
+            if epoch == 1: raise CancelTrainException(reason)
+
+    learn = learner(Progress(), Enough())
+    learn.train(5, learning_rate=0.1)
+    lines = re.sub(r"[^\n]*\r", "", capsys.readouterr().out).splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["epoch", "0", "1"] and lines[3:] == told
+    learn.train(1)  # it is told once
+    assert "ended" not in capsys.readouterr().out
+
+
 def test_columns_that_come_later_get_a_new_head(capsys):
     learn = learner(Progress())
     learn.train(4, learning_rate=0.1, validation_epochs=3)

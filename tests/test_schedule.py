@@ -546,7 +546,7 @@ def test_early_stopping_by_hand(name, hook):
     assert len(learn.history) == epochs
     assert stopping.best_epoch == best
     assert bool(stopping.reason) == (stopping.waited >= stopping.patience)
-    if stopping.reason: assert f"in {stopping.patience} epochs" in stopping.reason and stopping.reason in repr(stopping)
+    if stopping.reason: assert f"in {stopping.patience} epoch" in stopping.reason and stopping.reason in repr(stopping)
 
 
 def test_epochs_without_validation_do_not_count():
