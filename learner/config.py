@@ -925,7 +925,7 @@ LrSchedule = Literal["constant", "linear", "cosine"] | list[tuple[int, float]]
 def _digits(
     model: Model,
     optimiser: Optimiser,
-    learning_rate: float,  # the highest
+    learning_rate: float,  # the highest; pairs in lr_schedule take its place
     lr_schedule: LrSchedule = "constant",  # or pairs: [[3, 0.1], [100, 0.01]] is 0.1 before epoch 3, then 0.01
     callbacks: Callbacks = (),  # such as {EMA: {decay: 0.99}}
     batch_size: int = 32,  # examples
@@ -943,7 +943,7 @@ def _digits(
 def _fashion_mnist(
     model: Model,
     optimiser: Optimiser,
-    learning_rate: float,  # the highest
+    learning_rate: float,  # the highest; pairs in lr_schedule take its place
     lr_schedule: LrSchedule = "constant",  # or pairs: [[3, 0.1], [100, 0.01]] is 0.1 before epoch 3, then 0.01
     callbacks: Callbacks = (),  # such as {EMA: {decay: 0.99}}
     batch_size: int = 256,  # examples
