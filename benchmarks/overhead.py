@@ -24,7 +24,6 @@ from torch import nn
 
 from learner import Learner
 
-
 WIDTH = 16  # hidden units
 
 

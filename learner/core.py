@@ -284,8 +284,7 @@ class Learner(Resumable):
         for name, value in values.items():
             if isinstance(value, Tensor):
                 if value.ndim: raise ValueError(f"log: {name} has shape {tuple(value.shape)}; log a scalar")
-                on_device = inside and not value.is_cpu
-                value = value.detach().clone() if on_device else value.item()  # a copy: its owner may go on with it
+                value = value.detach().clone() if inside else value.item()  # a copy, since its owner may go on with it
             elif inside and not isinstance(value, Real):
                 raise ValueError(f"log: {name} is {value!r}; within a batch log numbers or scalar tensors")
             if not inside: self.results[name] = value

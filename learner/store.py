@@ -27,7 +27,7 @@ from torch.nn import Parameter
 from .errors import did_you_mean
 
 # %% auto #0
-__all__ = ['snapshot', 'save_state', 'DamagedError', 'load_state', 'check_state', 'list_states', 'hash_state']
+__all__ = ['snapshot', 'save_state', 'DamagedError', 'load_state', 'check_state', 'tidy_state', 'list_states', 'hash_state']
 
 # %% ../nbs/04_store.ipynb #55d1c6cc
 _DTYPES: dict[str, torch.dtype] = {  # safetensors' names
@@ -589,6 +589,13 @@ def check_state(
 ) -> None:
     "Read and check all of a checkpoint without keeping it; raises DamagedError or FileNotFoundError."
     _read(path, None)
+
+def tidy_state(
+    path: str | os.PathLike[str],  # of a checkpoint
+) -> None:
+    "Remove what a save to a path has left that was killed; nothing if another one is under way."
+    place = Path(os.path.realpath(path))
+    with contextlib.suppress(RuntimeError), _locked(place): _tidy(place)
 
 def list_states(
     folder: str | os.PathLike[str],  # that checkpoints were saved into

@@ -601,3 +601,20 @@ def test_background_saves_are_of_their_moment(tmp_path, monkeypatch):
         one, other = (load_state(tmp_path / folder / name) for folder in ("run", "other"))
         for state in (one, other): state["callbacks"]["Checkpoint"]["training"] = ""
         assert hash_state(one) == hash_state(other)
+
+
+def test_what_a_killed_save_has_left_goes_when_training_goes_on_and_a_save_under_way_is_left_alone(tmp_path):
+    folder = tmp_path / "run"
+    learn = make("plain", Checkpoint(folder))
+    train(learn)
+    shutil.copytree(folder / "epoch-0003", folder / ".epoch-0001-batch-00002.new")  # of a name that is never saved to again
+    shutil.copytree(folder / "epoch-0003", folder / ".epoch-0002-batch-00001.gone")
+    for name in (".epoch-0001-batch-00002.lock", ".index.json.new", ".epoch-0009.lock"): (folder / name).touch()
+    (folder / ".mine.lock").touch()
+    shutil.copytree(folder / "epoch-0003", folder / ".epoch-0009.new")
+    with store._locked(folder / "epoch-0009"):
+        again = make("plain", Checkpoint(folder), seed=9)
+        again.train(EPOCHS + 1, resume=folder)
+        assert (folder / ".epoch-0009.new").exists()
+    kept = {name for name in os.listdir(folder) if name.startswith(".")}
+    assert kept == {".mine.lock", ".epoch-0009.new"}
