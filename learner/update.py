@@ -64,10 +64,10 @@ class LookAhead:
         loader: Iterable[Any],
     ):
         self.loader, self.last = loader, False
-        self.ahead: tuple[int, Any] | None = None  # within a pass: the number of the batch that was read ahead, and the
-        self.own: Any = None  # random numbers before it was made; the loader's own state then, if it has one
-        self.again: tuple[int, Any] | None = None  # what `ahead` was in the run that goes on
-        self.jumps = False  # to that batch, since the loader has got its own state of then
+        self.ahead: tuple[int, Any] | None = None  # in a pass: which batch was read ahead, and the random numbers before it
+        self.own: Any = None  # the loader's own state before it, if it has one
+        self.again: tuple[int, Any] | None = None  # what `ahead` was when the run that goes on here was stopped
+        self.jumps = False  # the next pass begins with that batch, since the loader has its own state of then
 
     def __iter__(self) -> Iterator[Any]:
         (again, self.again), (jumps, self.jumps) = (self.again, None), (self.jumps, False)
@@ -271,7 +271,8 @@ class Accumulate(Callback):
             if state.keys() - {"ahead"} and name not in state:
                 raise ValueError(f"load_state_dict: the state has no {name}; it has {sorted(state)}")
         if "ahead" in state:
-            with kept_rng(): set_rng_state(to_device(state["ahead"]["rng"], torch.device("cpu")))  # or it is none
+            check_whole("batch", state["ahead"]["batch"], 0)
+            with kept_rng(): set_rng_state(to_device(state["ahead"]["rng"], torch.device("cpu")))  # raises if it is none
         self._loaded = dict(state) or None
         if self._optimiser is not None:  # a pass is under way
             self._begin_group()
@@ -282,7 +283,7 @@ class Accumulate(Callback):
         self._loaded = None
         if "ahead" in state and self._ahead is not None:
             ahead = state["ahead"]
-            self._ahead.again = int(ahead["batch"]), to_device(ahead["rng"], torch.device("cpu"))
+            self._ahead.again = ahead["batch"], to_device(ahead["rng"], torch.device("cpu"))
         if "gradients" not in state: return
         parameters, gradients = trained_parameters(self._optimiser), state["gradients"]
         if [p.shape for p in parameters] != [p.shape if g is None else g.shape

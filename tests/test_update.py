@@ -624,6 +624,8 @@ def loaded(callback, state):
     (lambda: run_in(NoStep), CallbackError, "Accumulate had no effect: train_batch opened no step; call self.act(\"step\") instead of the optimiser's step"),
     (with_penalty, CallbackError, "Accumulate: learn.loss was replaced in before_backward, when it had got its weight; replace it in after_loss"),
     (lambda: loaded(Accumulate(2), {"batches": 1}), ValueError, "load_state_dict: the state has no total; it has ['batches']"),
+    (lambda: loaded(Accumulate(2), {"ahead": {"batch": -1, "rng": {}}}), ValueError, "batch is -1; it must be a whole number of at least 0"),
+    (lambda: loaded(Accumulate(2), {"ahead": {"batch": 1, "rng": {"torch": torch.ones(3)}}}), ValueError, "state is not from rng_state ("),
     (lambda: ClipGradients(0), ValueError, "norm is 0; it must be above 0"),
     (lambda: ClipGradients(-1.0), ValueError, "norm is -1.0; it must be a finite number of at least 0"),
     (lambda: ClipGradients(value=0.0), ValueError, "value is 0.0; it must be above 0"),
