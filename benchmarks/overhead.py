@@ -1,7 +1,7 @@
 """What a training loop costs on a small step: microseconds per batch and the ratio to a plain loop.
 
 Linear(16, 16)-ReLU-Linear(16, 10), batches of 32, SGD, ready batches in a list, one thread; with --width=4096 a step of
-about a millisecond. The rounds of all rows
+about half a millisecond. The rounds of all rows
 alternate in one process, each run right after one of the plain loop, to which its ratio is; the medians are printed.
 Callbacks that watch are compared with the same learner without them, in a table of their own; each callback that steers
 is compared with a plain loop that does the same by hand.

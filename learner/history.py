@@ -95,9 +95,9 @@ class Mean:
         "Go on from there."
         def placed(value: Tensor) -> Tensor: return value if device is None else value.to(device)
         self.pending = [] if state["pending"] is None else [*placed(state["pending"]).unbind()]
-        self.weight, self.total, self.count, self.numbers = (
-            state["weight"], placed(state["total"]), state["count"], state["numbers"])
-        self.kept = None if state["kept"] is None else [state["kept"].double()]
+        self.weight, self.count, self.numbers = (float(state[name]) for name in ("weight", "count", "numbers"))
+        self.total = placed(state["total"])
+        self.kept = None if state["kept"] is None else [state["kept"].double().flatten()]
 
 # %% ../nbs/03_history.ipynb #ad1fa2d9
 class HistoryError(LookupError):

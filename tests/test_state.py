@@ -802,6 +802,16 @@ class At(Callback):
         self.function()
 
 
+def goes_on_exactly(learn, case="own"):
+    "Resume in this process; nothing is warned of, and the end is that of the run that was never stopped."
+    before = len(seen(learn))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # in torchdata
+        learn.train(resume=True)
+    assert not differences(learn, reference(case), seen(learn)[before:])
+
+
 IN_BATCH = [hook for hook in HOOKS if hook.partition("_")[2] in ("batch", "prepare", "predict", "loss", "backward", "step")]
 
 
@@ -813,11 +823,7 @@ def test_a_batch_that_failed_in_any_hook_is_done_anew_from_a_copy_in_memory(hook
     for n, resume in ((nth(hook), None), (3, True)):  # it fails, is resumed and fails again
         with pytest.raises(RuntimeError, match="no luck"): train(learn, callbacks=Fail(hook, n), resume=resume)
         assert learn.place.phase == "train" and learn.place.batch % every == 0
-    before = len(seen(learn))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # exact, so nothing to warn of
-        learn.train(resume=True)
-    assert not differences(learn, reference(case), seen(learn)[before:])
+    goes_on_exactly(learn, case)
 
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # in torchdata
@@ -826,9 +832,7 @@ def test_every_loader_goes_back_to_a_copy_in_memory(case):
     learn = make(case)
     learn.rewind_every = 3
     with pytest.raises(RuntimeError, match="no luck"): train(learn, callbacks=Fail("after_prepare", 17))
-    before = len(seen(learn))
-    learn.train(resume=True)
-    assert not differences(learn, reference(case), seen(learn)[before:])
+    goes_on_exactly(learn, case)
 
 
 def test_a_copy_in_memory_undoes_what_a_loader_drew_for_a_batch_that_never_came(tmp_path):
@@ -837,9 +841,7 @@ def test_a_copy_in_memory_undoes_what_a_loader_drew_for_a_batch_that_never_came(
     learn.rewind_every, learn.dataloaders = 4, own(broken=flag)
     with pytest.raises(RuntimeError, match="a file cannot be read"): train(learn, callbacks=At(1, 1, flag.touch))
     flag.unlink()
-    before = len(seen(learn))
-    learn.train(resume=True)
-    assert not differences(learn, reference(), seen(learn)[before:])
+    goes_on_exactly(learn)
 
 
 def test_a_copy_in_memory_undoes_half_a_step():
@@ -850,9 +852,7 @@ def test_a_copy_in_memory_undoes_half_a_step():
     learn = make("own")
     learn.rewind_every = 4
     with pytest.raises(RuntimeError): train(learn, callbacks=At(1, 5, half_a_step))
-    before = len(seen(learn))
-    learn.train(resume=True)
-    assert not differences(learn, reference(), seen(learn)[before:])
+    goes_on_exactly(learn)
 
 
 def test_a_copy_in_memory_serves_a_second_press_and_what_is_saved_after_it(tmp_path):
@@ -863,9 +863,7 @@ def test_a_copy_in_memory_serves_a_second_press_and_what_is_saved_after_it(tmp_p
     fresh = make("own", seed=9)
     fresh.train(resume=tmp_path / "c")
     assert not differences(fresh, reference())
-    before = len(seen(learn))
-    learn.train(resume=True)
-    assert not differences(learn, reference(), seen(learn)[before:])
+    goes_on_exactly(learn)
 
 
 def test_a_single_press_loses_no_batch_to_a_copy_in_memory():
@@ -873,9 +871,7 @@ def test_a_single_press_loses_no_batch_to_a_copy_in_memory():
     learn.rewind_every = BATCHES
     with pytest.raises(KeyboardInterrupt): train(learn, callbacks=Press("after_loss", n=15))
     assert learn.place == (1, "train", 3)  # after 8 + 4 losses of the first epoch
-    before = len(seen(learn))
-    learn.train(resume=True)
-    assert not differences(learn, reference(), seen(learn)[before:])
+    goes_on_exactly(learn)
 
 
 def test_an_old_copy_in_memory_is_of_no_other_training(tmp_path):
@@ -1064,6 +1060,7 @@ FORGED = {
     "steps that are none": (put(steps=3), SAYS_NOT),
     "a mean with a hole": (loop(lambda loop: loop["means"]["loss"].pop("total")), NO_MEANS + "KeyError('total')"),
     "a mean that is none": (put(means={"loss": 3}), NO_MEANS + "TypeError("),
+    "a sum of text": (loop(lambda loop: loop["means"]["loss"].update(numbers="xyz")), NO_MEANS + "ValueError("),
     "pending values of text": (loop(lambda loop: loop["means"]["loss"].update(pending="xyz")), NO_MEANS + "AttributeError("),
     "random numbers that are none": (put(rng=[]), SAYS_NOT),
     "random numbers of another length": (loop(lambda loop: loop["rng"].update(torch=torch.zeros(7, dtype=torch.uint8))), NO_MEANS + "ValueError('state is not from rng_state (RuntimeError: "),
