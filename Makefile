@@ -24,7 +24,7 @@ check: $(READY)  ## The quick part of test: the export is up to date, notebooks 
 export: $(READY)  ## Notebooks to modules
 	$(BIN)/nbdev-export
 
-notebooks: $(READY)  ## Run every notebook in a real kernel and keep its outputs; NB=nbs/12_core.ipynb for one
+notebooks: $(READY)  ## Run every notebook in a real kernel and keep its outputs; NB=nbs/loop/learner.ipynb for one
 	$(BIN)/python tests/run_notebooks.py $(NB)
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export

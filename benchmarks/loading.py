@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from learner.data import DataLoaders
+from learner.loop.data import DataLoaders
 
 LIMIT = 1.3  # from_tensors may cost this much over index_select by hand
 

@@ -88,15 +88,15 @@ def learner(batches, callbacks=()):
 
 
 def learner_shown(batches):
-    from learner.metrics import Metrics, MulticlassAccuracy
-    from learner.progress import Progress
+    from learner.watch.metrics import Metrics, MulticlassAccuracy
+    from learner.watch.progress import Progress
     return learner(batches, [Metrics(accuracy=MulticlassAccuracy()), Progress()])
 
 
 WATCHERS = {  # callbacks by class: the module, and what to make of it; left out where the module does not have it
-    "Recorder": ("recorder", lambda module: module.Recorder("loss", "learning_rate")),
-    "NaNGuard": ("checks", lambda module: module.NaNGuard()),
-    "ActivationStats": ("activations", lambda module: module.ActivationStats()),
+    "Recorder": ("watch.recorder", lambda module: module.Recorder("loss", "learning_rate")),
+    "NaNGuard": ("check.checks", lambda module: module.NaNGuard()),
+    "ActivationStats": ("watch.activations", lambda module: module.ActivationStats()),
 }
 
 

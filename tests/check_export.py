@@ -21,11 +21,11 @@ def main() -> int:
         copy.mkdir()
         for name in ("nbs", "learner"): shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
-        for module in (copy / "learner").glob("*.py"): module.unlink()
+        for module in (copy / "learner").rglob("*.py"): module.unlink()
         run("nbdev-export", cwd=copy)
         run("nbdev-clean", cwd=copy)
-        made = {path.name for path in (copy / "learner").glob("*.py")}
-        kept = {path.name for path in (ROOT / "learner").glob("*.py")}
+        made = {str(path.relative_to(copy / "learner")) for path in (copy / "learner").rglob("*.py")}
+        kept = {str(path.relative_to(ROOT / "learner")) for path in (ROOT / "learner").rglob("*.py")}
         problems += [f"learner/{name}: no notebook exports it" for name in sorted(kept - made)]
         for name in sorted(made):
             if name not in kept or not filecmp.cmp(copy / "learner" / name, ROOT / "learner" / name, shallow=False):

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from learner.core import Learner
-from learner.stages import CancelStepException
-from learner.update import EMA, Accumulate, ClipGradients, FreezeUntil
+from learner.loop.learner import Learner
+from learner.loop.stages import CancelStepException
+from learner.steer.update import EMA, Accumulate, ClipGradients, FreezeUntil
 
 
 def optional(module):
@@ -21,7 +21,7 @@ def optional(module):
     except ModuleNotFoundError: return None
 
 
-PRECISION, SCHEDULE = optional("precision"), optional("schedule")
+PRECISION, SCHEDULE = optional("steer.precision"), optional("steer.schedule")
 N, NORM, DECAY, EPOCHS, MAX_LR = 4, 0.5, 0.9, 2, 0.02
 
 MAKE = {
@@ -111,7 +111,7 @@ def check(names, expected):
             assert all(map(torch.equal, own, averages)), names
 
 
-@pytest.mark.skipif(len(THERE) < len(MAKE), reason="learner.precision or learner.schedule is not there")
+@pytest.mark.skipif(len(THERE) < len(MAKE), reason="learner.steer.precision or learner.steer.schedule is not there")
 def test_all_of_them_are_there():
     assert list(MAKE) == THERE
 
@@ -131,7 +131,7 @@ def test_every_order_of_addition(first):
         if order[0] == first: check(order, expected)
 
 
-@pytest.mark.skipif(PRECISION is None, reason="learner.precision is not there")
+@pytest.mark.skipif(PRECISION is None, reason="learner.steer.precision is not there")
 def test_compiled_in_any_place():
     expected = by_hand(THERE)
     for place in range(len(THERE)): check((*PLAIN[:place], "Compile", *PLAIN[place:]), expected)
@@ -162,7 +162,7 @@ def test_a_frozen_part_among_all_others():
     assert all(parameter.requires_grad for parameter in learn.model.parameters())
 
 
-@pytest.mark.skipif(PRECISION is None, reason="learner.precision is not there")
+@pytest.mark.skipif(PRECISION is None, reason="learner.steer.precision is not there")
 def test_float16_with_its_scaler():
     "Gradients are weighted, scaled, divided, unscaled, clipped, in this order; the scale grows and shrinks on the way."
     def scaler(): return torch.amp.GradScaler("cpu", init_scale=2.0 ** 20, growth_interval=2)

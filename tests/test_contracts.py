@@ -13,25 +13,25 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
 import learner
-from learner.activations import ActivationStats, GradientStats
-from learner.augment import TTA, BatchTransform, CutMix, Mixup
-from learner.checkpoint import Checkpoint
-from learner.checks import NaNGuard
-from learner.conformance import RULES, Bystander, check_callback, example_learner
-from learner.core import Learner
-from learner.fingerprints import Fingerprints
-from learner.loggers import ConsoleTable, CSVLogger, JSONLinesLogger, Logger
-from learner.metrics import Metrics, MulticlassAccuracy
-from learner.precision import ChannelsLast, Compile, MixedPrecision
-from learner.profiler import Profiler
-from learner.progress import Progress
-from learner.recorder import Recorder
-from learner.runs import Run
-from learner.schedule import BatchSchedule, EarlyStopping, EpochSchedule, PiecewiseSchedule, Schedule, cosine
-from learner.stages import Callback, FunctionCallback
-from learner.store import hash_state, snapshot
-from learner.tensorboard import TensorBoard
-from learner.update import EMA, Accumulate, ClipGradients, FreezeUntil
+from learner.watch.activations import ActivationStats, GradientStats
+from learner.steer.augment import TTA, BatchTransform, CutMix, Mixup
+from learner.keep.checkpoint import Checkpoint
+from learner.check.checks import NaNGuard
+from learner.check.conformance import RULES, Bystander, check_callback, example_learner
+from learner.loop.learner import Learner
+from learner.keep.fingerprints import Fingerprints
+from learner.runs.loggers import ConsoleTable, CSVLogger, JSONLinesLogger, Logger
+from learner.watch.metrics import Metrics, MulticlassAccuracy
+from learner.steer.precision import ChannelsLast, Compile, MixedPrecision
+from learner.watch.profiler import Profiler
+from learner.watch.progress import Progress
+from learner.watch.recorder import Recorder
+from learner.runs.runs import Run
+from learner.steer.schedule import BatchSchedule, EarlyStopping, EpochSchedule, PiecewiseSchedule, Schedule, cosine
+from learner.loop.stages import Callback, FunctionCallback
+from learner.base.store import hash_state, snapshot
+from learner.runs.tensorboard import TensorBoard
+from learner.steer.update import EMA, Accumulate, ClipGradients, FreezeUntil
 
 SCRATCH = TemporaryDirectory()  # until the process ends
 
@@ -88,8 +88,8 @@ BASES = {"ModuleStats"}  # of others; they have no hook that works alone
 
 def public_callbacks():
     """Every public, complete class of callbacks in the modules of the package, by name."""
-    modules = [importlib.import_module(f"learner.{found.name}") for found in pkgutil.iter_modules(learner.__path__)
-               if not found.name.startswith("_")]
+    modules = [importlib.import_module(found.name) for found in pkgutil.walk_packages(learner.__path__, "learner.")
+               if not found.name.rpartition(".")[2].startswith("_")]
     return {cls.__name__: cls for module in modules for cls in vars(module).values()
             if inspect.isclass(cls) and issubclass(cls, Callback) and cls is not Callback
             and cls.__module__.startswith("learner.") and not cls.__name__.startswith("_") and cls.__name__ not in BASES}

@@ -9,8 +9,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = {path.stem[3:]: int(path.stem[:2]) for path in (ROOT / "nbs").glob("[0-9][0-9]_*.ipynb")}
-MODULES = sorted(path.stem for path in (ROOT / "learner").glob("*.py") if path.stem not in ("_modidx", "__init__"))
+FLOORS = ("base", "loop", "watch", "steer", "keep", "check", "runs", "use", "")  # folders from the ground up; on top the package itself
+MODULES = sorted(".".join(path.relative_to(ROOT / "learner").with_suffix("").parts) for path in (ROOT / "learner").rglob("*.py")
+                 if path.stem not in ("_modidx", "__init__"))
+
+
+def floor(module): return FLOORS.index(module.rpartition(".")[0])
+
+
+def imported(module):
+    "The modules of the package that one imports, at its head or within a function."
+    source = (ROOT / "learner" / f"{module.replace('.', '/')}.py").read_text()
+    package = ["learner", *module.split(".")[:-1]]
+    for dots, name in re.findall(r"^\s*from (\.+|learner(?=[. ]))\.?([\w.]*) import", source, re.M):
+        base = package[:len(package) - len(dots) + 1] if dots != "learner" else ["learner"]
+        yield ".".join([*base, *filter(None, [name])]).removeprefix("learner").lstrip(".")
 
 
 def python(code, **environment):
@@ -21,19 +34,28 @@ def python(code, **environment):
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_from_lower_floors(module):
-    source = (ROOT / "learner" / f"{module}.py").read_text()
-    imported = {a or b for a, b in re.findall(r"^\s*from (?:\.(\w+)|learner\.(\w+)) import", source, re.M)}
-    assert not re.search(r"^\s*from learner import", source, re.M)
-    for other in imported: assert FLOORS[other] < FLOORS[module], f"{module} imports {other}"
+def test_a_module_imports_from_its_own_floor_and_from_lower_ones_only(module):
+    for other in imported(module):
+        assert other in MODULES, f"{module} imports {other}, which is no module"
+        assert floor(other) <= floor(module), f"{module} imports {other}, from a floor above its own"
+
+
+def test_modules_of_one_floor_do_not_import_each_other_in_a_circle():
+    below = {module: set(imported(module)) for module in MODULES}
+    while below:
+        ground = {module for module, needs in below.items() if not needs & below.keys()}
+        assert ground, f"a circle among {sorted(below)}"
+        below = {module: needs for module, needs in below.items() if module not in ground}
 
 
 def test_every_module_has_a_notebook_of_its_name():
-    assert set(MODULES) == set(FLOORS) - {"init"}
+    notebooks = {".".join(path.relative_to(ROOT / "nbs").with_suffix("").parts) for path in (ROOT / "nbs").rglob("*.ipynb")
+                 if path.parent.name in FLOORS or path.parent == ROOT / "nbs"}
+    assert set(MODULES) == {"__main__" if name == "main" else name for name in notebooks} - {"init"}
 
 
 def test_only_the_lowest_floors_know_torch():
-    out = python("import sys; import learner, learner.errors, learner.stages; print('torch' in sys.modules)")
+    out = python("import sys; import learner, learner.base.words, learner.loop.stages; print('torch' in sys.modules)")
     assert out.strip() == "False"  # the command line and the stages do without
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from learner import DataLoaders, Learner, Metrics, MulticlassAccuracy, PiecewiseSchedule
-from learner.config import Callbacks, Model, Optimiser, register_config, register_model
+from learner.runs.config import Callbacks, Model, Optimiser, register_config, register_model
 
 
 def spirals(examples, arms, noise, seed):

@@ -1,0 +1,40 @@
+"""Columns, values and settings: how they are called and shown."""
+import subprocess
+import sys
+
+import pytest
+
+from learner.runs.config import nested
+from learner.base.words import flatten, format_value, mode_of, split_column
+
+
+def test_names_need_no_torch():
+    code = "import sys, learner.base.words; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("name, parts", [("validation_loss", ("validation", "loss")), ("train_top5_accuracy", ("train", "top5_accuracy")),
+                                         ("epoch", ("", "epoch")), ("test_", ("", "test_")), ("trainloss", ("", "trainloss")), ("learning_rate", ("", "learning_rate")), ("", ("", ""))])
+def test_split_column(name, parts): assert split_column(name) == parts
+
+
+def test_mode_of():
+    names = {"validation_loss": "min", "train_error": "min", "validation_accuracy": "max", "validation_top5_accuracy": "max", "validation_f1": "max", "fid": None, "score": None, "loss_accuracy": None}
+    assert {name: mode_of(name) for name in names} == names
+
+
+@pytest.mark.parametrize("value, text", [(None, ""), (0.0, "0.0000"), (0.001, "0.0010"), (0.000999, "0.000999"), (99999.0, "99999.0000"), (1e5, "1e+05"),
+                                         (-0.5, "-0.5000"), (float("nan"), "nan"), (float("inf"), "inf"), (3, "3"), ("x", "x"), (True, "True")])
+def test_format_value(value, text): assert format_value(value) == text
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"epochs": 3}, {"model": {"name": "Net", "head": {"dropout": 0.1}}, "epochs": 3}, {"callbacks": {}},
+    {"callbacks": {"EMA": {}, "slow": {"name": "EMA"}}}, {"callbacks": {"package.Part": {"size": 3}, "EMA": {"decay": 0.9}}}, {"betas": [0.9, {"a": 1}]},
+])
+def test_names_with_dots_give_the_settings_again(settings):
+    flat = flatten(settings)
+    assert nested(flat) == settings and not any(isinstance(value, dict) and value for name, value in flat.items() if name != "callbacks")
+
+
+def test_a_prefix_stands_before_all_names(): assert flatten({"a": 1, "b": {"c": 2}}, "x.") == {"x.a": 1, "x.b.c": 2}

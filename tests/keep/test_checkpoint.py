@@ -1,0 +1,620 @@
+"""Checkpoints of a training: kills, full disks, damage, signals to processes; which stay, whose they are."""
+import contextlib
+import errno
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_resume import BATCHES, EPOCHS, Fail, Press, StopAfter, differences, make, reference, seen, train, whole
+
+from learner.keep import checkpoint, store
+from learner.keep.checkpoint import Checkpoint, CheckpointError
+from learner.steer.schedule import EarlyStopping, MonitorError
+from learner.loop.stages import Callback
+from learner.base.store import DamagedError, hash_state, list_states, load_state
+
+LONG = os.environ.get("LEARNER_LONG") == "1"
+
+
+def names(folder): return sorted(name for name in os.listdir(folder) if not name.startswith("index"))
+
+
+def trained(folder, case="plain", epochs=EPOCHS, **options):
+    "A learner that has trained with a Checkpoint."
+    learn = make(case, Checkpoint(folder, **options))
+    train(learn, epochs)
+    return learn
+
+
+def saved_by(learn): return next(callback for callback in learn.callbacks if isinstance(callback, Checkpoint))
+
+
+# ---------------------------------------------------------------------------------------------------- saving changes nothing
+
+@pytest.mark.parametrize("options", [{"steps": 1}, {"steps": 3, "every": None}, {"minutes": 0}, {"background": True, "steps": 2}], ids=str)
+@pytest.mark.parametrize("case", ["own", "gan"])
+def test_training_with_checkpoints_is_training_without(tmp_path, case, options):
+    if case == "gan": options = {**options, "best": None}
+    assert differences(trained(tmp_path / "run", case, **options), reference(case)) == []
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_every_checkpoint_of_a_run_is_gone_on_from_exactly(tmp_path, background):
+    trained(tmp_path / "run", "own", steps=1, keep=None, background=background)
+    found = names(tmp_path / "run")
+    assert len(found) == EPOCHS * (BATCHES + 1)  # also before the validation
+    for name in found if LONG else found[::4]:
+        fresh = make("own", seed=9)
+        train(fresh, resume=tmp_path / "run" / name)
+        assert differences(fresh, reference("own")) == []
+
+
+# ---------------------------------------------------------------------------------------------------- kills
+
+SERVER = """
+import json, os, random, signal, sys, time
+import torch
+sys.path[:0] = [{tests!r}, *(f"{tests}/{{name}}" for name in ("base", "loop", "keep"))]
+from test_checkpoint import *
+from test_store import Points, child
+os.chdir({folder!r})
+
+def wait(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def go_on(folder, *callbacks, steps=1, background=False):
+    learn = make("own", Checkpoint(folder, steps=steps, background=background), *callbacks, seed=9)
+    there = Checkpoint.latest(folder)
+    if there is None: learn = make("own", Checkpoint(folder, steps=steps, background=background), *callbacks)
+    train(learn, resume=folder if there else None)
+    return learn
+
+def to_the_end(folder):
+    def work():
+        learn = go_on(folder)
+        bad = differences(learn, wanted)
+        if bad: print(folder, bad, file=sys.stderr)
+        os._exit(bool(bad))
+    return wait(child(work))
+
+wanted = reference("own")
+NAMES = [f"epoch-{{epoch:04}}" + (f"-batch-{{batch:05}}" if batch else "") for epoch in range(EPOCHS) for batch in range(BATCHES + 1)][1:] + [f"epoch-{{EPOCHS:04}}"]
+
+class Tell(Callback):
+    "Says which checkpoint is complete."
+    priority = 4000
+    def __init__(self, pipe, background): self.pipe, self.background = pipe, background
+    def tell(self, learn):
+        if not self.background: os.write(self.pipe, b"%3d" % NAMES.index(f"epoch-{{len(learn.history):04}}" + (f"-batch-{{learn.place.batch:05}}" if learn.place.batch else "")))
+    def after_batch(self, learn): self.tell(learn)
+    def after_epoch(self, learn): self.tell(learn)
+
+def at_random(kills, background):
+    killed, lives, folders = 0, 0, 0
+    while killed < kills:
+        folder = f"run{{folders}}"
+        folders += 1
+        while True:
+            r, w = os.pipe()
+            def work():
+                os.close(r)
+                learn = go_on(folder, Tell(w, background), background=background)
+                os._exit(bool(differences(learn, wanted)))
+            pid = child(work)
+            os.close(w)
+            time.sleep(random.random() * 0.7)
+            os.kill(pid, signal.SIGKILL)
+            code = wait(pid)
+            told = os.read(r, 10000)
+            os.close(r)
+            lives += 1
+            assert code in (0, -9), code
+            if code == 0: break
+            killed += 1
+            there = Checkpoint.latest(folder)
+            if told and not background:
+                last = int(told[-3:])
+                assert NAMES.index(there.name) in (last, last + 1), (there, NAMES[last])
+            if killed >= kills: break
+        assert to_the_end(folder) == 0, folder
+        left = [name for name in os.listdir(folder) if name.endswith((".new", ".old", ".gone"))]
+        assert not left, left
+    return dict(killed=killed, lives=lives, folders=folders)
+
+class SaveAt(Callback):
+    "Saves after one batch over an older checkpoint, and is killed at an operation on the disk."
+    priority = 4000
+    def __init__(self, at): self.at = at
+    def after_batch(self, learn, epoch, batch_num):
+        if (epoch, batch_num) == (0, 3): learn.save("c")
+        if (epoch, batch_num) != (1, 2): return
+        points = Points(self.at, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        with points.watching(True): learn.save("c")
+        os._exit(0)
+
+def over_an_old_one(every):
+    old = new = 0
+    for at in range(1, 1000, every):
+        code = wait(child(lambda: train(make("own", SaveAt(at)))))
+        if code == 0: break
+        assert code == -9, code
+        place = load_state("c")["loop"]["place"]
+        old, new = old + (place == [0, "train", 4]), new + (place == [1, "train", 3])
+        assert old + new == (at - 1) // every + 1, place
+        def work():
+            learn = make("own", seed=9)
+            train(learn, resume="c")
+            os._exit(bool(differences(learn, wanted)))
+        assert wait(child(work)) == 0, at
+        os.system("rm -r c .c.* 2> /dev/null")
+    return dict(points=at - 1, old=old, new=new)
+
+class KillSave(Callback):
+    "Is killed at an operation on the disk of one save of Checkpoint, and of what it removes then."
+    priority = 2999
+    def __init__(self, at, epoch, batch): self.at, self.when = at, (epoch, batch)
+    def after_batch(self, learn, epoch, batch_num):
+        if (epoch, batch_num) == self.when:
+            self.points = Points(self.at, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            self.watching = self.points.watching(True)
+            self.watching.__enter__()
+            for name in ("replace",): setattr(os, name, self.points.wrap(name, getattr(os, name)))
+    def before_batch(self, learn, epoch, batch_num):
+        if hasattr(self, "points"): os._exit(0)
+
+def of_a_checkpoint(every):
+    "The fourth of those that are kept: an old one goes."
+    points = 0
+    for at in range(1, 1000, every):
+        folder = f"killed{{at}}"
+        def work(): train(make("own", Checkpoint(folder, steps=1), KillSave(at, 0, 5)))
+        code = wait(child(work))
+        if code == 0: break
+        assert code == -9, code
+        there = Checkpoint.latest(folder)
+        assert there.name in ("epoch-0000-batch-00005", "epoch-0000-batch-00006"), there
+        assert len(list_states(folder)) >= 3
+        assert to_the_end(folder) == 0, at
+        left = [name for name in os.listdir(folder) if name.endswith((".new", ".old", ".gone", ".lock"))]
+        assert not left, left
+        points += 1
+    return dict(points=points, last=at)
+
+print(json.dumps({call}))
+"""
+
+
+def serve(tmp_path, call):
+    "Runs in a process that forks those to be killed, so that torch is loaded once."
+    script = SERVER.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path), call=call)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=3000)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+@needs_fork
+@pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
+def test_killed_at_random_moments_training_goes_on_exactly(tmp_path, background):
+    kills = 200 if LONG else 14 if not background else 6
+    found = serve(tmp_path, f"at_random({kills}, {background})")
+    assert found["killed"] == kills
+
+
+@needs_fork
+def test_killed_at_every_point_of_a_save_over_an_old_one(tmp_path):
+    found = serve(tmp_path, f"over_an_old_one({1 if LONG else 4})")
+    assert found["points"] > 40 and found["old"] > 5 and found["new"] > 2
+
+
+@needs_fork
+def test_killed_at_every_point_of_a_checkpoint_that_pushes_out_an_old_one(tmp_path):
+    found = serve(tmp_path, f"of_a_checkpoint({1 if LONG else 6})")
+    assert found["last"] > 50 and found["points"] > (50 if LONG else 8)
+
+
+# ---------------------------------------------------------------------------------------------------- signals to processes
+
+SCRIPT = """
+import os, sys, time
+sys.path[:0] = [{tests!r}, *(f"{tests}/{{name}}" for name in ("base", "loop", "keep"))]
+from test_checkpoint import *
+learn = make("own", Checkpoint({folder!r}))
+@learn.on("after_loss")
+def here(epoch, batch_num):
+    if (epoch, batch_num) != (1, 3) or learn.phase != "train": return
+    print(os.getpid(), flush=True)
+    for _ in range(600):
+        if learn._signals.noted: return
+        time.sleep(0.05)
+train(learn)
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_to_a_process_saves_at_the_next_batch(tmp_path, number, status):
+    script = SCRIPT.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path / "run"))
+    shell = subprocess.Popen(["sh", "-c", '"$0" -c "$1"; echo status $?', sys.executable, script],  # tells the status as people see it
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    os.kill(int(shell.stdout.readline()), number)
+    out, err = shell.communicate(timeout=120)
+    assert out == f"status {status}\n", (out, err[-2000:])
+    assert ("KeyboardInterrupt: stopped after epoch 1, batch 3; train(resume=True) goes on from there" in err) == (number == signal.SIGINT)
+    assert Checkpoint.latest(tmp_path / "run").name == "epoch-0001-batch-00004"
+    fresh = make("own", Checkpoint(tmp_path / "run"), seed=9)
+    train(fresh, resume=tmp_path / "run")
+    assert differences(fresh, reference("own")) == []
+
+
+# ---------------------------------------------------------------------------------------------------- interrupts and errors here
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("hook", "name"), [("before_loss", "epoch-0001-batch-00003"), ("after_epoch", "epoch-0002-batch-00001")])
+def test_a_stop_saves_at_the_boundary(tmp_path, hook, name, number, background):
+    learn = make("own", Checkpoint(tmp_path / "run", background=background), Press(hook, number=number))
+    with pytest.raises((KeyboardInterrupt, SystemExit)): train(learn)
+    assert Checkpoint.latest(tmp_path / "run").name == name
+    fresh = make("own", Checkpoint(tmp_path / "run"), seed=9)
+    train(fresh, resume=tmp_path / "run")
+    assert differences(fresh, reference("own")) == []
+
+
+def test_a_second_press_does_not_save(tmp_path):
+    learn = make("plain", Checkpoint(tmp_path / "run"), Press("before_loss", times=2))
+    with pytest.raises(KeyboardInterrupt, match="stopped at once"): train(learn)
+    assert names(tmp_path / "run") == ["epoch-0001"]
+
+
+def test_an_error_leaves_the_last_checkpoint(tmp_path):
+    learn = make("own", Checkpoint(tmp_path / "run", steps=3), Fail("after_backward", 14))
+    with pytest.raises(RuntimeError): train(learn)
+    assert whole(learn) and Checkpoint.latest(tmp_path / "run").name == "epoch-0001-batch-00003"
+    fresh = make("own", Checkpoint(tmp_path / "run", steps=3), seed=9)
+    train(fresh, resume=tmp_path / "run")
+    assert differences(fresh, reference("own")) == []
+
+
+def test_where_early_stopping_has_ended_training_there_is_nothing_more_to_do(tmp_path):
+    def learner(seed=0): return make("plain", EarlyStopping(patience=1, min_delta=100.0), Checkpoint(tmp_path / "run"), seed=seed)
+    learn = learner()
+    train(learn, 9)
+    assert len(learn.history) == 2
+    fresh = learner(9)
+    train(fresh, 9, resume=tmp_path / "run")
+    assert len(fresh.history) == 2 and seen(fresh)[0].shape[0] == 4 and len(seen(fresh)) == 4  # the test alone
+    assert hash_state({"m": fresh.model.state_dict()}) == hash_state({"m": learn.model.state_dict()})
+
+
+# ---------------------------------------------------------------------------------------------------- disks
+
+@contextlib.contextmanager
+def small_files(limit):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk_in_training_keeps_the_old_ones_and_the_learner(tmp_path, background):
+    learn = make("own", Checkpoint(tmp_path / "run", steps=4, background=background))
+    stop = learn.on("after_batch", lambda epoch, batch_num: limit.enter_context(small_files(1000)) if (epoch, batch_num) == (1, 1) else None)
+    with contextlib.ExitStack() as limit, pytest.raises(OSError) as caught: train(learn)
+    assert caught.value.errno == errno.EFBIG and "what was saved before is kept" in str(caught.value)
+    last = ("epoch-0001", "epoch-0000-batch-00008") if background else ("epoch-0001",)  # the thread may have met the limit one earlier
+    assert whole(learn) and Checkpoint.latest(tmp_path / "run").name in last
+    assert not [name for name in os.listdir(tmp_path / "run") if name.endswith((".new", ".lock"))]
+    learn.remove(stop)
+    learn.train(resume=True)
+    assert differences(learn, reference("own")) == []
+    assert Checkpoint.latest(tmp_path / "run").name == "epoch-0003"
+
+
+def test_a_disk_that_is_full(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "none", disk], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        learn = make("own", Checkpoint(disk / "run", steps=1, keep=None))
+        with pytest.raises(OSError, match="No space left on device"): train(learn)
+        assert whole(learn)
+        there = Checkpoint.latest(disk / "run")
+        fresh = make("own", seed=9)
+        train(fresh, resume=there)
+        assert differences(fresh, reference("own")) == []
+    finally: subprocess.run(["umount", disk], check=True)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    def refused(kind, folder):
+        learn = make("plain", Checkpoint(folder))
+        with pytest.raises(kind, match="no checkpoint can be written there: '.*run'"): train(learn)
+        assert whole(learn) and not seen(learn)  # before the first batch
+    refused(FileExistsError, tmp_path / "run")
+    refused(NotADirectoryError, tmp_path / "run" / "run")
+    assert (tmp_path / "run").read_text() == "a file"
+    refused(OSError, Path("/proc/run"))  # also for root
+    if not os.geteuid(): return
+    (tmp_path / "fixed").mkdir(mode=0o555)
+    refused(PermissionError, tmp_path / "fixed" / "run")
+
+
+def test_an_error_in_the_thread_comes_out_at_the_next_checkpoint_or_at_the_end(tmp_path, monkeypatch):
+    for when in (2, EPOCHS):
+        calls = []
+
+        def fail(path, state, calls=calls, when=when):
+            calls.append(path)
+            if len(calls) == when: raise OSError(errno.EIO, "Input/output error")
+            store.save_state(path, state)
+        monkeypatch.setattr(checkpoint, "save_state", fail)
+        learn = make("plain", Checkpoint(tmp_path / f"run{when}", background=True))
+        with pytest.raises(OSError, match="Input/output error"): train(learn)
+        assert whole(learn) and len(learn.history) == EPOCHS and len(calls) == when
+
+
+# ---------------------------------------------------------------------------------------------------- damage
+
+def files(folder): return [folder / name for name in sorted(os.listdir(folder))]
+
+
+@pytest.fixture
+def three(tmp_path):
+    "Three checkpoints, and the newest to be damaged."
+    trained(tmp_path / "run", steps=5, every=None, best=None)
+    assert names(tmp_path / "run") == ["epoch-0001-batch-00002", "epoch-0001-batch-00007", "epoch-0002-batch-00004"]
+    return tmp_path / "run"
+
+
+def falls_back(folder, part=""):
+    with pytest.warns(UserWarning, match=rf"epoch-0002-batch-00004: {part}.*; the checkpoint before it is used$") as told: found = Checkpoint.latest(folder)
+    return found.name == "epoch-0001-batch-00007" and len(told) == 1
+
+
+def test_truncation_at_every_kilobyte_is_found(three):
+    for file in files(three / "epoch-0002-batch-00004"):
+        content = file.read_bytes()
+        for end in [*range(0, len(content), 1024), len(content) - 1]:
+            file.write_bytes(content[:end])
+            assert falls_back(three, file.name)
+        file.write_bytes(content)
+    assert Checkpoint.latest(three).name == "epoch-0002-batch-00004"
+
+
+def test_single_flipped_bits_are_found(three):
+    draw = random.Random(0)
+    for file in files(three / "epoch-0002-batch-00004"):
+        content = file.read_bytes()
+        bits = range(len(content) * 8) if LONG and len(content) < 5000 else [draw.randrange(len(content) * 8) for _ in range(2000 if LONG else 40)]
+        for bit in bits:
+            changed = bytearray(content)
+            changed[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(changed)
+            assert falls_back(three, "state.json" if file.name.startswith("state") else file.name)
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimiser.safetensors", "callbacks.safetensors", "loop.safetensors", "state.json", "state.json.sha256"])
+def test_training_goes_on_from_the_one_before_with_a_warning(three, name):
+    (three / "epoch-0002-batch-00004" / name).unlink()
+    fresh = make("plain", seed=9)
+    with pytest.warns(UserWarning, match=rf"epoch-0002-batch-00004: {name} is missing; the checkpoint before it is used") as told: train(fresh, resume=three)
+    assert len(told) == 1 and differences(fresh, reference("plain")) == []
+    with pytest.raises(DamagedError, match=f"{name} is missing"): train(make("plain"), resume=three / "epoch-0002-batch-00004")
+
+
+def test_a_folder_with_nothing_whole_is_an_error(three):
+    for path in list_states(three): (path / "state.json").unlink()
+    for path in three.glob("epoch-*"): (path / "state.json").write_text("{}")
+    learn = make("plain")
+    with pytest.warns(UserWarning) as told, pytest.raises(DamagedError, match="run holds no checkpoint that is whole"): train(learn, resume=three)
+    assert len(told) == 3 and len(learn.history) == 0 and whole(learn)
+    with pytest.warns(UserWarning): assert Checkpoint.latest(three) is None
+    assert Checkpoint.latest(three.parent / "nothing") is None and Checkpoint.best(three.parent / "nothing") is None
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint .*rum"): train(learn, resume=three.parent / "rum")
+
+
+def test_a_lost_index_loses_the_best_and_nothing_else(tmp_path):
+    learn = trained(tmp_path / "run")
+    index = json.loads((tmp_path / "run" / "index.json").read_text())
+    assert Checkpoint.best(tmp_path / "run").name == index["checkpoint"]
+    for text in ("", "[]", "{", "null"):
+        (tmp_path / "run" / "index.json").write_text(text)
+        assert Checkpoint.best(tmp_path / "run") is None and Checkpoint.latest(tmp_path / "run").name == "epoch-0003"
+        with pytest.raises(CheckpointError, match="index.json, which tells of which training, is lost"): train(make("plain", Checkpoint(tmp_path / "run")))
+    (tmp_path / "run" / "index.json").unlink()
+    fresh = make("plain", Checkpoint(tmp_path / "run"), seed=9)
+    fresh.on("before_epoch", lambda: seen.append(json.loads((tmp_path / "run" / "index.json").read_text())))
+    seen = []
+    train(fresh, 4, resume=tmp_path / "run")  # the checkpoint that it goes on from tells whose they are, and the best
+    assert seen == [index] and Checkpoint.best(tmp_path / "run") is not None and whole(learn)
+
+
+def test_a_lost_index_does_not_let_another_training_in(tmp_path):
+    trained(tmp_path / "run")
+    trained(tmp_path / "other")
+    (tmp_path / "run" / "index.json").unlink()
+    before = sorted(map(str, tmp_path.rglob("*")))
+    with pytest.raises(CheckpointError, match="is lost"): train(make("plain", Checkpoint(tmp_path / "run")), 4, resume=tmp_path / "other")
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
+
+
+# ---------------------------------------------------------------------------------------------------- which stay, and whose they are
+
+class Value(Callback):
+    "Logs values, one an epoch."
+    priority = -500
+
+    def __init__(self, *values, name="score"): self.values, self.name = values, name
+
+    def after_training(self, learn): learn.log(**{self.name: self.values[len(learn.history)]})
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [2, 5]), (2, [2, 4, 5]), (3, [2, 3, 4, 5]), (None, [1, 2, 3, 4, 5])])
+def test_the_newest_stay_and_the_best(tmp_path, keep, left):
+    learn = make("plain", Value(3.0, 1.0, 2.0, 5.0, 4.0), Checkpoint(tmp_path / "run", keep=keep, best="score", mode="min"))
+    train(learn, 5)
+    assert names(tmp_path / "run") == [f"epoch-{number:04}" for number in left]
+    assert Checkpoint.best(tmp_path / "run").name == "epoch-0002" and Checkpoint.latest(tmp_path / "run").name == "epoch-0005"
+    assert json.loads((tmp_path / "run" / "index.json").read_text()) == {
+        "training": saved_by(learn).training, "checkpoint": "epoch-0002", "monitor": "score", "value": 1.0, "mode": "min"}
+
+
+@pytest.mark.parametrize(("mode", "values", "best"), [
+    ("min", (3.0, 1.0, 2.0), 2), ("max", (3.0, 1.0, 2.0), 1), ("min", (math.nan, 2.0, math.nan), 2), ("max", (1.0, 1.0, 1.0), 1), ("min", (math.inf, 5.0, 5.0), 2)])
+def test_the_best_by_mode(tmp_path, mode, values, best):
+    train(make("plain", Value(*values), Checkpoint(tmp_path / "run", best="score", mode=mode)))
+    assert Checkpoint.best(tmp_path / "run").name == f"epoch-{best:04}"
+
+
+def test_the_mode_is_told_by_the_name(tmp_path):
+    train(make("own", Checkpoint(tmp_path / "a", best="validation_accuracy"), Checkpoint(tmp_path / "l")))
+    a, b = (json.loads((tmp_path / name / "index.json").read_text()) for name in "al")
+    assert (a["mode"], b["mode"]) == ("max", "min")
+
+
+def test_the_best_one_that_is_damaged_is_an_error(tmp_path):
+    trained(tmp_path / "run")
+    best = Checkpoint.best(tmp_path / "run")
+    (best / "state.json").write_text("{}")
+    with pytest.raises(DamagedError): Checkpoint.best(tmp_path / "run")
+
+
+def test_another_trainings_folder_is_refused_before_anything_happens(tmp_path):
+    learn = trained(tmp_path / "run")
+    before = sorted(map(str, tmp_path.rglob("*")))
+    other = make("plain", Checkpoint(tmp_path / "run"))
+    with pytest.raises(CheckpointError, match=r"run holds checkpoints of another training, up to epoch-0003; go on with it: train\(resume='.*run'\), or give another folder"):
+        train(other)
+    assert sorted(map(str, tmp_path.rglob("*"))) == before and len(other.history) == 0 and whole(other)
+    learn.train(1)  # the one whose they are may
+    assert Checkpoint.latest(tmp_path / "run").name == "epoch-0004"
+
+
+@pytest.mark.parametrize("stop", [None, 5])
+def test_a_second_learner_with_the_same_callback_is_refused_before_anything_happens(tmp_path, stop):
+    saver = Checkpoint(tmp_path / "run", steps=4)
+    first = make("plain", saver)
+    if stop: first.add(StopAfter(stop))
+    with contextlib.suppress(KeyboardInterrupt): train(first)
+    assert bool(len(first.history)) == (stop is None)
+    before = sorted(map(str, tmp_path.rglob("*")))
+    second = make("plain", saver)
+    with pytest.raises(CheckpointError, match=r"that this learner has not gone on from, up to epoch-000.*train\(resume='.*run'\), or give another folder"): train(second)
+    assert sorted(map(str, tmp_path.rglob("*"))) == before and len(second.history) == 0 and whole(second)
+    train(second, resume=tmp_path / "run")  # that is no mixing
+    assert differences(second, reference("plain")) == []
+
+
+def test_a_process_that_goes_to_another_folder_saves_in_the_same(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    learn = make("plain", Checkpoint("run"))
+    learn.on("after_epoch", lambda epoch: os.chdir("elsewhere") if epoch == 0 else None)
+    train(learn)
+    assert names(tmp_path / "run") == ["epoch-0001", "epoch-0002", "epoch-0003"] and os.listdir(tmp_path / "elsewhere") == []
+    assert repr(saved_by(learn)) == "Checkpoint('run')"
+
+
+def test_a_future_that_did_not_happen_goes(tmp_path):
+    trained(tmp_path / "run", epochs=5, keep=None, best=None, steps=3)
+    before = names(tmp_path / "run")
+    fresh = make("plain", Checkpoint(tmp_path / "run", keep=None, best=None, steps=3, every=None), seed=9)
+    stop = StopAfter(2 * BATCHES + 4)
+    fresh.add(stop)
+    with pytest.raises(KeyboardInterrupt): train(fresh, 5, resume=tmp_path / "run" / "epoch-0002")
+    left = names(tmp_path / "run")
+    assert "epoch-0002" in left and left[-1].startswith("epoch-0002-batch-0000") and len(left) < len(before)
+
+
+def test_an_older_checkpoint_is_gone_on_from_exactly(tmp_path):
+    trained(tmp_path / "run", "own", keep=None)
+    fresh = make("own", Checkpoint(tmp_path / "run", keep=None), seed=9)
+    train(fresh, resume=tmp_path / "run" / "epoch-0001")
+    assert differences(fresh, reference("own")) == [] and names(tmp_path / "run") == ["epoch-0001", "epoch-0002", "epoch-0003"]
+
+
+def test_leftovers_of_a_killed_process_go_with_the_next_save(tmp_path):
+    trained(tmp_path / "run")
+    shutil.copytree(tmp_path / "run" / "epoch-0001", tmp_path / "run" / ".epoch-0000.gone")
+    assert Checkpoint.latest(tmp_path / "run").name == "epoch-0003"
+    fresh = make("plain", Checkpoint(tmp_path / "run"), seed=9)
+    train(fresh, 4, resume=tmp_path / "run")
+    assert not (tmp_path / "run" / ".epoch-0000.gone").exists()
+
+
+def test_minutes(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(checkpoint, "monotonic", lambda: now[0])
+    learn = make("plain", Checkpoint(tmp_path / "run", every=None, minutes=10, best=None))
+    learn.on("before_batch", lambda: now.__setitem__(0, now[0] + 130.0))  # five batches take 650 s
+    train(learn, 1)
+    assert names(tmp_path / "run") == ["epoch-0000-batch-00005"]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"every": "step"}, 'Checkpoint: every is \'step\'; it is "epoch" or None; pass steps=100 or minutes=10 for more'),
+    ({"every": None}, "Checkpoint saves nothing with every=None; pass steps or minutes"),
+    ({"steps": 0}, "steps is 0; it must be a whole number of at least 1"),
+    ({"minutes": -1}, "minutes is -1; it must be a finite number of at least 0"),
+    ({"keep": 0}, "keep is 0; it must be a whole number of at least 1"),
+    ({"best": "score"}, "Checkpoint: whether score is good when low or when high cannot be told from its name; pass mode"),
+    ({"mode": "low"}, "Checkpoint: mode is 'low'; it must be \"min\" if low is good, \"max\" if high is"),
+])
+def test_arguments(tmp_path, arguments, message):
+    with pytest.raises(ValueError) as caught: Checkpoint(tmp_path / "run", **arguments)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_best_that_is_never_measured_is_told(tmp_path):
+    with pytest.raises(MonitorError): train(make("plain", Checkpoint(tmp_path / "run", best="validation_auroc", mode="max")))
+
+
+def test_without_validation_data_there_is_no_best(tmp_path):
+    learn = make("plain", Checkpoint(tmp_path / "run"))
+    learn.dataloaders = {"train": learn.dataloaders["train"]}
+    train(learn)
+    assert Checkpoint.best(tmp_path / "run") is None and Checkpoint.latest(tmp_path / "run").name == "epoch-0003"
+
+
+def test_background_saves_are_of_their_moment(tmp_path, monkeypatch):
+    slow = store.save_state
+    monkeypatch.setattr(checkpoint, "save_state", lambda path, state: (time.sleep(0.02), slow(path, state)))
+    trained(tmp_path / "run", "own", steps=1, keep=None, background=True)
+    monkeypatch.undo()
+    trained(tmp_path / "other", "own", steps=1, keep=None)
+    assert names(tmp_path / "run") == names(tmp_path / "other")
+    for name in names(tmp_path / "run"):
+        one, other = (load_state(tmp_path / folder / name) for folder in ("run", "other"))
+        for state in (one, other): state["callbacks"]["Checkpoint"]["training"] = ""
+        assert hash_state(one) == hash_state(other)
+
+
+def test_what_a_killed_save_has_left_goes_when_training_goes_on_and_a_save_under_way_is_left_alone(tmp_path):
+    folder = tmp_path / "run"
+    learn = make("plain", Checkpoint(folder))
+    train(learn)
+    shutil.copytree(folder / "epoch-0003", folder / ".epoch-0001-batch-00002.new")  # of a name that is never saved to again
+    shutil.copytree(folder / "epoch-0003", folder / ".epoch-0002-batch-00001.gone")
+    for name in (".epoch-0001-batch-00002.lock", ".index.json.new", ".epoch-0009.lock"): (folder / name).touch()
+    (folder / ".mine.lock").touch()
+    shutil.copytree(folder / "epoch-0003", folder / ".epoch-0009.new")
+    with store._locked(folder / "epoch-0009"):
+        again = make("plain", Checkpoint(folder), seed=9)
+        again.train(EPOCHS + 1, resume=folder)
+        assert (folder / ".epoch-0009.new").exists()
+    kept = {name for name in os.listdir(folder) if name.startswith(".")}
+    assert kept == {".mine.lock", ".epoch-0009.new"}

@@ -1,0 +1,573 @@
+"""Metrics against the same metrics over all predictions at once, and its faults, bounds and costs."""
+
+import gc
+import subprocess
+import sys
+import warnings
+from copy import deepcopy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import f1_score, roc_auc_score
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from learner.watch import metrics as module
+from learner.loop.learner import Learner
+from learner.watch.metrics import (
+    BinaryAccuracy,
+    BinaryAUROC,
+    MeanSquaredError,
+    MetricError,
+    Metrics,
+    MulticlassAccuracy,
+    MulticlassAUROC,
+    MulticlassF1Score,
+    R2Score,
+    WindowedMeanSquaredError,
+)
+from learner.loop.stages import Callback, CancelBatchException, CancelEpochException, CancelTrainException
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import torchmetrics
+    from torchmetrics import classification, regression
+
+N = 1003  # ragged in every batch size below
+torch.manual_seed(0)
+LOGITS, CLASSES = torch.randn(N, 4), torch.randint(0, 4, (N,))
+SCORES, TRUTH = torch.rand(N), torch.randint(0, 2, (N,))
+SCORES = (SCORES + TRUTH * torch.linspace(0, 0.5, N)) / 1.5  # ordered, so that batches differ from each other
+VALUES, TARGETS = torch.randn(N), torch.linspace(-1, 1, N)
+
+
+class Given(nn.Module):
+    """A model whose predictions are its inputs, and which can be trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+def zero_loss(predictions, labels):
+    return predictions.sum() * 0.0
+
+
+def batches(data, labels, size):
+    return list(zip(data.split(size), labels.split(size), strict=True))
+
+
+def given(data, labels, size, callbacks=None, phases=("train", "validation", "test")):
+    loaders = {phase: batches(data, labels, size) for phase in phases}
+    return Learner(Given(), torch.optim.SGD, zero_loss, loaders, callbacks, device="cpu")
+
+
+def accuracy(predictions, labels):
+    return (predictions.argmax(1) == labels).float().mean()
+
+
+# Results
+
+CASES = [
+    (MulticlassAccuracy(), LOGITS, CLASSES),
+    (MulticlassAccuracy(average="macro", num_classes=4), LOGITS, CLASSES),
+    (MulticlassF1Score(average="macro", num_classes=4), LOGITS, CLASSES),
+    (MulticlassAUROC(num_classes=4), LOGITS, CLASSES),
+    (BinaryAUROC(), SCORES, TRUTH),
+    (BinaryAccuracy(), SCORES, TRUTH),
+    (MeanSquaredError(), VALUES, TARGETS),
+    (R2Score(), VALUES, TARGETS),
+    (classification.MulticlassAccuracy(num_classes=4), LOGITS, CLASSES),
+    (classification.MulticlassF1Score(num_classes=4), LOGITS, CLASSES),
+    (classification.MulticlassAUROC(num_classes=4), LOGITS, CLASSES),
+    (classification.BinaryAUROC(), SCORES, TRUTH),
+    (classification.BinaryAUROC(thresholds=50), SCORES, TRUTH),
+    (classification.MulticlassCalibrationError(num_classes=4), LOGITS.softmax(1), CLASSES),
+    (classification.MulticlassMatthewsCorrCoef(num_classes=4), LOGITS, CLASSES),
+    (classification.MulticlassCohenKappa(num_classes=4), LOGITS, CLASSES),
+    (classification.BinaryHingeLoss(), SCORES, TRUTH),
+    (regression.PearsonCorrCoef(), VALUES, TARGETS),
+    (regression.R2Score(), VALUES, TARGETS),
+    (regression.MeanAbsoluteError(), VALUES, TARGETS),
+    (regression.ExplainedVariance(), VALUES, TARGETS),
+]
+
+
+@pytest.mark.parametrize("size", [1, 16, 100, N])
+@pytest.mark.parametrize("metric, data, labels", CASES, ids=lambda value: type(value).__name__)
+def test_equals_the_metric_over_all_predictions_at_once(metric, data, labels, size):
+    if size == 1 and isinstance(metric, classification.BinaryHingeLoss | regression.PearsonCorrCoef):
+        pytest.skip("torchmetrics cannot take the first example alone")
+    whole = deepcopy(metric)
+    with module._quiet(): whole.update(data, labels)
+    learn = given(data, labels, size, Metrics(it=metric))
+    learn.train(1)
+    for phase in ("train", "validation", "test"):
+        assert learn.history[-1][f"{phase}_it"] == pytest.approx(float(whole.compute()), rel=2e-5, abs=1e-6)
+
+
+def test_a_mean_of_batch_means_would_be_wrong():
+    learn = given(SCORES, TRUTH, 16, Metrics(auroc=BinaryAUROC()))
+    learn.train(1)
+    of_batches = [BinaryAUROC().update(s, t).compute().item() for s, t in batches(SCORES, TRUTH, 16)]
+    assert learn.history[-1]["train_auroc"] == pytest.approx(roc_auc_score(TRUTH, SCORES), abs=1e-6)
+    assert abs(sum(of_batches) / len(of_batches) - roc_auc_score(TRUTH, SCORES)) > 0.005
+
+
+def test_f1_is_that_of_sklearn():
+    results = given(LOGITS, CLASSES, 32).validate(Metrics(f1=MulticlassF1Score(average="macro", num_classes=4)))
+    assert results["validation_f1"] == pytest.approx(f1_score(CLASSES, LOGITS.argmax(1), average="macro"), abs=1e-6)
+
+
+def test_a_function_is_averaged_over_the_examples():
+    results = given(LOGITS, CLASSES, 100).test(Metrics(accuracy, number=lambda p, t: len(t)))
+    assert results["test_accuracy"] == pytest.approx(accuracy(LOGITS, CLASSES).item(), abs=1e-6)
+    assert results["test_number"] == pytest.approx((10 * 100 * 100 + 3 * 3) / N)
+
+
+def test_columns_stand_right_after_the_losses_and_every_call_gives_them():
+    learn = given(LOGITS, CLASSES, 100, Metrics(MulticlassAccuracy(), MulticlassAccuracy(k=2), second=accuracy))
+    learn.train(2, validation_epochs=2)
+    learn.train(1)
+    names = ["multiclass_accuracy", "multiclass_accuracy_2", "second"]
+    columns = [f"{phase}_{name}" for name in names for phase in ("train", "validation", "test")]
+    assert learn.history.columns == ["epoch", "train_loss", "validation_loss", "test_loss", *columns]
+    top1, top2 = MulticlassAccuracy(), MulticlassAccuracy(k=2)
+    for metric in (top1, top2): metric.update(LOGITS, CLASSES)
+    for row in learn.history:
+        assert row["train_multiclass_accuracy"] == pytest.approx(top1.compute().item())
+        assert row["train_multiclass_accuracy_2"] == pytest.approx(top2.compute().item())
+    assert learn.history["validation_second"][0] is None
+    assert all(type(value) in (int, float) for row in learn.history for value in row.values())
+    assert list(learn.validate()) == ["validation_loss", *(f"validation_{name}" for name in names)]
+    assert list(learn.test()) == ["test_loss", *(f"test_{name}" for name in names)]
+
+
+def test_phases_choose_the_passes():
+    learn = given(LOGITS, CLASSES, 100, [Metrics(a=accuracy, phases="train"), Metrics(a=accuracy, phases=["test"])])
+    learn.train(1)
+    assert learn.history.columns[4:] == ["train_a", "test_a"]
+
+
+def test_objects_of_the_user_are_never_updated():
+    used = MulticlassAccuracy()
+    used.update(LOGITS[:10], CLASSES[:10])
+    state = {name: value.clone() for name, value in used.state_dict().items()}
+    results = given(LOGITS, CLASSES, 100).validate(Metrics(accuracy=used))
+    assert all(torch.equal(value, state[name]) for name, value in used.state_dict().items())
+    assert results["validation_accuracy"] == pytest.approx(accuracy(LOGITS, CLASSES).item())  # without the ten
+
+
+def test_logits_of_an_output_object():
+    class Output(Given):
+        def forward(self, x): return SimpleNamespace(logits=super().forward(x))
+
+    loaders = {"train": batches(LOGITS, CLASSES, 32)}
+    learn = Learner(Output(), torch.optim.SGD, lambda out, t: out.logits.sum() * 0.0, loaders,
+                    Metrics(accuracy=MulticlassAccuracy()), device="cpu")
+    learn.train(1)
+    assert learn.history[-1]["train_accuracy"] == pytest.approx(accuracy(LOGITS, CLASSES).item())
+
+
+def test_predictions_of_several_tensors_reach_a_function_without_their_graph():
+    class Two(Given):
+        def forward(self, x): return super().forward(x), {"again": super().forward(x)}
+
+    def measured(predictions, labels):
+        assert not predictions[0].requires_grad and not predictions[1]["again"].requires_grad
+        return accuracy(predictions[1]["again"], labels)
+
+    learn = Learner(Two(), torch.optim.SGD, lambda p, t: p[0].sum() * 0.0, {"train": batches(LOGITS, CLASSES, 32)},
+                    Metrics(accuracy=measured), device="cpu")
+    learn.train(1)
+    assert learn.history[-1]["train_accuracy"] == pytest.approx(accuracy(LOGITS, CLASSES).item())
+
+
+# Chunks
+
+class Counting(MulticlassAccuracy):
+    """Like a metric of torcheval that notes the size of every update."""
+
+    sizes: list[int] = []
+
+    def update(self, input, target):
+        self.sizes.append(len(target))
+        return super().update(input, target)
+
+
+@pytest.fixture
+def sizes(monkeypatch):
+    monkeypatch.setattr(Counting, "__module__", MulticlassAccuracy.__module__)
+    Counting.sizes.clear()
+    return Counting.sizes
+
+
+def test_updates_go_by_chunks_but_the_first_and_the_ragged_batch_at_once(sizes):
+    given(LOGITS, CLASSES, 5, Metrics(Counting()), ["train"]).train(1)
+    assert sizes == [5, 128 * 5, 71 * 5, 3]
+
+
+def test_a_class_of_the_user_is_updated_batch_by_batch(sizes, monkeypatch):
+    monkeypatch.setattr(Counting, "__module__", "mine")
+    given(LOGITS, CLASSES, 100, Metrics(Counting(), MulticlassAccuracy()), ["train"]).train(1)
+    assert sizes == [100] * 10 + [3]
+
+
+def test_predictions_held_are_bounded_and_large_ones_go_straight_through(sizes):
+    metrics = Metrics(Counting())
+    held = []
+
+    class Watch(Callback):
+        def after_batch(self): held.append(sum(store.nbytes for store in metrics._chunk.stores))
+
+    def one_pass(width, size):
+        sizes.clear(), held.clear()
+        data = [(torch.randn(size, width), torch.zeros(size, dtype=torch.long)) for _ in range(6)]
+        Learner(Given(), torch.optim.SGD, zero_loss, {"train": data}, [metrics, Watch()], device="cpu").train(1)
+
+    one_pass(1000, 100)  # 0.4 MB a batch: five of them
+    assert sizes == [100, 500] and 0 < max(held) <= metrics.max_bytes
+    one_pass(1000, 300)  # 1.2 MB a batch: two do not fit
+    assert sizes == [300] * 6 and max(held) == 0
+    metrics.max_batches = 2
+    one_pass(4, 100)
+    assert sizes == [100, 200, 200, 100]
+
+
+def test_windows_count_batches():
+    window = WindowedMeanSquaredError(max_num_updates=3, enable_lifetime=False)
+    by_hand = WindowedMeanSquaredError(max_num_updates=3, enable_lifetime=False)
+    for values, targets in batches(VALUES, TARGETS, 10): by_hand.update(values, targets)
+    results = given(VALUES, TARGETS, 10).validate(Metrics(window))
+    assert results["validation_windowed_mean_squared_error"] == pytest.approx(by_hand.compute().item())
+
+
+def test_tasks_in_the_first_dimension_are_not_joined():
+    scores, truth = SCORES[:1000].reshape(-1, 2, 10), TRUTH[:1000].reshape(-1, 2, 10)
+    metric, seen = BinaryAUROC(num_tasks=2), []
+
+    class Mean(type(metric)):
+        def compute(self): return super().compute().mean()
+
+    loaders = {"validation": list(zip(scores, truth, strict=True))}
+    learn = Learner(Given(), torch.optim.SGD, zero_loss, loaders, device="cpu")
+    results = learn.validate(Metrics(auroc=Mean(num_tasks=2)))
+    for task in range(2): seen.append(roc_auc_score(truth[:, task].flatten(), scores[:, task].flatten()))
+    assert results["validation_auroc"] == pytest.approx(sum(seen) / 2, abs=1e-6)
+    assert not module.adds_up(metric)
+
+
+def test_shapes_and_dtypes_that_change_from_batch_to_batch():
+    pieces, start = [], 0
+    for n in (3, 3, 5, 5, 5, 1, 3, 3, 8):
+        labels = CLASSES[start:start + n]
+        pieces.append((LOGITS[start:start + n], labels.int() if n == 5 else labels))
+        start += n
+    learn = Learner(Given(), torch.optim.SGD, zero_loss, {"validation": pieces}, device="cpu")
+    assert learn.validate(Metrics(a=MulticlassAccuracy()))["validation_a"] == pytest.approx(
+        accuracy(LOGITS[:start], CLASSES[:start]).item())
+
+
+def test_a_dtype_that_changes_loses_no_digits():
+    half, full, labels = torch.zeros(4, dtype=torch.float16), torch.full((4,), 2049.0), torch.zeros(4)
+    pieces = [(half, labels)] * 3 + [(full, labels)] * 2
+    learn = Learner(Given(), torch.optim.SGD, zero_loss, {"validation": pieces}, device="cpu")
+    by_hand = 2049.0 ** 2 * 2 / 5  # float16 would make it 2048
+    assert learn.validate(Metrics(mse=MeanSquaredError()))["validation_mse"] == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_a_loader_and_a_model_that_write_over_their_memory():
+    class Reuse(Given):
+        def __init__(self):
+            super().__init__()
+            self.out = torch.empty(17, 4)
+
+        def forward(self, x): return self.out.copy_(x)
+
+    class Loader:
+        def __iter__(self):
+            data, labels = torch.empty(17, 4), torch.empty(17, dtype=torch.long)
+            for x, y in batches(LOGITS, CLASSES, 17): yield data.copy_(x), labels.copy_(y)  # 59 whole batches
+
+    learn = Learner(Reuse(), torch.optim.SGD, zero_loss, {"validation": Loader()}, device="cpu")
+    assert learn.validate(Metrics(a=MulticlassAccuracy()))["validation_a"] == pytest.approx(
+        accuracy(LOGITS, CLASSES).item())
+
+
+# Passes that end early
+
+class CancelAt(Callback):
+    def __init__(self, error, *, phase="train", batch=3):
+        self.error, self.phase_wanted, self.batch_wanted = error, phase, batch
+
+    def after_loss(self, learn):
+        if (learn.phase, learn.batch_num) == (self.phase_wanted, self.batch_wanted): raise self.error
+
+
+@pytest.mark.parametrize("phase", ["train", "validation", "test"])
+def test_a_cancelled_pass_has_the_metrics_of_its_whole_batches(phase):
+    learn = given(LOGITS, CLASSES, 10, [Metrics(a=MulticlassAccuracy()), CancelAt(CancelEpochException(), phase=phase)])
+    learn.train(1)
+    for other in ("train", "validation", "test"):
+        n = 30 if other == phase else N
+        assert learn.history[-1][f"{other}_a"] == pytest.approx(accuracy(LOGITS[:n], CLASSES[:n]).item())
+
+
+def test_cancelled_training_is_measured():
+    found = {}
+    learn = given(LOGITS, CLASSES, 10, [Metrics(a=MulticlassAccuracy()), CancelAt(CancelTrainException())])
+    learn.on("cleanup_epoch", lambda results: found.update(results))
+    learn.train(3)
+    assert found["train_a"] == pytest.approx(accuracy(LOGITS[:30], CLASSES[:30]).item())
+
+
+def test_a_cancelled_batch_does_not_count():
+    learn = given(LOGITS, CLASSES, 10, [Metrics(a=MulticlassAccuracy(), b=accuracy), CancelAt(CancelBatchException())])
+    learn.train(1)
+    rest = [*range(30), *range(40, N)]
+    for name in ("a", "b"):
+        assert learn.history[-1][f"train_{name}"] == pytest.approx(accuracy(LOGITS[rest], CLASSES[rest]).item())
+
+
+def test_a_pass_without_a_whole_batch_has_no_column():
+    class Always(Callback):
+        def after_predict(self): raise CancelBatchException
+
+    assert given(LOGITS, CLASSES, 100, [Metrics(MulticlassAccuracy()), Always()]).validate() == {}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_nothing_of_a_broken_pass_is_left_in_the_next(error):
+    metrics = Metrics(a=MulticlassAccuracy(), b=accuracy)
+    learn = given(LOGITS, CLASSES, 10, metrics)
+    with pytest.raises(type(error)): learn.train(1, callbacks=CancelAt(error))
+    assert not metrics.running and not metrics._chunk.stores
+    learn.train(1)
+    for name in ("a", "b"):
+        assert learn.history[-1][f"train_{name}"] == pytest.approx(accuracy(LOGITS, CLASSES).item())
+
+
+def test_added_in_mid_pass_it_begins_with_the_next():
+    learn = given(LOGITS, CLASSES, 100)
+
+    class Late(Callback):
+        def after_batch(self, learn):
+            if learn.batch_num == 3: learn.add(Metrics(a=MulticlassAccuracy()))
+
+    learn.train(1, callbacks=Late())
+    assert learn.history.columns[4:] == ["validation_a", "test_a"]
+    assert learn.history[-1]["validation_a"] == pytest.approx(accuracy(LOGITS, CLASSES).item())
+
+
+# Watching changes nothing
+
+def trained(optimiser, callbacks):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 4))
+    loaders = {"train": batches(LOGITS, CLASSES, 32), "validation": batches(LOGITS, CLASSES, 64)}
+    Learner(model, optimiser, F.cross_entropy, loaders, callbacks, device="cpu").train(2, learning_rate=0.01)
+    return [*model.parameters()], torch.get_rng_state()
+
+
+@pytest.mark.parametrize("optimiser", [torch.optim.SGD, torch.optim.AdamW])
+def test_weights_are_the_same_to_the_last_bit_with_and_without(optimiser):
+    metrics = Metrics(MulticlassAccuracy(), MulticlassAUROC(num_classes=4), accuracy,
+                      classification.MulticlassF1Score(num_classes=4))
+    (bare, state), (watched, watched_state) = trained(optimiser, None), trained(optimiser, metrics)
+    assert all(torch.equal(a, b) for a, b in zip(bare, watched, strict=True))
+    assert torch.equal(state, watched_state)
+
+
+def test_nothing_is_kept_alive():
+    learn = given(LOGITS, CLASSES, 10, Metrics(MulticlassAUROC(num_classes=4), MulticlassAccuracy(), accuracy))
+    learn.train(1)
+    before = tensors_alive()
+    learn.train(2)
+    assert tensors_alive() == before
+
+
+def tensors_alive():
+    gc.collect()
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+
+class Reads(TorchDispatchMode):
+    """Notes the operations for which the host waits for the device."""
+
+    waiting = ("_local_scalar_dense", "is_nonzero", "aten.nonzero", "unique", "masked_select", "aten.equal.")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(name in str(function) for name in self.waiting): self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def reads_in_batches(*metrics, **named):
+    reads = Reads()
+
+    class Watched(Metrics):
+        def after_batch(self, learn):
+            with reads: super().after_batch(learn)
+
+        after_validation_batch = after_test_batch = after_batch
+
+    given(LOGITS, CLASSES, 3, Watched(*metrics, **named)).train(1)  # 335 batches: several chunks
+    return reads.seen
+
+
+def test_no_value_is_read_within_a_batch(elsewhere):
+    metrics = [MulticlassAccuracy(), MulticlassF1Score(average="macro", num_classes=4), MulticlassAUROC(num_classes=4)]
+    assert reads_in_batches(*metrics, mine=lambda p, t: elsewhere(accuracy(p, t))) == []
+    assert reads_in_batches(item=lambda p, t: accuracy(p, t).item())  # the detector works
+
+
+def test_torchmetrics_reads_once_a_chunk():
+    seen = reads_in_batches(classification.MulticlassAUROC(num_classes=4))
+    assert 0 < len(seen) <= 2 * 3 * (1 + 335 // 128 + 2)  # of two operations, in three passes
+
+
+# Bad input
+
+def broken_shape(**named):
+    return lambda: given(LOGITS, CLASSES[:, None], 32, Metrics(**named)).train(1)
+
+
+def scalar_or_error(function):
+    return lambda: given(LOGITS, CLASSES, 32, Metrics(mine=function)).train(1)
+
+
+class NoReset:
+    def update(self, predictions, labels): ...
+    def compute(self): ...
+
+
+class Pair(NoReset):
+    def reset(self): ...
+    def compute(self): return torch.zeros(2)
+
+
+BAD = [
+    (lambda: Metrics(), ValueError, "Metrics() measures nothing; give it a metric, as in Metrics(accuracy=...)"),
+    (lambda: Metrics(MulticlassAccuracy), TypeError,
+     "metric multiclass_accuracy: MulticlassAccuracy is a class; pass an instance: MulticlassAccuracy(...)"),
+    (lambda: Metrics(a=MulticlassAccuracy), TypeError,
+     "metric a: MulticlassAccuracy is a class; pass an instance: MulticlassAccuracy(...)"),
+    (lambda: Metrics("accuracy"), TypeError,
+     "metric str is 'accuracy', without update, compute, reset; pass a metric of torcheval or torchmetrics, or a "
+     "function of predictions and labels"),
+    (lambda: Metrics([accuracy]), TypeError, "metric list is [<function accuracy"),
+    (lambda: Metrics(a=NoReset()), TypeError, "without reset; pass a metric of torcheval or torchmetrics"),
+    (lambda: Metrics(a=lambda predictions: 0), TypeError,
+     "metric a: its parameters are (predictions); it is called as function(predictions, labels)"),
+    (lambda: Metrics(lambda p, t: 0), ValueError,
+     "metrics: a lambda has no name of its own; give it one: Metrics(name=...)"),
+    (lambda: Metrics(**{"top 1": accuracy}), ValueError,
+     "metrics: 'top 1' cannot be a name; use letters, digits and _, as in top_5"),
+    (lambda: Metrics(loss=accuracy), ValueError,
+     "metrics: loss is a name that the history needs itself; use another"),
+    (lambda: Metrics(epoch=accuracy), ValueError,
+     "metrics: epoch is a name that the history needs itself; use another"),
+    (lambda: Metrics(a=accuracy, phases="valid"), ValueError,
+     "phases: 'valid' is none of ['train', 'validation', 'test']; did you mean validation?"),
+    (lambda: Metrics(f1=MulticlassF1Score(average=None, num_classes=4)), MetricError,
+     "metric f1 has average=None, a number for each class, and a column takes one; use average=\"macro\", or a metric "
+     "of your own that picks one class"),
+    (lambda: Metrics(torchmetrics.MetricCollection([classification.BinaryAUROC()])), TypeError,
+     "metric metric_collection is a MetricCollection; pass its metrics singly: Metrics(**collection)"),
+    (broken_shape(accuracy=MulticlassAccuracy()), ValueError,
+     "metric accuracy: predictions (32, 4), labels (32, 1): target should be a one-dimensional tensor"),
+    (broken_shape(f1=classification.MulticlassF1Score(num_classes=4)), ValueError,
+     "metric f1: predictions (32, 4), labels (32, 1): "),
+    (scalar_or_error(lambda p, t: p), MetricError,
+     "metric mine: predictions (32, 4), labels (32,): the function returned (32, 4); it must return a scalar, such as "
+     "a .mean()"),
+    (scalar_or_error(lambda p, t: None), MetricError, "the function returned None; it must return a scalar"),
+    (scalar_or_error(Pair()), MetricError,
+     "metric mine gave (2,), and a column takes one number; average it, or pick one in a metric of your own"),
+    (lambda: given(LOGITS, CLASSES, 32, [Metrics(a=accuracy), Metrics(b=accuracy, a=accuracy)]).train(1), MetricError,
+     "Metrics(a) and Metrics(b, a) both measure a; rename one"),
+]
+
+
+@pytest.mark.parametrize("call, kind, message", BAD, ids=[message[:40] for *_, message in BAD])
+def test_bad_input(call, kind, message):
+    with pytest.raises(kind) as caught: call()
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_learner_is_whole_after_a_metric_failed():
+    learn = given(LOGITS, CLASSES, 32)
+    with pytest.raises(MetricError) as caught: learn.train(1, callbacks=Metrics(mine=lambda p, t: p))
+    assert caught.value.__notes__ == ["in Metrics.after_batch (epoch 0, batch 0)"]
+    learn.train(1)
+    assert len(learn.history) == 1 and learn.callbacks == ()
+
+
+def test_what_has_no_plain_message_gets_a_note():
+    def fails(predictions, labels): raise KeyError(3)
+
+    with pytest.raises(KeyError) as caught: given(LOGITS, CLASSES, 32, Metrics(fails)).train(1)
+    assert "metric fails: predictions (32, 4), labels (32,)" in caught.value.__notes__
+
+
+def test_a_value_that_was_logged_under_the_same_name():
+    class Logs(Learner):
+        def train_batch(self):
+            super().train_batch()
+            return {"a": 0.5}
+
+    loaders = {"train": batches(LOGITS, CLASSES, 100)}
+    learn = Logs(Given(), torch.optim.SGD, zero_loss, loaders, Metrics(a=accuracy), device="cpu")
+    with pytest.raises(MetricError, match="metric a: train_a was logged already; rename one"): learn.train(1)
+
+
+def test_a_routine_without_predictions():
+    class Own(Learner):
+        def train_batch(self): return {"loss": torch.tensor(1.0)}
+
+    loaders = {"train": batches(LOGITS, CLASSES, 100), "validation": batches(LOGITS, CLASSES, 100)}
+    own = Own(Given(), torch.optim.SGD, zero_loss, loaders, device="cpu")
+    with pytest.raises(MetricError, match=r"Metrics\(a\) finds no learn.predictions in this train batch; set it in"):
+        own.train(1, callbacks=Metrics(a=accuracy))
+    own.train(1, callbacks=Metrics(a=accuracy, phases="validation"))
+    assert own.history[-1]["validation_a"] == pytest.approx(accuracy(LOGITS, CLASSES).item())
+
+
+# torcheval at arm's length
+
+def python(code):
+    return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_importing_metrics_imports_neither_package_and_taking_one_warns_of_nothing():
+    done = python("import sys\nfrom learner.watch.metrics import *\nassert Metrics\n"
+                  "assert not {'torcheval', 'torchmetrics', 'sklearn'} & set(sys.modules)\n"
+                  "from learner.watch.metrics import MulticlassAccuracy\nassert 'torcheval' in sys.modules\n"
+                  "import warnings\n"
+                  "try: warnings.warn('others still count', DeprecationWarning)\n"
+                  "except DeprecationWarning: print('raised')")
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "raised", "")
+
+
+def test_the_first_update_warns_of_nothing():
+    done = python("import torch\nfrom torch import nn\nfrom learner.loop.learner import Learner\n"
+                  "from learner.watch.metrics import Metrics, MulticlassAccuracy\n"
+                  "loaders = {'train': [(torch.randn(8, 4), torch.arange(8) % 3)] * 3}\n"
+                  "metrics = Metrics(a=MulticlassAccuracy(average='macro', num_classes=3))\n"
+                  "Learner(nn.Linear(4, 3), torch.optim.SGD, nn.CrossEntropyLoss(), loaders, metrics).train(1)")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_unknown_names():
+    with pytest.raises(AttributeError, match=r"has no attribute BinaryAURO; did you mean BinaryAUROC\?"):
+        module.BinaryAURO  # noqa: B018
+    assert not hasattr(module, "_private") and not hasattr(module, "classification")
+    with pytest.raises(ImportError): exec("from learner.watch.metrics import Nonsense")
