@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from learner.runs.config import nested
 from learner.base.words import as_number, check_number, check_whole, flatten, format_value, mode_of, split_column
+from learner.runs.config import nested
 
 
 def test_names_need_no_torch():
