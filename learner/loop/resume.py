@@ -412,7 +412,7 @@ class Resumable(Staged):
         "The callbacks that have a state, by class; of several the second is `EMA 2`."
         counts: dict[str, int] = {}
         found = []
-        for callback in self._callbacks:
+        for callback in self.callbacks:
             kind = type(callback).__name__
             counts[kind] = counts.get(kind, 0) + 1
             if hasattr(callback, "state_dict") and hasattr(callback, "load_state_dict"):
@@ -610,7 +610,7 @@ class Resumable(Staged):
         shared: dict[int, Any] = {id(part): part for part in (self.dataloaders, *watchers)} | {id(self.history): History()}
         with kept_rng(), kept_order(self.dataloaders.values()):
             copy = deepcopy(self, shared)
-            copy.remove(*watchers)
+            copy.remove_watchers()
             yield copy
 
     def fingerprint(self) -> dict[str, str]:  # SHA-256 in hexadecimal digits
