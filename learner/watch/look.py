@@ -24,7 +24,7 @@ from ..base.history import History
 from ..base.parts import kept_order, length_of
 from ..base.provenance import kept_rng
 from ..base.show import new_axes, show_images
-from ..loop.stages import Callback, CallbackError, CancelBatchException, CancelEpochException, CancelTrainException, providers_of
+from ..loop.stages import Callback, CancelBatchException, CancelEpochException, CancelTrainException
 from ..base.tree import batch_size, is_leaf, map_tensors
 
 if TYPE_CHECKING:
@@ -197,19 +197,9 @@ def _pass_over(learn: Learner, loader: Any, callback: Callback, test: bool = Fal
     "One pass over a loader by a light copy of the learner, in evaluation mode."
     with _one_at_a_time, kept_rng(), kept_order([loader]), warnings.catch_warnings():
         quiet = learn.quiet_copy()
-        _remove_watchers(quiet)
         quiet.dataloaders = {**learn.dataloaders, "test" if test else "validation": loader}
         warnings.filterwarnings("ignore", "(validation|test)_loss is nan")  # the reader sees what is there
         (quiet.test if test else quiet.validate)(callback)
-
-def _remove_watchers(learn: Learner) -> None:
-    "Remove the watchers; where another asks for fixtures that they provide, their providers stay, without any hook."
-    watchers = [callback for callback in learn.callbacks if callback.watches]
-    steering = [callback for callback in learn.callbacks if not callback.watches]
-    try: learn._set_callbacks(steering)
-    except CallbackError:
-        makers = [{fixture: maker for fixture, _, maker in providers_of(watcher)} for watcher in watchers]
-        learn._set_callbacks([*steering, *(type("Providers", (Callback,), given)() for given in makers if given)])
 
 # %% ../../nbs/watch/look.ipynb #3e90ac0c
 def predictions(
@@ -255,7 +245,7 @@ class _Asked(Callback):
 
     def __init__(self, inputs: Any, total: int, batch_size: int):
         self.inputs, self.total, self.batch_size = inputs, total, batch_size
-        self.parts: list[Any] = []
+        self.outputs: list[Any] = []
 
     def batches(self) -> Iterator[tuple[Any, None]]:
         for start in range(0, self.total, self.batch_size):
@@ -270,7 +260,7 @@ class _Asked(Callback):
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in _leaves(predictions))
             raise ValueError(f"predictions have shape {shapes} for {self.rows} example{'s' * (self.rows != 1)}; the model "
                              "must give a row for each (inputs[None] makes a batch of a single example)")
-        self.parts.append(map_tensors(lambda leaf: leaf.detach().to("cpu", copy=True), predictions))
+        self.outputs.append(map_tensors(lambda leaf: leaf.detach().to("cpu", copy=True), predictions))
         raise CancelBatchException
 
 def predict(
@@ -291,11 +281,11 @@ def predict(
     if len(sizes) > 1: raise ValueError(f"inputs have {sorted(sizes)} rows; give each example one in all of them")
     asked = _Asked(inputs, total := sizes.pop(), batch_size)
     _pass_over(learn, asked.batches(), asked)
-    missing = math.ceil(total / batch_size) - len(asked.parts)
+    missing = math.ceil(total / batch_size) - len(asked.outputs)
     if missing:
         raise ValueError(f"{missing} of {math.ceil(total / batch_size)} batches did not come through the action predict: a "
                          "callback cancels them, or the learner's own validation_batch leaves it out; call the model by hand")
-    return join_rows("predictions", asked.parts)
+    return join_rows("predictions", asked.outputs)
 
 # %% ../../nbs/watch/look.ipynb #3ad29964
 def class_names(
