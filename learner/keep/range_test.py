@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..loop.learner import Learner, LossError
+from ..loop.learner import Learner
+from ..loop.loop import LossError
 from ..base.words import check_number, check_whole
 from ..base.parts import is_optimiser, samplers_of
 from ..base.show import new_axes

@@ -407,7 +407,7 @@ class Run(Callback):
         start = {"started": datetime.now(UTC), "ended": None, "status": "running", "from": self.start_from, "git": commit}
         known["starts"].append(start)
         known |= {"status": "running", "error": None, "ended": None, "pid": os.getpid(), "host": socket.gethostname()}
-        known["epochs"] = learn.num_epochs + getattr(learn, "_first_row", len(learn.history))
+        known["epochs"] = learn.num_epochs + learn.cursor.first_row
         self.meta, self.start_from, self._opened = known, None, True
         self._since, self._before, self._next_sync = monotonic(), float(known.get("seconds") or 0.0), 0.0
         self.values.points = []

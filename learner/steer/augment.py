@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..loop.learner import PASSES, Learner
+from ..loop.learner import Learner
+from ..loop.loop import PASSES
 from ..base.words import check_number, check_whole, did_you_mean
 from ..base.parts import accepts
 from ..loop.stages import Callback, CallbackError

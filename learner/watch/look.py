@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..loop.learner import PASSES, Learner
+from ..loop.learner import Learner
+from ..loop.loop import PASSES
 from ..base.words import check_whole, did_you_mean
 from ..base.history import History
 from ..base.parts import kept_order, length_of
@@ -195,9 +196,8 @@ _one_at_a_time = RLock()  # the modes of a model and the global random numbers a
 def _pass_over(learn: Learner, loader: Any, callback: Callback, test: bool = False) -> None:
     "One pass over a loader by a light copy of the learner, in evaluation mode."
     with _one_at_a_time, kept_rng(), kept_order([loader]), warnings.catch_warnings():
-        quiet = copy(learn)
+        quiet = learn.quiet_copy()
         _remove_watchers(quiet)
-        quiet.history, quiet._failed = History(), False  # what a failed run has left is the learner's own
         quiet.dataloaders = {**learn.dataloaders, "test" if test else "validation": loader}
         warnings.filterwarnings("ignore", "(validation|test)_loss is nan")  # the reader sees what is there
         (quiet.test if test else quiet.validate)(callback)

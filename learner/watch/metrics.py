@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..loop.learner import PASSES, Learner
+from ..loop.learner import Learner
+from ..loop.loop import PASSES
 from ..base.words import did_you_mean
 from ..base.history import Mean as WeightedMean
 from ..loop.stages import Callback

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from learner.loop.learner import Learner, LossError
+from learner.loop.learner import Learner
+from learner.loop.loop import LossError
 from learner.base.history import History, HistoryError, Mean
 from learner.loop.stages import (
     Callback,
@@ -869,7 +870,7 @@ TRAINING = {
     "learning_rate nan": ({}, dict(learning_rate=math.nan), ValueError, "learning_rate is nan; it must be a finite number of at least 0"),
     "learning_rate text": ({}, dict(learning_rate="1e-3"), ValueError, "learning_rate is '1e-3'; it must be a finite number of at least 0"),
     "factory": (dict(optimiser=lambda ps, lr=0: NotAnOptimiser), {}, TypeError,
-                "optimiser: the factory returned <class 'test_core.NotAnOptimiser'>; it must return a torch Optimizer"),
+                "optimiser: the factory returned <class 'test_learner.NotAnOptimiser'>; it must return a torch Optimizer"),
     "factory of other parameters": (dict(optimiser=lambda ps, lr=0.1: torch.optim.SGD(net().parameters(), lr=lr)), {}, ValueError,
                                     "optimiser: SGD has no parameter of the model in it; make it from model.parameters()"),
     "logging a vector": (dict(callbacks=None), "log", ValueError, "log: wide has shape (3,); log a scalar"),
