@@ -165,6 +165,7 @@ class RangeTest:
 class _Rise(Callback):
     "Raises the learning rate step by step and notes the losses."
     priority = 1_000_000  # it has the last word on the rate, and sees the loss that is trained on
+    needs_stages = ()  # it sets the rate before the batch, and again before a step that it sees
 
     def __init__(self, rates: Sequence[float], divergence: float):
         self.rates, self.divergence = rates, divergence

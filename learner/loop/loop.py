@@ -27,6 +27,7 @@ from ..base.tree import batch_size, call_model, open_batch
 from ..base.words import PHASES, check_number, check_whole
 from .stages import Callback, CancelEpochException, CancelException
 from .stages import CancelTrainException, Staged
+from .updates import guarded_updates
 
 # %% ../../nbs/loop/loop.ipynb #7af243ca
 class LossError(ValueError):
@@ -300,7 +301,7 @@ class Frames(Rows):
         self.evaluating = not training
         self._modes.set(self.model, training)
         try:
-            with torch.set_grad_enabled(training): yield
+            with torch.set_grad_enabled(training), guarded_updates(self) if training else nullcontext(): yield
         finally: self.evaluating = False
 
     @contextmanager
