@@ -25,7 +25,7 @@ from ..base.history import History, Mean
 from ..base.parts import accepts, check_loaders, check_parts, length_of, no_loss, not_scalar, place_model
 from .resume import Place, Resumable
 from .stages import Callback, CancelEpochException, CancelException, CancelTrainException
-from ..base.tree import batch_size, call_model, open_batch
+from ..base.batch import call_model, unpack
 
 PASSES = {  # by phase: the stage of the pass, and of its batches
     "train": ("training", "batch"), "validation": ("validation", "validation_batch"), "test": ("test", "test_batch"),
@@ -191,8 +191,8 @@ class Learner(Resumable):
 
     def prepare(self) -> None:
         "Put the batch on the device and tell data from labels."
-        self.batch, self.data, self.labels, self.batch_size = open_batch(
-            self.batch, self.device, self.loss_func is None
+        self.batch, self.data, self.labels, self.batch_size = unpack(
+            self.batch, self.device, whole=self.loss_func is None
         )
 
     def predict(self) -> None:
@@ -292,7 +292,7 @@ class Learner(Resumable):
             else: self._logged.append((self.batch_num, name, value))
 
     def _batch_size(self) -> int:
-        return self.batch_size if "batch_size" in vars(self) else batch_size(self.batch)
+        return self.batch_size if "batch_size" in vars(self) else unpack(self.batch)[3]
 
     def _log_batch(self, values: Mapping[str, Any] | None) -> None:
         "Log the loss and what an override returned."

@@ -23,7 +23,8 @@ from ..base.words import check_number, check_whole, did_you_mean
 from ..base.parts import length_of
 from ..base.provenance import kept_rng, rng_state, set_rng_state
 from ..loop.stages import Callback, CallbackError, CancelStepException
-from ..base.tree import batch_size, to_device
+from ..base.batch import unpack
+from ..base.tree import to_device
 
 # %% auto #0
 __all__ = ['Filter', 'trained_parameters', 'LookAhead', 'Accumulate', 'ClipGradients', 'EMA', 'pick', 'FreezeUntil']
@@ -236,7 +237,7 @@ class Accumulate(Callback):
     def _weigh(self, learn: Learner) -> None:
         "Find the weight of the batch, and count it."
         if self.weight is not None: weight: Any = _check_weight(self.weight(learn))
-        else: weight = float(learn.batch_size if "batch_size" in vars(learn) else batch_size(learn.batch))
+        else: weight = float(learn.batch_size if "batch_size" in vars(learn) else unpack(learn.batch)[3])
         if self._unit is None: self._unit = weight + (weight == 0)
         self.batches += 1
         self._weight, self._total = weight, self._total + weight
