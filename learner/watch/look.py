@@ -25,7 +25,8 @@ from ..base.parts import kept_order, length_of
 from ..base.provenance import kept_rng
 from ..base.show import new_axes, show_images
 from ..loop.stages import Callback, CancelBatchException, CancelEpochException, CancelTrainException
-from ..base.tree import batch_size, is_leaf, map_tensors
+from ..base.batch import size_of, unpack
+from ..base.tree import is_leaf, map_tensors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -125,7 +126,7 @@ def example_losses(
         reduction = _default_reduction(loss_func)
         if loss_func is None or reduction is None: return None
         losses = loss_func(predictions, labels, reduction="none")
-    if not isinstance(losses, Tensor) or losses.shape[:1] != (batch_size(labels),): return None
+    if not isinstance(losses, Tensor) or losses.shape[:1] != (size_of(labels),): return None
     if losses.ndim == 1: return losses
     return losses.flatten(1).mean(1) if reduction == "mean" else losses.flatten(1).sum(1)
 
@@ -187,7 +188,7 @@ class _Collector(Callback):
     after_test_batch = after_validation_batch
 
     def cancelled_validation_batch(self, batch: Any) -> None:
-        self.seen += batch_size(batch)  # positions go on counting
+        self.seen += unpack(batch)[3]  # positions go on counting
 
     cancelled_test_batch = cancelled_validation_batch
 
