@@ -28,7 +28,8 @@ from .check.checks import check_initial_loss, check_overfit_one_batch
 from .keep.checkpoint import Checkpoint, CheckpointError
 from .runs.compare import compare_runs
 from .check.conformance import check_callback
-from .loop.learner import Learner, LossError
+from .loop.learner import Learner
+from .loop.loop import LossError
 from .loop.data import DataLoaders, DatasetLoader, TensorLoader, digits, fashion_mnist, split
 from .check.diagnosis import doctor
 from .keep.fingerprints import Fingerprints
@@ -53,10 +54,11 @@ from .steer.schedule import combine, cosine, linear, warm_up
 from .base.show import plot_curves, show_image, show_images
 from .loop.stages import Callback, CallbackError, CancelBatchException, CancelEpochException, CancelException
 from .loop.stages import CancelStepException, CancelTrainException, Stage, Staged, provides
-from .loop.resume import ResumeError
+from .loop.state import ResumeError
 from .runs.tensorboard import TensorBoard
 from .watch.modules import summary
-from .base.tree import BatchError, map_tensors, to_device
+from .base.batch import BatchError
+from .base.tree import map_tensors, to_device
 from .steer.update import EMA, Accumulate, ClipGradients, FreezeUntil
 
 _all_ = [

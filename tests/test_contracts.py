@@ -19,6 +19,7 @@ from learner.keep.checkpoint import Checkpoint
 from learner.check.checks import NaNGuard
 from learner.check.conformance import RULES, Bystander, check_callback, example_learner
 from learner.loop.learner import Learner
+from learner.loop.resume import Rewind
 from learner.keep.fingerprints import Fingerprints
 from learner.runs.loggers import ConsoleTable, CSVLogger, JSONLinesLogger, Logger
 from learner.watch.metrics import Metrics, MulticlassAccuracy
@@ -69,6 +70,7 @@ TABLE = {  # how to make each; one that needs a learner of its own gets it in LE
     "Profiler": Profiler,
     "Progress": Progress,
     "Recorder": lambda: Recorder("loss", "learning_rate", "gradient_norm", norm=lambda learn: learn.loss.detach() ** 2),
+    "Rewind": lambda: Rewind(2),
     "Run": lambda: Run(path(), plots=False, log_every=1),
     "Schedule": lambda: Schedule(cosine(0.1, 0.01)),
     "TTA": lambda: TTA(lambda data: data * 1.01),

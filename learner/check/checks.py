@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..loop.learner import PASSES, Learner
+from ..loop.learner import Learner
+from ..loop.loop import PASSES
 from ..base.words import check_number, check_whole
 from ..watch.recorder import Recorder
 from ..loop.stages import Callback, CancelBatchException, CancelEpochException

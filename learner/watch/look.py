@@ -110,8 +110,8 @@ class _FirstBatch(Callback):
             except AttributeError as error: raise missing(error) from None
         raise CancelTrainException if self.phase == "train" else CancelEpochException
 
-    # for a batch routine without a stage `predict`
-    after_batch = after_validation_batch = after_test_batch = before_predict
+    def after_any_batch(self, learn: Learner) -> None:  # where no stage `predict` opened
+        self.before_predict(learn)
 
 # %% ../../nbs/watch/look.ipynb #3bc6c2a8
 def show_batch(

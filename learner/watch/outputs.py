@@ -23,11 +23,12 @@ from torch.distributions import Distribution
 from ..base.history import History
 from ..base.parts import kept_order, length_of
 from ..base.provenance import kept_rng
-from ..base.tree import batch_size, is_leaf, map_tensors
+from ..base.batch import size_of, unpack
+from ..base.tree import is_leaf, map_tensors
 from ..base.words import check_whole, did_you_mean
-from ..loop.learner import PASSES, Learner
-from ..loop.stages import Callback, CallbackError, CancelBatchException, CancelEpochException
-from ..loop.stages import providers_of
+from ..loop.learner import Learner
+from ..loop.loop import PASSES
+from ..loop.stages import Callback, CancelBatchException, CancelEpochException
 
 # %% ../../nbs/watch/outputs.ipynb #9c8bd785
 def leaves_of(tree: Any) -> list[Any]:
@@ -157,7 +158,7 @@ def example_losses(
         reduction = _default_reduction(loss_func)
         if loss_func is None or reduction is None: return None
         losses = loss_func(predictions, labels, reduction="none")
-    if not isinstance(losses, Tensor) or losses.shape[:1] != (batch_size(labels),): return None
+    if not isinstance(losses, Tensor) or losses.shape[:1] != (size_of(labels),): return None
     if losses.ndim == 1: return losses
     return losses.flatten(1).mean(1) if reduction == "mean" else losses.flatten(1).sum(1)
 
@@ -198,21 +199,10 @@ _one_at_a_time = RLock()  # a model's modes and the random numbers are put back:
 def _pass_over(learn: Learner, loader: Any, callback: Callback, test: bool = False) -> None:
     "One pass over a loader by a light copy of the learner, in evaluation mode."
     with _one_at_a_time, kept_rng(), kept_order([loader]), warnings.catch_warnings():
-        quiet = copy(learn)
-        _remove_watchers(quiet)
-        quiet.history, quiet._failed = History(), False  # what a failed run has left is the learner's own
+        quiet = learn.quiet_copy()
         quiet.dataloaders = {**learn.dataloaders, "test" if test else "validation": loader}
-        warnings.filterwarnings("ignore", "(validation|test)_loss is nan")  # the reader sees what is there
+        warnings.filterwarnings("ignore", "(validation|test)_loss is nan")  # the reader sees it
         (quiet.test if test else quiet.validate)(callback)
-
-def _remove_watchers(learn: Learner) -> None:
-    "Remove the watchers; where another asks for fixtures that they provide, their providers stay, without any hook."
-    watchers = [callback for callback in learn.callbacks if callback.watches]
-    steering = [callback for callback in learn.callbacks if not callback.watches]
-    try: learn._set_callbacks(steering)
-    except CallbackError:
-        makers = [{fixture: maker for fixture, _, maker in providers_of(watcher)} for watcher in watchers]
-        learn._set_callbacks([*steering, *(type("Providers", (Callback,), given)() for given in makers if given)])
 
 # %% ../../nbs/watch/outputs.ipynb #18818476
 class _Collector(Callback):
@@ -227,9 +217,10 @@ class _Collector(Callback):
     ):
         self.keep, self.inputs, self.seen = keep, inputs, 0
 
-    def after_validation_batch(self, learn: Learner) -> None:
-        try: data, labels, size, output = learn.data, learn.labels, learn.batch_size, learn.predictions
+    def after_any_batch(self, learn: Learner) -> None:
+        try: data, labels, output = learn.data, learn.labels, learn.predictions
         except AttributeError as error: raise missing(error) from None
+        size = learn.batch_size
         losses, predictions = example_losses(learn.loss_func, output, labels), logits_of(output)
         check_rows("predictions", predictions)
         check_rows("labels", labels)
@@ -239,12 +230,8 @@ class _Collector(Callback):
         rows = Predictions(predictions, labels, losses, positions, data if self.inputs else None)
         if self.keep(map_tensors(Tensor.detach, rows)): raise CancelEpochException
 
-    after_test_batch = after_validation_batch
-
-    def cancelled_validation_batch(self, batch: Any) -> None:
-        self.seen += batch_size(batch)  # positions go on counting
-
-    cancelled_test_batch = cancelled_validation_batch
+    def cancelled_any_batch(self, batch: Any) -> None:
+        self.seen += unpack(batch)[3]  # positions go on counting
 
 def missing(error: AttributeError) -> ValueError:
     "What to raise when a batch routine of the user's own has left something out."
@@ -320,7 +307,7 @@ class _Asked(Callback):
 
     def __init__(self, inputs: Any, total: int, batch_size: int):
         self.inputs, self.total, self.batch_size = inputs, total, batch_size
-        self.parts: list[Any] = []
+        self.outputs: list[Any] = []
 
     def batches(self) -> Iterator[tuple[Any, None]]:
         for start in range(0, self.total, self.batch_size):
@@ -336,7 +323,8 @@ class _Asked(Callback):
             raise ValueError(f"predictions have shape {shapes} for {self.rows} "
                              f"example{'s' * (self.rows != 1)}; the model must give a row for each "
                              "(inputs[None] makes a batch of a single example)")
-        self.parts.append(map_tensors(lambda leaf: leaf.detach().to("cpu", copy=True), predictions))
+        kept = map_tensors(lambda leaf: leaf.detach().to("cpu", copy=True), predictions)
+        self.outputs.append(kept)
         raise CancelBatchException
 
 # %% ../../nbs/watch/outputs.ipynb #2a4f2d84
@@ -373,14 +361,14 @@ def predict(learn: Learner, inputs: Any, batch_size: int = 256) -> Any:
     asked = _Asked(inputs, sizes.pop(), batch_size)
     _pass_over(learn, asked.batches(), asked)
     _check_answered(asked)
-    return join_rows("predictions", asked.parts)
+    return join_rows("predictions", asked.outputs)
 
 # %% ../../nbs/watch/outputs.ipynb #63d7a4e9
 def _check_answered(asked: _Asked) -> None:
     total = math.ceil(asked.total / asked.batch_size)
-    if len(asked.parts) < total:
-        raise ValueError(f"{total - len(asked.parts)} of {total} batches did not come through the "
-                         "action predict: a callback cancels them, or the learner's own "
+    if len(asked.outputs) < total:
+        raise ValueError(f"{total - len(asked.outputs)} of {total} batches did not come through "
+                         "the action predict: a callback cancels them, or the learner's own "
                          "validation_batch leaves it out; call the model by hand")
 
 # %% ../../nbs/watch/outputs.ipynb #0958e065

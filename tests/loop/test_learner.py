@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from learner.loop.learner import Learner, LossError
+from learner.loop.learner import Learner
+from learner.loop.loop import LossError
 from learner.base.history import History, HistoryError, Mean
 from learner.loop.stages import (
     Callback,
@@ -27,7 +28,7 @@ from learner.loop.stages import (
     Stage,
     provides,
 )
-from learner.base.tree import BatchError
+from learner.base.batch import BatchError
 
 
 def tensors(n=70, seed=0):
@@ -846,13 +847,13 @@ TRAINING = {
     "read once": (dict(loaders_={"train": iter([])}), {}, ValueError,
                   "dataloaders[\"train\"] yielded no batch; an iterator can be read only once, so give a list or a DataLoader"),
     "a number": (dict(loaders_={"train": [3]}), {}, BatchError,
-                 "the loader yielded 3; a batch is a tensor, a tuple or list with the labels last, or a mapping"),
+                 "the loader yielded 3; a batch is a tensor, a tuple or list with the labels last, a mapping, a dataclass, or an object with a method to(device)"),
     "None": (dict(loaders_={"train": [None]}), {}, BatchError,
-             "the loader yielded None; a batch is a tensor, a tuple or list with the labels last, or a mapping"),
+             "the loader yielded None; a batch is a tensor, a tuple or list with the labels last, a mapping, a dataclass, or an object with a method to(device)"),
     "empty tuple": (dict(loaders_={"train": [()]}), {}, BatchError,
-                    "the loader yielded an empty tuple; a batch is a tensor, a tuple or list with the labels last, or a mapping"),
+                    "the loader yielded an empty tuple; give it at least one tensor"),
     "no labels": (dict(loaders_={"train": [{"input": x, "target": y}]}), {}, BatchError,
-                  "the batch has no labels for loss_func; its keys are ['input', 'target']"),
+                  "the batch has no labels for loss_func; its keys are ['input', 'target']; name it with Learner(..., labels=\"...\"), or pass labels=None"),
     "vector loss": (dict(loss_func=lambda p, t: F.cross_entropy(p, t, reduction="none")), {}, LossError,
                     "loss_func returned a tensor of shape (16,); the loss must be a scalar: take its .mean()"),
     "float loss": (dict(loss_func=lambda p, t: 1.0), {}, LossError, "loss_func returned a float; the loss must be a scalar tensor"),
@@ -869,7 +870,7 @@ TRAINING = {
     "learning_rate nan": ({}, dict(learning_rate=math.nan), ValueError, "learning_rate is nan; it must be a finite number of at least 0"),
     "learning_rate text": ({}, dict(learning_rate="1e-3"), ValueError, "learning_rate is '1e-3'; it must be a finite number of at least 0"),
     "factory": (dict(optimiser=lambda ps, lr=0: NotAnOptimiser), {}, TypeError,
-                "optimiser: the factory returned <class 'test_core.NotAnOptimiser'>; it must return a torch Optimizer"),
+                "optimiser: the factory returned <class 'test_learner.NotAnOptimiser'>; it must return a torch Optimizer"),
     "factory of other parameters": (dict(optimiser=lambda ps, lr=0.1: torch.optim.SGD(net().parameters(), lr=lr)), {}, ValueError,
                                     "optimiser: SGD has no parameter of the model in it; make it from model.parameters()"),
     "logging a vector": (dict(callbacks=None), "log", ValueError, "log: wide has shape (3,); log a scalar"),
