@@ -240,7 +240,7 @@ def _wrong(where: str, value: Any, hint: Any) -> ConfigError:
 # %% ../../nbs/runs/config.ipynb #3d0d30e3
 _OPTIMISERS = ("Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
 _CALLBACKS = {
-    "steer.update": ("EMA", "Accumulate", "ClipGradients"), "steer.schedule": ("EarlyStopping",), "check.checks": ("NaNGuard",),
+    "steer.update": ("EMA", "Accumulate", "ClipGradients"), "steer.schedule": ("EarlyStopping",), "check.nan_guard": ("NaNGuard",),
     "steer.precision": ("ChannelsLast", "Compile", "MixedPrecision"), "steer.augment": ("CutMix", "Mixup"),
     "watch.activations": ("ActivationStats", "GradientStats"), "steer.initialise": ("LSUV",),
 }
