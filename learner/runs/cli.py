@@ -25,7 +25,7 @@ from .rundir import RunError, RunFiles, create_run, is_run, read_run
 from .rundir import new_name as free_name
 from .signature import Form, comments, read_signature
 
-# %% ../../nbs/runs/cli.ipynb #f13f9c76
+# %% ../../nbs/runs/cli.ipynb #4000f56f
 def printable(text: object) -> str:
     r"""A text whose control characters are shown as escapes, such as `\x1b`, except for line ends and tabs.
 
@@ -179,7 +179,7 @@ def _report(run_dir: str) -> None:
     plots = sorted(Path(run_dir, "plots").glob("*.png"))
     if plots: _say(f"pictures: {', '.join(map(str, plots))}")
 
-# %% ../../nbs/runs/cli.ipynb #2bb4170e
+# %% ../../nbs/runs/cli.ipynb #c1d0bf23
 def _check_least(option: str, value: int | None, least: int, meaning: str = "") -> None:
     if value is not None and value < least:
         raise UsageError(f"--{option} is {value}; it must be a whole number of at least {least}{meaning}")
@@ -264,7 +264,7 @@ def _resume(
         resume_run(run_dir, epochs, allow, _console(quiet))
     _report(run_dir)
 
-# %% ../../nbs/runs/cli.ipynb #9e17954b
+# %% ../../nbs/runs/cli.ipynb #4e60c2f1
 @_command
 def _evaluate(
     run_dir: str,  # a run
@@ -297,7 +297,7 @@ def _rerun(
     _report(new_dir)
     _say(found)
 
-# %% ../../nbs/runs/cli.ipynb #9b964d79
+# %% ../../nbs/runs/cli.ipynb #fbfb782b
 @_command
 def _scores(
     folder: str,  # with runs in it

@@ -63,15 +63,21 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
         result[first] = _merged(result[first], value) if first in result else value
     return result
 
-# %% ../../nbs/runs/config.ipynb #84452fd0
+# %% ../../nbs/runs/config.ipynb #2dd97732
 @dataclass
 class Part:
     "Something with settings, resolved: what makes it, and the values of its parameters."
     entry: Entry | None  # None: a list of parts
     kind: str
     values: dict[str, Any] = field(default_factory=dict)  # typed, parts included
-    plain: dict[str, Any] = field(default_factory=dict)  # as a file has them
-    helps: dict[str, str] = field(default_factory=dict)
+    name: str = ""  # in the settings, where they have to say it
+    helps: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        "The settings as a file has them."
+        pairs = {key: value.plain if isinstance(value, Part) else _as_plain(value) for key, value in self.values.items()}
+        return {**({"name": self.name} if self.name else {}), **{k: v for k, v in pairs.items() if v is not NOTHING}}
 
     def make(self, where: str, **more: Any) -> Any:
         "Build it; raises ConfigError where its settings do not suit it."
@@ -107,7 +113,7 @@ def _as_plain(value: Any) -> Any:
 
 def _error(origin: str, text: object) -> ConfigError: return ConfigError(f"{origin}: {text}" if origin else str(text))
 
-# %% ../../nbs/runs/config.ipynb #c9127175
+# %% ../../nbs/runs/config.ipynb #5e691544
 _PARTS = ("model", "optimiser", "callbacks")
 
 def _fill(part: Part, label: str, where: str, form: Form, layers: Sequence[Layer], allow: Collection[str] | None) -> Part:
@@ -115,21 +121,17 @@ def _fill(part: Part, label: str, where: str, form: Form, layers: Sequence[Layer
     prefix, known = f"{where}." if where else "", form.settings
     for origin, layer in layers if not form.takes_any else ():
         for key in layer:
-            if key.removesuffix("+") not in known: raise _error(origin, _unknown(part, label, prefix, key, known))
-    values, plain = {}, {}
+            name = key.removesuffix("+")
+            if name not in known: raise _error(origin, _unknown(part, label, prefix, name, known))
+    values = {}
     for setting in sorted(known.values(), key=lambda setting: setting.kind in _PARTS):
         given = [(origin, layer[key], key != setting.name) for origin, layer in layers
                  for key in (setting.name, f"{setting.name}+") if key in layer]
-        value = _value(form, setting, f"{prefix}{setting.name}", given, allow)
-        if value is NOTHING: continue
-        values[setting.name] = value
-        shown = value.plain if isinstance(value, Part) else _as_plain(value)
-        if shown is not NOTHING: plain[setting.name] = shown
+        values[setting.name] = _value(form, setting, f"{prefix}{setting.name}", given, allow)
     for _, layer in layers:
-        for key in layer.keys() - known.keys() - {f"{name}+" for name in known}:
-            values[key] = plain[key] = without_text(layer[key])
-    part.values = {name: values[name] for name in (*known, *values) if name in values}
-    part.plain |= {name: plain[name] for name in part.values if name in plain}
+        values |= {key: without_text(value) for key, value in layer.items() if key.removesuffix("+") not in known}
+    ordered = [*known, *(key for key in values if key not in known)]
+    part.values = {name: values[name] for name in ordered if values[name] is not NOTHING}
     part.helps = {setting.name: setting.help for setting in known.values()}
     return part
 
@@ -144,10 +146,11 @@ def _unknown(part: Part, label: str, prefix: str, name: str, known: Mapping[str,
 def _settings_of_default(setting: Setting) -> Collection[str]:
     "The settings of the part that is the default, where looking costs no import."
     default = setting.default.get("name") if isinstance(setting.default, Mapping) else setting.default
-    entry = next((entry for entry in registered(setting.kind) if entry.name == default), None) if setting.kind in _PARTS[:2] else None
-    return read_signature(entry.factory).settings if entry and not isinstance(entry.factory, str) else ()
+    there = registered(setting.kind) if setting.kind in ("model", "optimiser") else []
+    factories = [entry.factory for entry in there if entry.name == default and not isinstance(entry.factory, str)]
+    return read_signature(factories[0]).settings if factories else ()
 
-# %% ../../nbs/runs/config.ipynb #0ffa335c
+# %% ../../nbs/runs/config.ipynb #58e33e35
 Given = Sequence[tuple[str, Any, bool]]  # for one setting, lowest layer first: the layer's origin, a value, whether it is added
 
 def _value(form: Form, setting: Setting, where: str, given: Given, allow: Collection[str] | None) -> Any:
@@ -171,16 +174,18 @@ def _value(form: Form, setting: Setting, where: str, given: Given, allow: Collec
 
 def _spec(where: str, origin: str, value: Any) -> dict[str, Any]:
     "What a layer says of a part, as a mapping."
-    value = without_text(value) if isinstance(value, Text) else value
+    value = _read(value)
     if isinstance(value, str): return {"name": value}
     if isinstance(value, Mapping): return nested(value)
     raise _error(origin, f"{where} is {_quoted(value)}; it must be a name, or names with values")
+
+def _read(value: Any) -> Any: return without_text(value) if isinstance(value, Text) else value
 
 def _quoted(value: Any) -> str:
     from learner.runs.text import quoted
     return quoted(without_text(value))
 
-# %% ../../nbs/runs/config.ipynb #c6bc0671
+# %% ../../nbs/runs/config.ipynb #121fec22
 def _named(kind: str, where: str, given: Sequence[tuple[str, Any]], allow: Collection[str] | None) -> Part:
     "A part that has a name: the layers since the one that chose it."
     name, owner = "", ""
@@ -199,11 +204,11 @@ def _named(kind: str, where: str, given: Sequence[tuple[str, Any]], allow: Colle
     form = read_signature(entry.load(), kind=kind)
     if "name" in form.settings:
         raise ConfigError(f"{where}: {name} has a parameter called name, which stands for the part itself; rename it")
-    return _fill(Part(entry, kind, plain={"name": name}), name, where, form, layers, allow)
+    return _fill(Part(entry, kind, name=name), name, where, form, layers, allow)
 
 def _by_name(where: str, origin: str, value: Any) -> Mapping[str, Any]:
     "What a layer says of callbacks: names, each with its settings."
-    value = without_text(value) if isinstance(value, Text) else value
+    value = _read(value)
     if isinstance(value, str): return {value: {}}
     if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value): return {str(item): {} for item in value}
     if isinstance(value, Mapping): return value
@@ -215,7 +220,7 @@ def _callbacks(where: str, default: Any, given: Given, allow: Collection[str] | 
     default = () if default is NOTHING or default is None else default
     for origin, value, _ in [("", default, False), *given]:
         for name, spec in _by_name(where, origin, value).items():
-            spec = without_text(spec) if isinstance(spec, Text) else spec
+            spec = _read(spec)
             if spec is None or spec is False:
                 by_name.pop(name, None)
                 continue
@@ -227,8 +232,8 @@ def _callbacks(where: str, default: Any, given: Given, allow: Collection[str] | 
     for name, specs in by_name.items():
         label = [] if any("name" in spec for _, spec in specs) else [("", name)]
         inner = _named("callback", f"{where}.{name}", [*label, *specs], allow)
-        if inner.plain["name"] == name: del inner.plain["name"]
-        part.values[name], part.plain[name] = inner, inner.plain
+        if inner.name == name: inner.name = ""
+        part.values[name] = inner
     return part
 
 def _group(setting: Setting, where: str, given: Given, allow: Collection[str] | None) -> Part:
@@ -260,7 +265,7 @@ class Settings:
 
     def __init__(self, config: str, part: Part, common: dict[str, Any], asked: Collection[str]):
         self.config = config
-        self.values: dict[str, Any] = {**part.plain}
+        self.values = part.plain
         self.training = {name: common[name] for name in ("epochs", "learning_rate", "validation_epochs")}
         self.seed: int = common["seed"]
         self._part, self._asked = part, asked
@@ -303,7 +308,7 @@ class Settings:
 
     def __str__(self) -> str: return self.to_yaml()
 
-# %% ../../nbs/runs/config.ipynb #9adaaa2b
+# %% ../../nbs/runs/config.ipynb #7cdb7919
 _settings: WeakKeyDictionary[Any, Settings] = WeakKeyDictionary()
 
 def _as_learner(config: str, made: Any) -> "Learner":
@@ -368,7 +373,7 @@ def _is_file(config: Config) -> bool:
     if not isinstance(config, str): return isinstance(config, Path)
     return config.endswith(_SUFFIXES) or ("/" in config and ":" not in config)
 
-# %% ../../nbs/runs/config.ipynb #219bfb2f
+# %% ../../nbs/runs/config.ipynb #d4a2dcee
 def resolve(config: Config, *layers: Mapping[str, Any], allow: Collection[str] | None = None) -> Settings:
     """Find all settings of a learner.
 
@@ -440,7 +445,7 @@ def build(config: Config, /, **settings: Any) -> "Learner":
     """
     return resolve(config, settings).build()
 
-# %% ../../nbs/runs/config.ipynb #841c8034
+# %% ../../nbs/runs/config.ipynb #50ae50b9
 def _settings_from(entry: Entry, layers: Sequence[Layer], allow: Collection[str] | None) -> Settings:
     function, name = entry.load(), entry.recorded
     own = read_signature(function, entry.defaults, "config")

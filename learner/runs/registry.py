@@ -6,7 +6,7 @@
 __all__ = ['ConfigError', 'Entry', 'registered', 'register_model', 'register_config', 'import_named', 'find_code',
            'import_allowed', 'find_part', 'find_config']
 
-# %% ../../nbs/runs/registry.ipynb #ad59aa36
+# %% ../../nbs/runs/registry.ipynb #91553268
 import inspect
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -17,11 +17,11 @@ from typing import Any
 
 from ..base.words import did_you_mean
 
-# %% ../../nbs/runs/registry.ipynb #4636c7de
+# %% ../../nbs/runs/registry.ipynb #60abc670
 class ConfigError(ValueError):
     "Settings that make no sense: what is wrong, where, and the fix, in one line."
 
-# %% ../../nbs/runs/registry.ipynb #cf977821
+# %% ../../nbs/runs/registry.ipynb #9dfc4ade
 @dataclass(frozen=True)
 class Entry:
     "What a name stands for."
@@ -67,7 +67,7 @@ _registered: dict[str, dict[str, Entry]] = {
 }
 _BASES = {"model": "Module", "optimiser": "Optimizer", "callback": "Callback"}
 
-# %% ../../nbs/runs/registry.ipynb #d2b7a510
+# %% ../../nbs/runs/registry.ipynb #61df854c
 def registered(kind: str = "config") -> list[Entry]:
     """List what is registered.
 
@@ -83,7 +83,7 @@ def registered(kind: str = "config") -> list[Entry]:
     """
     return [_registered[kind][name] for name in sorted(_registered[kind], key=str.lower)]
 
-# %% ../../nbs/runs/registry.ipynb #cab8f68c
+# %% ../../nbs/runs/registry.ipynb #bdc48548
 def _places(factory: Any) -> set[tuple[str, str]]:
     "Where it is defined: by module and by file. A cell that is run again has one of them in common."
     code = getattr(factory, "__code__", None)
@@ -137,7 +137,7 @@ def register_config(builder: Callable[..., Any] | None = None, *, name: str | No
     """
     return _register("config", builder, name, defaults)
 
-# %% ../../nbs/runs/registry.ipynb #47541d6a
+# %% ../../nbs/runs/registry.ipynb #857fc6f3
 def import_named(module: str, where: str) -> Any:
     "Import a module that `where` names; raises ConfigError that says whether it is missing or fails."
     try: return import_module(module)
@@ -177,7 +177,7 @@ def import_allowed(allow: Collection[str] | str) -> list[str]:
         import_named(module, "allow")
     return modules
 
-# %% ../../nbs/runs/registry.ipynb #8f544938
+# %% ../../nbs/runs/registry.ipynb #f9823c47
 def find_part(kind: str, where: str, name: str, allow: Collection[str] | None) -> Entry:
     "The entry of a model, an optimiser or a callback, registered or by its place; raises ConfigError."
     if name in _registered[kind]: return _registered[kind][name]

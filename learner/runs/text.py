@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_yaml', 'read_scalar', 'read_word', 'write_yaml', 'quoted']
 
-# %% ../../nbs/runs/text.ipynb #697dc97b
+# %% ../../nbs/runs/text.ipynb #c72b85f6
 import json
 import re
 from typing import Any
@@ -14,7 +14,7 @@ import yaml  # type: ignore[import-untyped]
 
 from .registry import ConfigError
 
-# %% ../../nbs/runs/text.ipynb #81b500e5
+# %% ../../nbs/runs/text.ipynb #4baa9b2a
 _CORE = {  # tag: pattern, first letters
     "null": (r"~|null|Null|NULL|", "~nN\0"),
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -49,7 +49,7 @@ def _check_keys(node: Any) -> None:
         if key.value in seen: raise yaml.YAMLError(f"{line}: {key.value} is there twice")
         seen.add(key.value)
 
-# %% ../../nbs/runs/text.ipynb #61a1a8ea
+# %% ../../nbs/runs/text.ipynb #b2b504a1
 class _Reader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
@@ -89,7 +89,7 @@ _Reader.add_constructor(f"{_TAG}int", _Reader.whole)
 _RawReader.yaml_constructors = _Reader.yaml_constructors
 _Writer.add_representer(str, _Writer.text)
 
-# %% ../../nbs/runs/text.ipynb #5f69b510
+# %% ../../nbs/runs/text.ipynb #dcb7a3b5
 def read_yaml(text: str, raw: bool = False) -> Any:
     """Read a value from YAML 1.2, or from JSON, which is part of it.
 
@@ -133,7 +133,7 @@ def read_word(text: str, raw: bool = False) -> Any:
     if isinstance(value, list | dict) or text[:1] in ("'", '"'): return value
     return str(text) if raw else read_scalar(text)
 
-# %% ../../nbs/runs/text.ipynb #b867ca5b
+# %% ../../nbs/runs/text.ipynb #c9595a27
 def write_yaml(value: Any, flow: bool = False) -> str:
     """Write a value as YAML.
 
