@@ -12,7 +12,7 @@ from learner.steer.augment import TTA, BatchTransform, CutMix, Mixup, flip, norm
 from learner.check.reads import ReadBacks
 from learner.loop.learner import Learner
 from learner.loop.data import TensorLoader
-from learner.watch.look import predictions
+from learner.watch.outputs import predictions
 from learner.watch.metrics import Metrics
 from learner.loop.stages import Callback, CancelBatchException
 
