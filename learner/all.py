@@ -55,7 +55,8 @@ from .loop.stages import CancelStepException, CancelTrainException, Stage, Stage
 from .loop.state import ResumeError
 from .runs.tensorboard import TensorBoard
 from .watch.modules import summary
-from .base.tree import BatchError, map_tensors, to_device
+from .base.batch import BatchError
+from .base.tree import map_tensors, to_device
 from .steer.update import EMA, Accumulate, ClipGradients, FreezeUntil
 
 _all_ = [

@@ -456,8 +456,8 @@ def _moments(
     tree: StageTree,
 ) -> list[_Moment]:
     "Every way to stop a training next to the hooks of a callback."
-    places = {hook: tree.parse(hook) for hook, _ in hooks_of(callback, tree)}
-    places |= {f"before_{stage}": ("before", stage) for _, stage, _ in providers_of(callback)}
+    hooks = [hook for hook, _ in hooks_of(callback, tree)] + [f"before_{stage}" for _, stage, _ in providers_of(callback)]
+    places = {each: tree.parse(each) for hook in hooks for each in tree.expand(hook)}
     found = []
     for hook, parsed in places.items():
         kind, stage = parsed or ("", "")

@@ -31,7 +31,7 @@ from .resume import Cursor, begin, lengths, read_checkpoint, state_to_resume
 from .stages import Callback
 from .state import Place, check_state, gather, order_state, put, set_groups
 
-# %% ../../nbs/loop/learner.ipynb #a0df43c4
+# %% ../../nbs/loop/learner.ipynb #8dd8e5b4
 class Resumable(Loop):
     "A loop whose training can be put aside and taken up again."
     cursor: Cursor
@@ -61,7 +61,7 @@ class Resumable(Loop):
         put(self, state)
         self.cursor.saved = dict(state)
 
-# %% ../../nbs/loop/learner.ipynb #0d0a1daf
+# %% ../../nbs/loop/learner.ipynb #108ea33a
 class Files(Resumable):
     "A training in files."
 
@@ -95,7 +95,7 @@ class Files(Resumable):
         self.check_idle("load")
         self.load_state_dict(read_checkpoint(path))
 
-# %% ../../nbs/loop/learner.ipynb #671fe157
+# %% ../../nbs/loop/learner.ipynb #2a2709ae
 class Trainer(Files):
     "The frame of a call, and training itself."
     _failed = False  # the last public call
@@ -158,7 +158,7 @@ class Trainer(Files):
             begin(cursor, self, state, rate)
             with cursor.kept(self): self._train(cursor)
 
-# %% ../../nbs/loop/learner.ipynb #69164420
+# %% ../../nbs/loop/learner.ipynb #fcd593d5
 class Trials(Trainer):
     "Copies, hashes and tidying up."
 
@@ -178,7 +178,7 @@ class Trials(Trainer):
         shared |= {id(self.history): History(), id(self.cursor): cursor}
         with kept_rng(), kept_order(self.dataloaders.values()):
             trial = deepcopy(self, shared)
-            trial.remove(*watchers)
+            trial.remove_watchers()
             yield trial
 
     def fingerprint(self) -> dict[str, str]:
@@ -195,7 +195,7 @@ class Trials(Trainer):
         parts = {"model": self.model.state_dict(), "optimiser": optimiser, "order": order, "rng": rng_state()}
         return {name: hash_state({name: part}) for name, part in parts.items()}
 
-# %% ../../nbs/loop/learner.ipynb #1d3008e4
+# %% ../../nbs/loop/learner.ipynb #6cbedb58
 class Learner(Trials):
     """Trains a model, with callbacks that can read and change anything here.
 
@@ -225,6 +225,7 @@ class Learner(Trials):
     def quiet_copy(self) -> Self:
         "A light copy for a pass beside training: it shares the parts, and has a history and a place of its own."
         quiet = copy(self)
+        quiet.remove_watchers()
         quiet.history, quiet._failed, quiet.results = History(), False, {}
         quiet.cursor = quiet.plan = Cursor()
         return quiet
@@ -236,7 +237,7 @@ class Learner(Trials):
         rows = "".join(f"<tr><th>{name}</th><td>{escape(value)}</td></tr>" for name, value in summary_of(self).items())
         return f"<table><caption>{type(self).__name__}</caption>{rows}</table>"
 
-# %% ../../nbs/loop/learner.ipynb #1d6b26b1
+# %% ../../nbs/loop/learner.ipynb #c79ef979
 def clear_traceback(error: BaseException | None) -> None:
     "Let go of what the frames of an exception, and of those behind it, hold."
     seen: set[int] = set()

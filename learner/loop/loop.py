@@ -23,7 +23,7 @@ from ..base.history import History, Mean
 from ..base.parts import accepts, check_loaders, check_parts, is_optimiser, length_of
 from ..base.parts import make_optimiser
 from ..base.parts import no_loss, not_scalar, place_model, set_learning_rate
-from ..base.tree import batch_size, call_model, open_batch
+from ..base.batch import call_model, unpack
 from ..base.words import PHASES, check_number, check_whole
 from .stages import Callback, CancelEpochException, CancelException
 from .stages import CancelTrainException, Staged
@@ -53,8 +53,8 @@ class Evaluation(Staged):
 
     def prepare(self) -> None:
         "Put the batch on the device and tell data from labels."
-        self.batch, self.data, self.labels, self.batch_size = open_batch(
-            self.batch, self.device, self.loss_func is None
+        self.batch, self.data, self.labels, self.batch_size = unpack(
+            self.batch, self.device, whole=self.loss_func is None
         )
 
     def predict(self) -> None:
@@ -168,7 +168,7 @@ class Values(Training):
             else: self.columns.waiting.append((self.batch_num, name, value))
 
     def _size(self) -> int:
-        return self.batch_size if "batch_size" in vars(self) else batch_size(self.batch)
+        return self.batch_size if "batch_size" in vars(self) else unpack(self.batch)[3]
 
     def _end_batch(self, values: Mapping[str, Any] | None) -> None:
         "The routine of a batch is done: take its loss into the mean, and whatever was logged or returned."

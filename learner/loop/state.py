@@ -7,7 +7,7 @@ __all__ = ['ResumeError', 'Place', 'order_state', 'set_order_state', 'batches_fr
            'check_state', 'check_loop_state', 'has_state', 'with_state', 'packed', 'gather', 'put', 'groups_of',
            'set_groups', 'fitting_optimiser']
 
-# %% ../../nbs/loop/state.ipynb #617b8d11
+# %% ../../nbs/loop/state.ipynb #9040c7c0
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -81,7 +81,7 @@ def batches_from(
                               f"batch {first}; give it the data that it had") from None
     return batches
 
-# %% ../../nbs/loop/state.ipynb #39c9d871
+# %% ../../nbs/loop/state.ipynb #d2689dac
 def _from_own(batches: Iterator[Any], loader: Any, order: Mapping[str, Any]) -> Iterator[Any]:
     "What a loader with a state of its own gives; its generators are put back after it has begun."
     first = next(batches, None)
@@ -113,7 +113,7 @@ def check_model_state(model: nn.Module, state: Any) -> None:
 def _form(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
-# %% ../../nbs/loop/state.ipynb #7cea4362
+# %% ../../nbs/loop/state.ipynb #28815cf9
 def check_optimiser_state(optimiser: Any, state: Any) -> None:
     "Raise ResumeError unless a state has the groups and the shapes of an optimiser."
     if isinstance(optimiser, Mapping):
@@ -153,7 +153,7 @@ def _check_moments(optimiser: Any, values: Mapping[Any, Any]) -> None:
                 raise ResumeError(f"{name} of parameter {index} is {_form(value)} in the state of the "
                                   f"optimiser, and the parameter is {_form(parameters[index])}")
 
-# %% ../../nbs/loop/state.ipynb #438add26
+# %% ../../nbs/loop/state.ipynb #1fb2d7a7
 def check_state(state: Any) -> None:
     "Raise ResumeError for a value that is not the state of a training."
     for name in ("model", "optimiser", "callbacks", "loop"):
@@ -188,7 +188,7 @@ def check_loop_state(loop: Any) -> None:
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         raise ResumeError(f"the means, steps or random numbers in the state are damaged: {error!r:.100}") from error
 
-# %% ../../nbs/loop/state.ipynb #d16b811a
+# %% ../../nbs/loop/state.ipynb #b9d6c730
 def has_state(part: Any) -> bool:
     "Whether a part keeps something that a checkpoint must hold."
     return hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
@@ -225,10 +225,10 @@ def gather(learn: Any) -> dict[str, Any]:
         "optimiser": type(learn.optimiser).__name__, "began": dict(began) if within else None,
         "loader": loader.state_dict() if within and has_state(loader) else None,
     }
-    callbacks = {name: callback.state_dict() for name, callback in with_state(learn._callbacks)}
+    callbacks = {name: callback.state_dict() for name, callback in with_state(learn.callbacks)}
     return {"callbacks": callbacks, "loop": loop}
 
-# %% ../../nbs/loop/state.ipynb #18c26cc7
+# %% ../../nbs/loop/state.ipynb #f7c4657d
 def put(learn: Any, state: Mapping[str, Any]) -> None:
     "Put a state into a learner, or raise ResumeError and change nothing."
     loop = state["loop"]
@@ -236,7 +236,7 @@ def put(learn: Any, state: Mapping[str, Any]) -> None:
     optimiser = fitting_optimiser(learn, state)
     given, undo = to_device(state["callbacks"], learn.device), []
     try:
-        for name, callback in with_state(learn._callbacks):
+        for name, callback in with_state(learn.callbacks):
             if name not in given: continue
             undo.append((callback, deepcopy(callback.state_dict())))
             try: callback.load_state_dict(given[name])
@@ -262,7 +262,7 @@ def _put_loop(learn: Any, loop: Mapping[str, Any]) -> None:
     if cursor.place.phase: learn.results = dict(loop["results"])
     learn._steps = {name: values.tolist() for name, values in loop["row_steps"].items()}
 
-# %% ../../nbs/loop/state.ipynb #4561ac99
+# %% ../../nbs/loop/state.ipynb #2c112c84
 def _put_model(model: nn.Module, state: Mapping[str, Any]) -> None:
     try: model.load_state_dict(state)
     except Exception as error:  # names and shapes fit, so a module has its own way of loading

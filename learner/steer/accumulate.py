@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..base.parts import length_of
-from ..base.tree import batch_size
+from ..base.batch import unpack
 from ..base.words import check_whole
 from ..loop.learner import Learner
 from ..loop.stages import Callback, CallbackError, CancelStepException
@@ -169,7 +169,7 @@ class _Weighted(_WithState):
     def _weigh(self, learn: Learner) -> float | Tensor:
         if self.weight is not None: return _check_weight(self.weight(learn))
         own = "batch_size" in vars(learn)
-        return float(learn.batch_size if own else batch_size(learn.batch))
+        return float(learn.batch_size if own else unpack(learn.batch)[3])
 
     def _go_on(self) -> None:
         "Another callback cancelled a step and left the gradients there: they still count."

@@ -28,7 +28,7 @@ from learner.loop.stages import (
     Stage,
     provides,
 )
-from learner.base.tree import BatchError
+from learner.base.batch import BatchError
 
 
 def tensors(n=70, seed=0):
@@ -847,13 +847,13 @@ TRAINING = {
     "read once": (dict(loaders_={"train": iter([])}), {}, ValueError,
                   "dataloaders[\"train\"] yielded no batch; an iterator can be read only once, so give a list or a DataLoader"),
     "a number": (dict(loaders_={"train": [3]}), {}, BatchError,
-                 "the loader yielded 3; a batch is a tensor, a tuple or list with the labels last, or a mapping"),
+                 "the loader yielded 3; a batch is a tensor, a tuple or list with the labels last, a mapping, a dataclass, or an object with a method to(device)"),
     "None": (dict(loaders_={"train": [None]}), {}, BatchError,
-             "the loader yielded None; a batch is a tensor, a tuple or list with the labels last, or a mapping"),
+             "the loader yielded None; a batch is a tensor, a tuple or list with the labels last, a mapping, a dataclass, or an object with a method to(device)"),
     "empty tuple": (dict(loaders_={"train": [()]}), {}, BatchError,
-                    "the loader yielded an empty tuple; a batch is a tensor, a tuple or list with the labels last, or a mapping"),
+                    "the loader yielded an empty tuple; give it at least one tensor"),
     "no labels": (dict(loaders_={"train": [{"input": x, "target": y}]}), {}, BatchError,
-                  "the batch has no labels for loss_func; its keys are ['input', 'target']"),
+                  "the batch has no labels for loss_func; its keys are ['input', 'target']; name it with Learner(..., labels=\"...\"), or pass labels=None"),
     "vector loss": (dict(loss_func=lambda p, t: F.cross_entropy(p, t, reduction="none")), {}, LossError,
                     "loss_func returned a tensor of shape (16,); the loss must be a scalar: take its .mean()"),
     "float loss": (dict(loss_func=lambda p, t: 1.0), {}, LossError, "loss_func returned a float; the loss must be a scalar tensor"),

@@ -220,8 +220,9 @@ def test_it_leaves_the_learner_and_the_process_as_they_were(tmp_path):
     learn, streams = no_test(example_learner()), (sys.stdout, sys.stderr)
     run = quick(tmp_path / "a", fingerprints=1)
     learn.add(run)
+    callbacks = learn.callbacks
     for _ in range(2): learn.train(1)
-    assert learn.callbacks == (run,) and (sys.stdout, sys.stderr) == streams and not is_locked(tmp_path / "a")
+    assert set(callbacks) == {run, *run.parts} and learn.callbacks == callbacks and (sys.stdout, sys.stderr) == streams and not is_locked(tmp_path / "a")
     files = read_run(tmp_path / "a")
     assert len(files.rows) == 2 and [start["status"] for start in files.meta["starts"]] == ["finished"] * 2
     assert [row["step"] for block in files.steps() for row in block] == [0, 1, 2, 3, 4, 5]
