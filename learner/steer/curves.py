@@ -7,7 +7,7 @@ __all__ = ['Curve', 'ScheduleError', 'check_finite', 'constant', 'linear', 'cosi
            'hyperparameters', 'split_name', 'get_hyperparameter', 'set_hyperparameter', 'check_name',
            'FunctionScheduler']
 
-# %% ../../nbs/steer/curves.ipynb #5dc2e29b
+# %% ../../nbs/steer/curves.ipynb #d16a9cc1
 import math
 import re
 from bisect import bisect_right
@@ -44,7 +44,7 @@ def _cosine(start: float, end: float, progress: float) -> float:
 def _exponential(start: float, end: float, progress: float) -> float:
     return start * (end / start) ** progress
 
-# %% ../../nbs/steer/curves.ipynb #92c3efff
+# %% ../../nbs/steer/curves.ipynb #3db5af36
 def constant(value: float) -> Curve:
     """The same value all the time.
 
@@ -70,7 +70,7 @@ def linear(start: float, end: float) -> Curve:
     """
     return partial(_linear, check_finite(start, "start"), check_finite(end, "end"))
 
-# %% ../../nbs/steer/curves.ipynb #74c0fd29
+# %% ../../nbs/steer/curves.ipynb #a6832441
 def cosine(start: float, end: float) -> Curve:
     """Along half a cosine: slow at both ends (Loshchilov and Hutter, 2016, arXiv 1608.03983).
 
@@ -100,7 +100,7 @@ def exponential(start: float, end: float) -> Curve:
                                 "cosine or linear")
     return partial(_exponential, float(start), float(end))
 
-# %% ../../nbs/steer/curves.ipynb #66a28f7c
+# %% ../../nbs/steer/curves.ipynb #212c2362
 def _combined(ends: tuple[float, ...], curves: tuple[Curve, ...], progress: float) -> float:
     i = min(bisect_right(ends, progress), len(ends) - 1)
     start = ends[i - 1] if i else 0.0
@@ -128,7 +128,7 @@ def combine(shares: Sequence[float], curves: Sequence[Curve]) -> Curve:
     ends = tuple(sum(shares[:i + 1]) for i in range(len(shares) - 1))
     return partial(_combined, (*ends, 1.0), tuple(curves))
 
-# %% ../../nbs/steer/curves.ipynb #b8d02c27
+# %% ../../nbs/steer/curves.ipynb #dc94c3a7
 def warm_up(curve: Curve, share: float = 0.1, start: float = 0.0) -> Curve:
     """Rise on a straight line to where a curve begins, then follow the curve.
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MonitorError', 'check_monitor', 'check_mode', 'monitored', 'EarlyStopping']
 
-# %% ../../nbs/steer/stopping.ipynb #0086b1d6
+# %% ../../nbs/steer/stopping.ipynb #07a54f9c
 import math
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -64,7 +64,7 @@ def check_mode(owner: Any, monitor: str, mode: str | None) -> str:
                          f"from its name; pass mode=\"min\" or mode=\"max\"{max(hints)}")
     return found
 
-# %% ../../nbs/steer/stopping.ipynb #a5f3d633
+# %% ../../nbs/steer/stopping.ipynb #623eafd5
 def monitored(owner: Any, monitor: str, learn: Learner) -> float | None:
     """The value of a column in this epoch; None if it was not measured in this epoch.
 
@@ -93,7 +93,7 @@ def monitored(owner: Any, monitor: str, learn: Learner) -> float | None:
                            "another value")
     return float(value)
 
-# %% ../../nbs/steer/stopping.ipynb #65db8db5
+# %% ../../nbs/steer/stopping.ipynb #eb3eb342
 def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
     "A copy of a state, which shares no memory with its owner."
     def copied(value: Any) -> Any:
@@ -109,7 +109,7 @@ def _parts(learn: Learner) -> dict[str, Any]:
     own = [callback for callback in learn.callbacks if getattr(callback, "with_weights", False)]
     return parts | {f"callback {name}": callback for name, callback in with_state(own)}
 
-# %% ../../nbs/steer/stopping.ipynb #2618fce6
+# %% ../../nbs/steer/stopping.ipynb #874e7cc0
 _COUNT = ("under_way", "best", "best_epoch", "waited", "reason")
 
 class _Count(Callback):
