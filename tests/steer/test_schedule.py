@@ -18,8 +18,13 @@ from torch.optim import lr_scheduler as lrs
 
 from learner.check.conformance import check_callback
 from learner.loop.learner import Learner
-from learner.steer.update import EMA
-from learner.watch.progress import Progress
+from learner.loop.stages import (
+    Callback,
+    CancelBatchException,
+    CancelEpochException,
+    CancelStepException,
+    CancelTrainException,
+)
 from learner.steer.curves import combine, constant, cosine, exponential, linear, warm_up
 from learner.steer.schedule import (
     BatchSchedule,
@@ -30,13 +35,8 @@ from learner.steer.schedule import (
     Schedule,
     ScheduleError,
 )
-from learner.loop.stages import (
-    Callback,
-    CancelBatchException,
-    CancelEpochException,
-    CancelStepException,
-    CancelTrainException,
-)
+from learner.steer.update import EMA
+from learner.watch.progress import Progress
 
 torch.manual_seed(0)
 X, Y = torch.randn(70, 4), torch.randint(3, (70,))
