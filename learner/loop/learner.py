@@ -225,7 +225,8 @@ class Trials(Trainer):
         shared: dict[int, Any] = {id(part): part for part in (self.dataloaders, *watchers)}
         shared |= {id(self.history): History(), id(self.cursor): cursor}
         with kept_rng(), kept_order(loaders_of(self).values()):
-            trial = deepcopy(self, shared)
+            try: trial = deepcopy(self, shared)
+            except Exception as error: raise name_uncopied(self.callbacks, error) from error
             trial.remove_watchers()
             yield trial
 
@@ -318,6 +319,17 @@ def clear_traceback(error: BaseException | None) -> None:
         seen.add(id(error))
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
+
+def name_uncopied(callbacks: Iterable[Callback], error: Exception) -> Exception:
+    "Say which callback cannot be copied; the error itself if none of them is to blame."
+    for callback in callbacks:
+        if callback.watches: continue  # it is shared
+        try: deepcopy(callback)
+        except Exception as own:
+            return TypeError(
+                f"a trial works on a copy, and {callback!r} cannot be copied: {own}; set watches = True on it if "
+                "it changes nothing, give it a __deepcopy__, or remove it before")
+    return error
 
 def summary_of(learn: Loop) -> dict[str, str]:
     "What a learner consists of, in a few words each."
