@@ -98,7 +98,7 @@ class Settings:
 
     def __str__(self) -> str: return self.to_yaml()
 
-# %% ../../nbs/runs/config.ipynb #85434e8d
+# %% ../../nbs/runs/config.ipynb #9cca3702
 _settings: WeakKeyDictionary[Any, Settings] = WeakKeyDictionary()
 
 def _as_learner(config: str, made: Any) -> "Learner":
@@ -174,7 +174,7 @@ def _run_record(folder: str) -> Mapping[str, Any]:
     try: return read_run(folder).config
     except RunError as error: raise ConfigError(str(error)) from None
 
-# %% ../../nbs/runs/config.ipynb #bbe976e7
+# %% ../../nbs/runs/config.ipynb #e63a60e6
 def resolve(config: Config, *layers: Mapping[str, Any], allow: Allow = None) -> Settings:
     """Find all settings of a learner.
 
@@ -225,8 +225,8 @@ def from_record(
         raise ConfigError("the record names no config, so its learner was made by hand; "
                           "make it again and load the weights into it")
     if not isinstance(settings, Mapping):
-        raise ConfigError(f"the settings of the record are {show_value(settings)}; they must be names "
-                          "with values")
+        raise ConfigError(f"the settings of the record are {show_value(settings)}; they must be "
+                          "names with values")
     all_layers = [("", nested(layer)) for layer in (settings, *layers)]
     return _settings_from(find_config("config ", config, allow), all_layers, allow)
 
@@ -245,7 +245,7 @@ def build(config: Config, /, **settings: Any) -> "Learner":
     """
     return resolve(config, settings).build()
 
-# %% ../../nbs/runs/config.ipynb #4d4331f3
+# %% ../../nbs/runs/config.ipynb #753ad06b
 def _settings_from(entry: Entry, layers: Sequence[Layer], allow: Allow) -> Settings:
     function, name = entry.load(), entry.recorded
     own = read_signature(function, entry.defaults, "config")

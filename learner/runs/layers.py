@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Layer', 'Allow', 'Given', 'nested', 'Part', 'fill', 'show_value']
 
-# %% ../../nbs/runs/layers.ipynb #97df0c20
+# %% ../../nbs/runs/layers.ipynb #b89cc9f7
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, is_dataclass
@@ -18,7 +18,7 @@ from ..base.words import did_you_mean
 from .registry import ConfigError, Entry, find_part, registered
 from .signature import NOTHING, Form, Setting, Text, read_signature, without_text
 
-# %% ../../nbs/runs/layers.ipynb #fc08cbfe
+# %% ../../nbs/runs/layers.ipynb #3e91cb27
 Layer = tuple[str, Mapping[str, Any]]  # its file ("": the caller), and nested settings
 
 def _merged(low: Any, high: Any) -> Any:
@@ -52,7 +52,7 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
         result[first] = _merged(result[first], value) if first in result else value
     return result
 
-# %% ../../nbs/runs/layers.ipynb #ad9b4c1f
+# %% ../../nbs/runs/layers.ipynb #bd8818ad
 @dataclass
 class Part:
     "Something with settings, resolved: what makes it, and the values of its parameters."
@@ -108,13 +108,13 @@ def _as_plain(value: Any) -> Any:
 def _error(origin: str, text: object) -> ConfigError:
     return ConfigError(f"{origin}: {text}" if origin else str(text))
 
-# %% ../../nbs/runs/layers.ipynb #7b8c6723
+# %% ../../nbs/runs/layers.ipynb #0eb4f122
 _PARTS = ("model", "optimiser", "callbacks")
 
 Allow = Collection[str] | None  # modules that may be imported when they are named; None: any
 
 def fill(part: Part, where: str, form: Form, layers: Sequence[Layer], allow: Allow) -> Part:
-    "Give a part the values of its settings; raises ConfigError that begins with the setting's name."
+    "Give a part the values of its settings; raises ConfigError that names the setting."
     prefix, known = f"{where}." if where else "", form.settings
     for origin, layer in layers if not form.takes_any else ():
         for key in layer:
@@ -152,8 +152,8 @@ def _settings_of_default(setting: Setting) -> Collection[str]:
     entry = next((entry for entry in registered("model") if entry.name == name), None)
     return read_signature(entry.load()).settings if entry else ()
 
-# %% ../../nbs/runs/layers.ipynb #30f04c94
-Given = Sequence[tuple[str, Any, bool]]  # of one setting, by layer: file, value, whether it is added
+# %% ../../nbs/runs/layers.ipynb #605ceea7
+Given = Sequence[tuple[str, Any, bool]]  # of one setting, by layer: file, value, is it added?
 
 def _value(form: Form, setting: Setting, where: str, given: Given, allow: Allow) -> Any:
     "The value of one setting, typed; NOTHING if it has none, and the function its own default."
@@ -172,8 +172,8 @@ def _value(form: Form, setting: Setting, where: str, given: Given, allow: Allow)
         if isinstance(result, Mapping) and isinstance(value, Mapping):
             value = _merged(result, value)
         try:
-            if added: result = form.added(setting.name, where, result, value)
-            else: result = form.typed(setting.name, where, value)
+            result = (form.added(setting.name, where, result, value) if added
+                      else form.typed(setting.name, where, value))
         except ConfigError as error: raise _error(origin, error) from None
     return result
 
@@ -191,7 +191,7 @@ def show_value(value: Any) -> str:
     from learner.runs.text import quoted
     return quoted(without_text(value))
 
-# %% ../../nbs/runs/layers.ipynb #71887ee4
+# %% ../../nbs/runs/layers.ipynb #7357e00d
 def _named(kind: str, where: str, given: Given, allow: Allow) -> Part:
     "A part that has a name: the layers since the one that chose it."
     name, owner = "", ""
@@ -221,8 +221,8 @@ def _by_name(where: str, origin: str, value: Any) -> Mapping[str, Any]:
     if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
         return {str(item): {} for item in value}
     if isinstance(value, Mapping): return value
-    raise _error(origin, f"{where} is {show_value(value)}; it must be names of callbacks, each with "
-                         "its settings")
+    raise _error(origin, f"{where} is {show_value(value)}; it must be names of callbacks, each "
+                         "with its settings")
 
 def _callbacks(where: str, default: Any, given: Given, allow: Allow) -> Part:
     "Callbacks by name; a later layer adds some, changes settings, or leaves one out with null."
