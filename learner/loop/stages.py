@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
+from itertools import product
 from time import perf_counter
 from typing import Any, ClassVar, TypeVar, cast
 from weakref import ref
@@ -20,10 +21,11 @@ from ..base.words import did_you_mean
 
 # %% auto #0
 __all__ = ['STAGES', 'KINDS', 'TREE', 'Times', 'Owners', 'CancelException', 'CancelTrainException', 'CancelEpochException',
-           'CancelBatchException', 'CancelStepException', 'CallbackError', 'Stage', 'StageTree', 'provides', 'Callback',
-           'check_kind', 'FunctionCallback', 'label_of', 'hooks_of', 'providers_of', 'Hook', 'needs_of', 'define',
-           'compile_hooks', 'OpenStage', 'Stopwatch', 'TimedContext', 'TimedStage', 'Resolution', 'in_order',
-           'as_callbacks', 'Actions', 'Staged', 'format_seconds', 'explain_lines']
+           'CancelBatchException', 'CancelStepException', 'CallbackError', 'Stage', 'StageTree', 'absent_in',
+           'provides', 'Callback', 'check_kind', 'FunctionCallback', 'label_of', 'hooks_of', 'in_order', 'as_callbacks',
+           'with_parts', 'providers_of', 'Hook', 'required', 'needs_of', 'define', 'compile_hooks', 'OpenStage',
+           'Stopwatch', 'TimedContext', 'TimedStage', 'Resolution', 'only_watches', 'without_watchers', 'Actions',
+           'Staged', 'format_seconds', 'explain_lines']
 
 # %% ../../nbs/loop/stages.ipynb #5cdc08df
 class CancelException(Exception):
@@ -58,6 +60,7 @@ class Stage:
     leaves: str | tuple[str, ...] = ()  # fixtures that it makes: alive from its end to the end of the stage around it
     action: str = ""  # the learner's method that does the work; unless private, a callback's `<name>` can replace it
     follows: str = ""  # the stage beside it that it comes after; default: the last declared before it
+    group: str = ""  # a name that it shares with other stages: `before_<group>` is called before each of them
     rare: bool = False  # it opens now and then only, so `explain` shows it where it is hooked
 
     def __post_init__(self) -> None:
@@ -70,14 +73,16 @@ _BATCHES = ("batch", "validation_batch", "test_batch")
 STAGES = (
     Stage("train", cancel=CancelTrainException, counts="num_epochs"),
     Stage("epoch", "train", CancelEpochException, counts="epoch"),
-    Stage("training", "epoch", CancelEpochException, counts="phase"),
-    Stage("batch", "training", CancelBatchException, counts="batch_num", holds="batch", action="_train_batch"),
-    Stage("validation", "epoch", CancelEpochException, counts="phase"),
+    Stage("training", "epoch", CancelEpochException, counts="phase", group="pass"),
+    Stage("batch", "training", CancelBatchException, counts="batch_num", holds="batch", action="_train_batch",
+          group="any_batch"),
+    Stage("validation", "epoch", CancelEpochException, counts="phase", group="pass"),
     Stage("validation_batch", "validation", CancelBatchException, counts="batch_num", holds="batch",
-          action="_validation_batch"),
+          action="_validation_batch", group="any_batch"),
     Stage("interrupt", ("training", "train"), rare=True),  # Ctrl-C or SIGTERM is about to end the run between two batches
-    Stage("test", cancel=CancelEpochException, counts="phase"),
-    Stage("test_batch", "test", CancelBatchException, counts="batch_num", holds="batch", action="_validation_batch"),
+    Stage("test", cancel=CancelEpochException, counts="phase", group="pass"),
+    Stage("test_batch", "test", CancelBatchException, counts="batch_num", holds="batch", action="_validation_batch",
+          group="any_batch"),
     Stage("prepare", _BATCHES, leaves=("data", "labels", "batch_size"), action="prepare"),
     Stage("predict", _BATCHES, leaves="predictions", action="predict"),
     Stage("loss", _BATCHES, leaves="loss", action="compute_loss"),
@@ -110,28 +115,61 @@ class StageTree:
                                         f"{did_you_mean(name, self.stages)}")
             if stage.name in self.stages: raise CallbackError(f"two stages are called {stage.name}; rename one")
             self.stages[stage.name] = stage
+        self.groups: dict[str, tuple[str, ...]] = {}  # the stages of each
+        for stage in self.stages.values():
+            if stage.group: self.groups[stage.group] = (*self.groups.get(stage.group, ()), stage.name)
+        self._check_groups()
         self.order = list(self.stages)
         for name, stage in self.stages.items():
             if stage.follows:
                 self.order.remove(name)
                 self.order.insert(self.order.index(stage.follows) + 1, name)
 
+    def _check_groups(self) -> None:
+        for group, members in self.groups.items():
+            if group in self.stages: raise CallbackError(f"a stage and a group are called {group}; rename one")
+            for name in members:
+                if around := self.ancestors(name) & set(members):
+                    raise CallbackError(f"the group {group} has {name} and {around.pop()}, which is around it; "
+                                        "the stages of a group stand beside each other")
+
     # hooks
 
     @property
+    def names(self) -> list[str]:
+        "Every stage and every group."
+        return [*self.stages, *self.groups]
+
+    @property
     def hooks(self) -> list[str]:
-        "The name of every hook there is."
-        return [f"{kind}_{name}" for name in self.stages for kind in KINDS]
+        "The name of every hook, those of groups included."
+        return [f"{kind}_{name}" for name in self.names for kind in KINDS]
 
     def parse(
         self,
         hook: str,  # such as "after_loss"
-    ) -> tuple[str, str] | None:  # kind and stage; None: it names no stage
+    ) -> tuple[str, str] | None:  # kind, and stage or group; None: it names neither
         "Split a hook's name; the kind of a bare action is \"action\"."
         if hook in self.stages and self.stages[hook].action.lstrip("_") == self.stages[hook].action != "":
             return "action", hook
         match = _HOOK.fullmatch(hook)
-        return (match[1], match[2]) if match and match[2] in self.stages else None
+        return (match[1], match[2]) if match and match[2] in self.names else None
+
+    def members(
+        self,
+        name: str,  # of a stage or a group
+    ) -> tuple[str, ...]:
+        "The stages that a name stands for: those of a group, or the stage itself."
+        return self.groups.get(name, (name,))
+
+    def expand(
+        self,
+        hook: str,  # such as "after_any_batch"
+    ) -> list[str]:  # such as ["after_batch", "after_validation_batch", "after_test_batch"]
+        "The hooks of single stages that a hook stands for; none if it names no stage."
+        kind, name = self.parse(hook) or ("", "")
+        if kind == "action": return [hook]
+        return [f"{kind}_{stage}" for stage in self.members(name)] if kind else []
 
     def suggest(
         self,
@@ -141,8 +179,8 @@ class StageTree:
         "Which hook was meant: the same kind for the stage that others call so or the nearest, else the nearest name."
         match = _HOOK.fullmatch(hook)
         if not match: return did_you_mean(hook, self.hooks)
-        meant = [_ELSEWHERE.get(match[2], ""), *get_close_matches(match[2], self.stages, n=1, cutoff=cutoff)]
-        near = [name for name in meant if name in self.stages]
+        meant = [_ELSEWHERE.get(match[2], ""), *get_close_matches(match[2], self.names, n=1, cutoff=cutoff)]
+        near = [name for name in meant if name in self.names]
         return f"; did you mean {match[1]}_{near[0]}?" if near else ""
 
     def mistaken(
@@ -172,10 +210,10 @@ class StageTree:
         "Every stage that this one can be open in."
         return {a for parent in self.stages[name].inside for a in (parent, *self.ancestors(parent))}
 
-    def always_inside(self, name: str, outer: str) -> bool:
-        "Whether the stage `name` is the stage `outer`, or on every way opens in it."
+    def always_inside(self, name: str, outer: Collection[str]) -> bool:
+        "Whether the stage `name` is one of the stages `outer`, or on every way opens in one of them."
         inside = self.stages[name].inside
-        return name == outer or (bool(inside) and all(self.always_inside(parent, outer) for parent in inside))
+        return name in outer or (bool(inside) and all(self.always_inside(parent, outer) for parent in inside))
 
     # fixtures
 
@@ -228,11 +266,20 @@ class StageTree:
 
 TREE = StageTree(STAGES)
 
+def absent_in(
+    fixture: str,
+    alive: Mapping[str, Collection[str]],  # the fixtures that are alive in each stage of a group
+) -> str:
+    "The advice for a fixture that lives in some stages of a group and not in others; nothing if it lives in none."
+    dead = [stage for stage, there in alive.items() if fixture not in there]
+    if len(dead) == len(alive): return ""
+    return f", and not in {' and '.join(dead)}; give it a default: {fixture}=None"
+
 # %% ../../nbs/loop/stages.ipynb #30dd0b2d
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 def provides(
-    stage: str,  # the fixture is made when this stage opens and goes when it has ended
+    stage: str,  # or a group: the fixture is made when this stage opens and goes when it has ended
 ) -> Callable[[_Function], _Function]:
     "Mark a callback's method as the maker of the fixture that it is named after; what follows a `yield` tidies up."
     if not isinstance(stage, str):
@@ -247,6 +294,7 @@ class Callback:
     "Base of callbacks: methods named after stages are hooks, their parameters name the fixtures that they get."
     priority: int = 0  # lowest first; ties in the order in which callbacks were added
     watches: bool = False  # it changes nothing that training depends on, so that a trial run can do without it
+    parts: Iterable[Callback] = ()  # callbacks of its own, which join and leave a learner with it
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -281,6 +329,9 @@ def _check_definition(cls: type, name: str, static: Any) -> None:
         stage = vars(lost)[name].provided_at
         raise CallbackError(f"{label} takes the place of a provider of {lost.__name__}; mark it with "
                             f"@provides(\"{stage}\") too")
+    if name == "parts":
+        raise CallbackError(f"{label} is a method, and parts are the callbacks that a callback brings along; "
+                            "make it a property or an attribute, or rename it")
     if parsed is None:
         hint = TREE.mistaken(name)
         if hint: raise CallbackError(f"{label} {hint}")
@@ -288,10 +339,12 @@ def _check_definition(cls: type, name: str, static: Any) -> None:
     check_kind(label, parsed[0], function)
     if inspect.isfunction(static) and not inspect.signature(static).parameters:
         raise CallbackError(f"{label} has no self; a hook is a method")
-    _, some = TREE.alive(*parsed)
+    kind, where = parsed
+    alive = {stage: TREE.alive(kind, stage)[1] for stage in TREE.members(where)}
     for fixture, parameter in inspect.signature(function).parameters.items():
-        if parameter.default is parameter.empty and TREE.lifetime(fixture) and fixture not in some:
-            raise CallbackError(f"{label} asks for {fixture}, which {TREE.lifetime(fixture)}")
+        if parameter.default is not parameter.empty or not TREE.lifetime(fixture): continue
+        if not all(fixture in there for there in alive.values()):
+            raise CallbackError(f"{label} asks for {fixture}, which {TREE.lifetime(fixture)}{absent_in(fixture, alive)}")
 
 class FunctionCallback(Callback):
     "A plain function as a callback with one hook: what `learn.on` makes."
@@ -322,7 +375,8 @@ def hooks_of(
     if isinstance(callback, FunctionCallback):
         yield callback.hook, callback.function
         return
-    for name in sorted({*dir(type(callback)), *vars(callback)}):
+    names = {*dir(type(callback)), *vars(callback)}
+    for name in sorted(names, key=lambda name: (len(tree.expand(name)) < 2, name)):  # those of groups first
         parsed = tree.parse(name)
         if not (parsed or _HOOK.fullmatch(name)): continue
         if parsed and parsed[0] == "action" and not callable(getattr(type(callback), name, None)):
@@ -331,6 +385,42 @@ def hooks_of(
         if callable(function): yield name, function
         elif parsed and parsed[0] != "action" and function is not None:  # None turns an inherited hook off
             raise CallbackError(f"{label_of(callback, name)} is {function!r}; a hook is a function, None for none")
+
+def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
+    "Callbacks in firing order: by priority, ties as given."
+    return sorted(callbacks, key=lambda callback: callback.priority)
+
+def as_callbacks(
+    callbacks: Callback | Iterable[Callback] | None,
+    what: str = "callbacks",  # for messages
+) -> list[Callback]:
+    "One callback, several or none as a list; raises TypeError for what is not a callback."
+    if callbacks is None: return []
+    single = isinstance(callbacks, type) or not isinstance(callbacks, Iterable)
+    listed: list[Any] = [callbacks] if single else list(callbacks)  # type: ignore[arg-type]
+    for callback in listed:
+        if isinstance(callback, type):
+            name = callback.__name__
+            raise TypeError(f"{what}: {name} is a class; pass an instance: {name}()")
+        if not isinstance(callback, Callback):
+            raise TypeError(f"{what}: {callback!r} is not a Callback; pass a function to learn.on(hook, function)")
+        if type(callback.priority) is not int:
+            raise TypeError(f"{what}: {callback!r} has priority {callback.priority!r}; it must be a whole number")
+    return listed
+
+def with_parts(
+    callbacks: Iterable[Callback],
+) -> list[Callback]:
+    "Callbacks, each followed by its parts and by theirs; one that is there twice comes once, where it came first."
+    found: dict[int, Callback] = {}
+
+    def visit(callback: Callback) -> None:
+        if id(callback) in found: return
+        found[id(callback)] = callback
+        for part in as_callbacks(callback.parts, f"parts of {type(callback).__name__}"): visit(part)
+
+    for callback in callbacks: visit(callback)
+    return list(found.values())
 
 def providers_of(
     callback: Callback,
@@ -348,14 +438,20 @@ class Hook:
     function: Callable[..., Any]
     arguments: str  # as source, such as "learn, learn.loss"
 
+def required(
+    function: Callable[..., Any],
+) -> set[str]:
+    "The parameters without a default."
+    parameters = inspect.signature(function).parameters.items()
+    return {name for name, parameter in parameters if parameter.default is parameter.empty}
+
 def needs_of(
     callback: Callback,
     tree: StageTree,  # which says what is a hook
 ) -> set[str]:
     "The fixtures without which a callback cannot be added."
     functions = [function for _, function in hooks_of(callback, tree)] + [maker for *_, maker in providers_of(callback)]
-    return {name for function in functions for name, parameter in inspect.signature(function).parameters.items()
-            if parameter.default is parameter.empty}
+    return {name for function in functions for name in required(function)}
 
 def define(
     name: str,  # of the function
@@ -588,6 +684,7 @@ class TimedStage(OpenStage):
         return label, partial(TimedContext, Stopwatch(self.learn, label), open_context)
 
 # %% ../../nbs/loop/stages.ipynb #5f981e10
+_Alive = Mapping[str, tuple[set[str], set[str]]]  # by stage: fixtures alive for sure, and perhaps
 Owners = dict[str, list[tuple[str, str]]]  # of the fixtures that callbacks provide: stage and provider
 
 class Resolution:
@@ -596,7 +693,7 @@ class Resolution:
     def __init__(
         self,
         learn: Staged,
-        callbacks: Sequence[Callback],  # in order of addition
+        added: list[Callback],  # in order of addition, without their parts
     ):
         self.learn, self.tree = type(learn), learn.tree
         lent = vars(learn)["_resolved"].owners if "_resolved" in vars(learn) else {}  # may be alive just now
@@ -604,47 +701,59 @@ class Resolution:
         self.hooks: dict[str, dict[str, list[Hook]]] = {}  # by stage and kind, in firing order
         self.providers: dict[str, dict[str, Hook]] = {}  # by stage and fixture
         self.owners: Owners = {}
-        ordered = in_order(callbacks)
-        for callback in ordered:
-            for fixture, stage, maker in providers_of(callback):
-                self._add_provider(label_of(callback, fixture), fixture, stage, maker)
-        for callback in ordered:
+        self.added, self.callbacks = added, in_order(with_parts(added))  # the latter in firing order
+        for callback in self.callbacks:
+            for fixture, where, maker in providers_of(callback):
+                self._add_provider(label_of(callback, fixture), fixture, where, maker)
+        for callback in self.callbacks:
             for name, function in hooks_of(callback, self.tree):
                 self._add_hook(label_of(callback, name), name, function)
 
-    def _add_provider(self, label: str, fixture: str, stage: str, maker: Callable[..., Any]) -> None:
-        if stage not in self.tree.stages:
-            raise CallbackError(f"{label} is provided at {stage}, which is no stage"
-                                f"{did_you_mean(stage, self.tree.stages)}")
+    def _add_provider(self, label: str, fixture: str, where: str, maker: Callable[..., Any]) -> None:
+        if where not in self.tree.names:
+            raise CallbackError(f"{label} is provided at {where}, which is not a stage"
+                                f"{did_you_mean(where, self.tree.names)}")
         if fixture in self.taken or hasattr(self.learn, fixture):
             raise CallbackError(f"{label} provides {fixture}, which {self.learn.__name__} has already; rename one")
-        for other, owner in self.owners.get(fixture, ()):
+        check_kind(label, "provides", maker)
+        for stage, (other, owner) in product(self.tree.members(where), self.owners.get(fixture, ())):
             if stage == other or other in self.tree.ancestors(stage) or stage in self.tree.ancestors(other):
                 raise CallbackError(f"{label} provides {fixture} in {stage}, and {owner} provides it in {other}; "
                                     "rename one")
-        check_kind(label, "provides", maker)
-        self.providers.setdefault(stage, {})[fixture] = self._ask(label, maker, "before", stage)
-        self.owners.setdefault(fixture, []).append((stage, label))
+        for stage, hook in self._ask(label, maker, "before", where).items():
+            self.providers.setdefault(stage, {})[fixture] = hook
+            self.owners.setdefault(fixture, []).append((stage, label))
 
     def _add_hook(self, label: str, name: str, function: Callable[..., Any]) -> None:
         parsed = self.tree.parse(name)
         if parsed is None: raise CallbackError(f"{label} names no stage{self.tree.suggest(name)}")
-        kind, stage = parsed
+        kind, where = parsed
         check_kind(label, kind, function)
-        same = self.hooks.setdefault(stage, {}).setdefault(kind, [])
-        if kind == "action" and same:
-            raise CallbackError(f"{same[0].label} and {label} both replace {stage}; only one callback can")
-        twins = sum(hook.label.split(" (")[0] == label for hook in same)
-        same.append(self._ask(f"{label} ({twins + 1})" if twins else label, function, kind, stage))
+        for stage, hook in self._ask(label, function, kind, where).items():
+            same = self.hooks.setdefault(stage, {}).setdefault(kind, [])
+            if kind == "action" and same:
+                raise CallbackError(f"{same[0].label} and {label} both replace {stage}; only one callback can")
+            twins = sum(other.label.split(" (")[0] == label for other in same)
+            same.append(replace(hook, label=f"{label} ({twins + 1})") if twins else hook)
 
-    def _ask(self, label: str, function: Callable[..., Any], kind: str, stage: str) -> Hook:
-        "Turn a function's parameters into arguments."
+    def _ask(self, label: str, function: Callable[..., Any], kind: str, where: str) -> dict[str, Hook]:
+        "What a function asks for, by stage: in each of those that a name stands for."
+        alive = {stage: self._alive(kind, stage) for stage in self.tree.members(where)}
+        return {stage: Hook(label, function, self._arguments(label, function, stage, alive)) for stage in alive}
+
+    def _alive(self, kind: str, stage: str) -> tuple[set[str], set[str]]:
+        "The fixtures that are alive at a hook for sure, and perhaps."
         sure, some = self.tree.alive(kind, stage)
-        for fixture, places in self.owners.items():
-            if any(self.tree.always_inside(stage, place) for place, _ in places): sure.add(fixture)
-            elif any(place in self.tree.ancestors(stage) for place, _ in places): some.add(fixture)
-        sure |= {*self.learn.fixtures, *(some & self.tree.counters())}
+        for fixture, owners in self.owners.items():
+            places = {place for place, _ in owners}
+            if self.tree.always_inside(stage, places): sure.add(fixture)
+            elif self.tree.ancestors(stage) & places: some.add(fixture)
+        return sure | {*self.learn.fixtures, *(some & self.tree.counters())}, some
+
+    def _arguments(self, label: str, function: Callable[..., Any], stage: str, alive: _Alive) -> str:
+        "Turn a function's parameters into arguments, as source."
         arguments, keywords = [], False
+        sure, some = alive[stage]
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 raise CallbackError(f"{label} takes {parameter}; name the fixtures that it wants, or take learn")
@@ -653,44 +762,48 @@ class Resolution:
                 value = name if name == "learn" else f"learn.{name}"
                 arguments.append(f"{name}={value}" if keywords else value)
             elif parameter.default is parameter.empty:
-                raise CallbackError(f"{label} asks for {name}, {self._absence(name, some)}")
+                raise CallbackError(f"{label} asks for {name}, {self._absence(name, stage, alive)}")
             else:  # it gets its default, unless the fixture happens to be there; what follows goes by name
                 keywords = True
                 if name in some: arguments.append(f"**present('{name}')")
-        return Hook(label, function, ", ".join(arguments))
+        return ", ".join(arguments)
 
     def lifetime(self, fixture: str) -> str:
         "When a fixture that a callback provides lives, in words; nothing for any other."
         stages = " and ".join(stage for stage, _ in self.owners.get(fixture, ()))
         return stages and f"lives in {stages}"
 
-    def _absence(self, name: str, some: set[str]) -> str:
+    def _absence(self, name: str, stage: str, alive: _Alive) -> str:
         lifetime = self.lifetime(name) or self.tree.lifetime(name)
-        if name in some: return f"which {lifetime}, and may be absent here; give it a default: {name}=None"
-        if lifetime: return f"which {lifetime}"
+        if name in alive[stage][1]: return f"which {lifetime}, and may be absent here; give it a default: {name}=None"
+        there = {each: sure | some for each, (sure, some) in alive.items()}
+        if lifetime: return f"which {lifetime}{absent_in(name, there)}"
         known = ["learn", *self.learn.fixtures, *self.owners, *self.tree.fixtures()]
         return f"a fixture that nobody provides{did_you_mean(name, known)}"
 
-def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
-    "Callbacks in firing order: by priority, ties as given."
-    return sorted(callbacks, key=lambda callback: callback.priority)
+# %% ../../nbs/loop/stages.ipynb #b6bec629
+def only_watches(callback: Callback) -> bool:
+    "Whether a callback, and every part of it, changes nothing that training depends on."
+    return all(each.watches for each in with_parts([callback]))
 
-def as_callbacks(
-    callbacks: Callback | Iterable[Callback] | None,
+def without_watchers(
+    callbacks: Iterable[Callback],  # as they were added
+    tree: StageTree,  # which says what is a hook
 ) -> list[Callback]:
-    "One callback, several or none as a list; raises TypeError for what is no callback."
-    if callbacks is None: return []
-    single = isinstance(callbacks, type) or not isinstance(callbacks, Iterable)
-    listed: list[Any] = [callbacks] if single else list(callbacks)  # type: ignore[arg-type]
-    for callback in listed:
-        if isinstance(callback, type):
-            name = callback.__name__
-            raise TypeError(f"callbacks: {name} is a class; pass an instance: {name}()")
-        if not isinstance(callback, Callback):
-            raise TypeError(f"callbacks: {callback!r} is no Callback; a function goes to learn.on(hook, function)")
-        if type(callback.priority) is not int:
-            raise TypeError(f"callbacks: {callback!r} has priority {callback.priority!r}; it must be a whole number")
-    return listed
+    "The callbacks that steer; in place of a watcher that provides what they ask for, a callback that only does that."
+    callbacks = list(callbacks)
+    remaining = [callback for callback in callbacks if not only_watches(callback)]
+    watchers = with_parts(callback for callback in callbacks if only_watches(callback))
+    needed = {fixture for callback in with_parts(remaining) for fixture in needs_of(callback, tree)}
+    while True:  # what provides may ask for what another provides
+        makers = [{fixture: maker for fixture, _, maker in providers_of(watcher) if fixture in needed}
+                  for watcher in watchers]
+        more = {name for each in makers for maker in each.values() for name in required(maker)} - needed
+        if not more: break
+        needed |= more
+    return remaining + [
+        type(type(watcher).__name__, (Callback,), {"watches": True, "priority": watcher.priority, **each})()
+        for watcher, each in zip(watchers, makers, strict=True) if each]
 
 # %% ../../nbs/loop/stages.ipynb #f567e4f8
 class Actions(dict[tuple[str, ...], Callable[[], Any]]):
@@ -722,7 +835,6 @@ class Staged:
     stages: ClassVar[tuple[Stage, ...]] = STAGES  # a subclass adds its own: `stages = (*Learner.stages, Stage(...))`
     fixtures: ClassVar[tuple[str, ...]] = ()  # attributes that every hook may ask for, at any time
     tree: ClassVar[StageTree] = TREE
-    _callbacks: list[Callback]  # in order of addition
     _resolved: Resolution
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -753,19 +865,16 @@ class Staged:
 
     @property
     def callbacks(self) -> tuple[Callback, ...]:
-        "The callbacks in firing order."
-        return tuple(in_order(self._callbacks))
+        "The callbacks, and their parts, in firing order."
+        return tuple(in_order(self._resolved.callbacks))  # a priority may have changed since
 
     def watchers(self) -> list[Callback]:
-        "The callbacks without which all goes the same way: those that watch, and those that ask for what these provide."
-        found = [callback for callback in self._callbacks if callback.watches]
-        others = [callback for callback in self._callbacks if not callback.watches]
-        while True:
-            provided = {fixture for callback in found for fixture, *_ in providers_of(callback)}
-            more = [callback for callback in others if provided & needs_of(callback, self.tree)]
-            if not more: return found
-            found += more
-            others = [callback for callback in others if not any(callback is other for other in more)]
+        "The callbacks that change nothing that training depends on, and have no part that does, in order of addition."
+        return [callback for callback in self._resolved.added if only_watches(callback)]
+
+    def remove_watchers(self) -> None:
+        "Go on without the watchers; of those that provide what another asks for, the providers alone stay."
+        self._set_callbacks(without_watchers(self._resolved.added, self.tree))
 
     def check_idle(
         self,
@@ -779,7 +888,7 @@ class Staged:
         *callbacks: Callback,  # checked together; if one cannot work, none is added
     ) -> None:
         "Add callbacks, also from a hook: they act from the next stage that opens."
-        self._set_callbacks([*self._callbacks, *as_callbacks(callbacks)])
+        self._set_callbacks([*self._resolved.added, *as_callbacks(callbacks)])
 
     def remove(
         self,
@@ -788,10 +897,13 @@ class Staged:
         "Remove callbacks, also from a hook: they act no more from the next stage that opens."
         def is_it(callback: Callback, given: Any) -> bool:
             return callback is given or (isinstance(callback, FunctionCallback) and callback.function == given)
+        added = self._resolved.added
         for given in callbacks:
-            if not any(is_it(callback, given) for callback in self._callbacks):
-                raise CallbackError(f"remove: {given!r} is not among the callbacks {list(self.callbacks)}")
-        self._set_callbacks([c for c in self._callbacks if not any(is_it(c, given) for given in callbacks)])
+            if any(is_it(callback, given) for callback in added): continue
+            owner = next((c for c in added if any(is_it(part, given) for part in with_parts([c]))), None)
+            if owner: raise CallbackError(f"remove: {given!r} is a part of {owner!r} and leaves with it; remove that")
+            raise CallbackError(f"remove: {given!r} is not among the callbacks {list(self.callbacks)}")
+        self._set_callbacks([c for c in added if not any(is_it(c, given) for given in callbacks)])
 
     def on(
         self,
@@ -828,6 +940,13 @@ class Staged:
         __tracebackhide__ = True
         self._actions[names]()
 
+    def has_opened(
+        self,
+        name: str,  # of a stage
+    ) -> bool:
+        "Whether a stage has been opened, or is about to be, since the run began or its callbacks changed."
+        return any(name in opened for opened, _ in self._plans)
+
     @contextmanager
     def running(
         self,
@@ -837,25 +956,23 @@ class Staged:
         "The frame of a public call; raises RuntimeError inside another."
         self.check_idle(call)
         guests = as_callbacks(callbacks)
-        self._set_callbacks(self._callbacks)  # priorities and methods may have changed
-        own, resolved = self._callbacks, self._resolved
-        all_of_them = own
+        self._set_callbacks(self._resolved.added)  # priorities, methods and parts may have changed
+        own = begun = self._resolved
         try:
-            if guests: self._set_callbacks([*own, *guests])
-            all_of_them = self._callbacks
+            if guests: self._set_callbacks([*own.added, *guests])
+            begun = self._resolved
             self._running, self.times, self._path, self._run = call, {}, [], object()
             self.measure(True)
             with self._explained(call): yield
         finally:  # by assignment first, which nothing can interrupt
-            now, lent = self._callbacks, self._resolved.owners
-            self._running, self._callbacks, self._resolved = "", own, resolved
+            now, self._running, self._resolved = self._resolved, "", own
             while self._entered:  # an interrupt hit between a stage and its end
                 with suppress(Exception): self._entered.popitem()[1].close()
             self._forget_plans()
-            for name in (*self.tree.passing(), *lent): vars(self).pop(name, None)  # an interrupt may have left some
-            if now is not all_of_them:  # some were added or removed on the way
+            for name in (*self.tree.passing(), *now.owners): vars(self).pop(name, None)  # an interrupt may have left some
+            if now is not begun:  # some were added or removed on the way
                 with suppress(CallbackError):  # one that stays needs one that goes
-                    self._set_callbacks([c for c in now if not any(c is guest for guest in guests)])
+                    self._set_callbacks([c for c in now.added if not any(c is guest for guest in guests)])
 
     @contextmanager
     def _explained(self, call: str) -> Iterator[None]:
@@ -910,22 +1027,23 @@ class Staged:
         # What was compiled for a run belongs to this very object; a copy makes its own.
         made = ("_plans", "_open", "_actions", "_resolved")
         kept = {name: value for name, value in vars(self).items() if name not in made}
-        return {**kept, "_path": [], "_entered": {}, "_running": "", "_timed": False}
+        return {**kept, "_added": self._resolved.added, "_path": [], "_entered": {}, "_running": "", "_timed": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        added = state.pop("_added")
         vars(self).update(state)
-        self._set_callbacks(self._callbacks)
+        self._set_callbacks(added)
 
     def explain(self) -> None:
         "Print the stages, every hook in firing order with what it asks for, and the mean time of each in the last run."
         print("\n".join(explain_lines(self, self._resolved)))
 
-    def _set_callbacks(self, callbacks: list[Callback]) -> None:
+    def _set_callbacks(self, added: list[Callback]) -> None:
         "Check callbacks together and take them, or raise and change nothing."
-        for i, callback in enumerate(callbacks):
-            if any(callback is other for other in callbacks[:i]):
+        for i, callback in enumerate(added):
+            if any(callback is other for other in added[:i]):
                 raise CallbackError(f"callbacks: {callback!r} is there twice; add another instance")
-        self._resolved, self._callbacks = Resolution(self, callbacks), callbacks
+        self._resolved = Resolution(self, added)
         self._forget_plans()
 
     def _forget_plans(self) -> None:

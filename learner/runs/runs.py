@@ -323,37 +323,11 @@ class Run(Callback):
             if not again: write_text(self.folder / ".gitignore", "*\n")  # or it would be taken for new code
             self._begin(learn, again)
             stack.enter_context(kept_output(self.folder))
-            stack.enter_context(self._parts_added(learn))
             try: yield self
             except BaseException as error:
                 self._end(learn, error)
                 raise
             else: self._end(learn, None)
-
-    @contextlib.contextmanager
-    def _parts_added(self, learn: Learner) -> Iterator[None]:
-        absent = [part for part in self.parts if not _among(part, learn)]
-        if absent: learn.add(*absent)
-        try: yield
-        finally:
-            if present := [part for part in absent if _among(part, learn)]: learn.remove(*present)
-
-    # They come when train has opened already, so that their hooks of that stage are called here.
-
-    def before_train(self, learn: Learner) -> None: self._call("before_train", learn)
-
-    def after_train(self, learn: Learner) -> None: self._call("after_train", learn)
-
-    def cancelled_train(self, learn: Learner) -> None: self._call("cancelled_train", learn)
-
-    def cleanup_train(self, learn: Learner) -> None: self._call("cleanup_train", learn)
-
-    def _call(self, hook: str, learn: Learner) -> None:
-        for part in self.parts:
-            function = getattr(part, hook, None)
-            if function is None: continue
-            names = inspect.signature(function).parameters
-            function(**{name: learn if name == "learn" else getattr(learn, name) for name in names})
 
     def _make_parts(self) -> Iterator[Callback]:
         checkpoint, tensorboard = self.options["checkpoint"], self.options["tensorboard"]
@@ -407,7 +381,7 @@ class Run(Callback):
         start = {"started": datetime.now(UTC), "ended": None, "status": "running", "from": self.start_from, "git": commit}
         known["starts"].append(start)
         known |= {"status": "running", "error": None, "ended": None, "pid": os.getpid(), "host": socket.gethostname()}
-        known["epochs"] = learn.num_epochs + getattr(learn, "_first_row", len(learn.history))
+        known["epochs"] = learn.num_epochs + learn.cursor.first_row
         self.meta, self.start_from, self._opened = known, None, True
         self._since, self._before, self._next_sync = monotonic(), float(known.get("seconds") or 0.0), 0.0
         self.values.points = []
@@ -548,8 +522,6 @@ class Run(Callback):
     def _stateful(self) -> list[Any]: return [part for part in self.parts if hasattr(part, "load_state_dict")]
 
 def _epochs(count: int) -> str: return f"{count} epoch{'s' * (count != 1)}"
-
-def _among(callback: Callback, learn: Learner) -> bool: return any(callback is other for other in learn.callbacks)
 
 # %% ../../nbs/runs/runs.ipynb #b33cb78c
 def checkpoint_of(

@@ -27,7 +27,8 @@ from .loggers import Logger
 from ..base.words import flatten, split_column
 from ..base.provenance import kept_rng
 from .rundir import as_plain
-from ..base.tree import call_model, map_tensors
+from ..base.batch import call_model
+from ..base.tree import map_tensors
 
 # %% auto #0
 __all__ = ['open_writer', 'write_graph', 'TensorBoard']

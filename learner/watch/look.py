@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..loop.learner import PASSES, Learner
+from ..loop.learner import Learner
+from ..loop.loop import PASSES
 from ..base.words import check_whole, did_you_mean
 from ..base.history import History
 from ..base.parts import kept_order, length_of
 from ..base.provenance import kept_rng
 from ..base.show import new_axes, show_images
-from ..loop.stages import Callback, CallbackError, CancelBatchException, CancelEpochException, CancelTrainException, providers_of
-from ..base.tree import batch_size, is_leaf, map_tensors
+from ..loop.stages import Callback, CancelBatchException, CancelEpochException, CancelTrainException
+from ..base.batch import size_of, unpack
+from ..base.tree import is_leaf, map_tensors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -124,7 +126,7 @@ def example_losses(
         reduction = _default_reduction(loss_func)
         if loss_func is None or reduction is None: return None
         losses = loss_func(predictions, labels, reduction="none")
-    if not isinstance(losses, Tensor) or losses.shape[:1] != (batch_size(labels),): return None
+    if not isinstance(losses, Tensor) or losses.shape[:1] != (size_of(labels),): return None
     if losses.ndim == 1: return losses
     return losses.flatten(1).mean(1) if reduction == "mean" else losses.flatten(1).sum(1)
 
@@ -186,7 +188,7 @@ class _Collector(Callback):
     after_test_batch = after_validation_batch
 
     def cancelled_validation_batch(self, batch: Any) -> None:
-        self.seen += batch_size(batch)  # positions go on counting
+        self.seen += unpack(batch)[3]  # positions go on counting
 
     cancelled_test_batch = cancelled_validation_batch
 
@@ -195,21 +197,10 @@ _one_at_a_time = RLock()  # the modes of a model and the global random numbers a
 def _pass_over(learn: Learner, loader: Any, callback: Callback, test: bool = False) -> None:
     "One pass over a loader by a light copy of the learner, in evaluation mode."
     with _one_at_a_time, kept_rng(), kept_order([loader]), warnings.catch_warnings():
-        quiet = copy(learn)
-        _remove_watchers(quiet)
-        quiet.history, quiet._failed = History(), False  # what a failed run has left is the learner's own
+        quiet = learn.quiet_copy()
         quiet.dataloaders = {**learn.dataloaders, "test" if test else "validation": loader}
         warnings.filterwarnings("ignore", "(validation|test)_loss is nan")  # the reader sees what is there
         (quiet.test if test else quiet.validate)(callback)
-
-def _remove_watchers(learn: Learner) -> None:
-    "Remove the watchers; where another asks for fixtures that they provide, their providers stay, without any hook."
-    watchers = [callback for callback in learn.callbacks if callback.watches]
-    steering = [callback for callback in learn.callbacks if not callback.watches]
-    try: learn._set_callbacks(steering)
-    except CallbackError:
-        makers = [{fixture: maker for fixture, _, maker in providers_of(watcher)} for watcher in watchers]
-        learn._set_callbacks([*steering, *(type("Providers", (Callback,), given)() for given in makers if given)])
 
 # %% ../../nbs/watch/look.ipynb #3e90ac0c
 def predictions(
@@ -255,7 +246,7 @@ class _Asked(Callback):
 
     def __init__(self, inputs: Any, total: int, batch_size: int):
         self.inputs, self.total, self.batch_size = inputs, total, batch_size
-        self.parts: list[Any] = []
+        self.outputs: list[Any] = []
 
     def batches(self) -> Iterator[tuple[Any, None]]:
         for start in range(0, self.total, self.batch_size):
@@ -270,7 +261,7 @@ class _Asked(Callback):
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in _leaves(predictions))
             raise ValueError(f"predictions have shape {shapes} for {self.rows} example{'s' * (self.rows != 1)}; the model "
                              "must give a row for each (inputs[None] makes a batch of a single example)")
-        self.parts.append(map_tensors(lambda leaf: leaf.detach().to("cpu", copy=True), predictions))
+        self.outputs.append(map_tensors(lambda leaf: leaf.detach().to("cpu", copy=True), predictions))
         raise CancelBatchException
 
 def predict(
@@ -291,11 +282,11 @@ def predict(
     if len(sizes) > 1: raise ValueError(f"inputs have {sorted(sizes)} rows; give each example one in all of them")
     asked = _Asked(inputs, total := sizes.pop(), batch_size)
     _pass_over(learn, asked.batches(), asked)
-    missing = math.ceil(total / batch_size) - len(asked.parts)
+    missing = math.ceil(total / batch_size) - len(asked.outputs)
     if missing:
         raise ValueError(f"{missing} of {math.ceil(total / batch_size)} batches did not come through the action predict: a "
                          "callback cancels them, or the learner's own validation_batch leaves it out; call the model by hand")
-    return join_rows("predictions", asked.parts)
+    return join_rows("predictions", asked.outputs)
 
 # %% ../../nbs/watch/look.ipynb #3ad29964
 def class_names(

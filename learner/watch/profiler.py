@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..loop.learner import PASSES, Learner
+from ..loop.learner import Learner
+from ..loop.loop import PASSES
 from ..base.words import did_you_mean
 from ..base.history import History
 from ..loop.stages import Callback, Times
@@ -47,7 +48,7 @@ class Profiler(Callback):
     before_validation = before_test = before_training
     cleanup_validation = cleanup_test = cleanup_training
 
-    def parts(
+    def seconds(
         self,
         phase: str = "train",  # or "validation" or "test"
     ) -> dict[str, float]:  # seconds a batch, in the order of the loop; they add up to the time of the pass
@@ -77,7 +78,7 @@ class Profiler(Callback):
         phase: str = "train",  # or "validation" or "test"
     ) -> History:  # with the columns part, milliseconds (a batch) and share
         "What the parts of a pass took, as a table."
-        parts = self.parts(phase)
+        parts = self.seconds(phase)
         total, table = sum(parts.values()), History()
         for name, seconds in [*parts.items(), ("total", total)]:
             table.rows.append({"part": name, "milliseconds": seconds * 1e3, "share": f"{seconds / total:.1%}"})
@@ -90,7 +91,7 @@ class Profiler(Callback):
     ) -> Axes:
         "Draw what the parts of a pass took as bars."
         from learner.base.show import new_axes
-        parts = self.parts(phase)
+        parts = self.seconds(phase)
         ax = new_axes(ax)
         kinds = {"data": "C0", "the loop": "0.6"} | dict.fromkeys(self.stages, "C1")
         colours = [kinds.get(name, "C2") for name in parts]  # C2: callbacks

@@ -1,11 +1,30 @@
-"""Columns, values and settings: how they are called and shown."""
+"""Numbers, plain values, columns and settings: how they are checked, called and shown."""
+import enum
+import json
+import math
 import subprocess
 import sys
+from datetime import datetime
+from fractions import Fraction
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from learner.base.words import (
+    check_number,
+    check_whole,
+    flatten,
+    format_value,
+    mode_of,
+    named_loaders,
+    as_number,
+    plain,
+    read_column,
+    split_column,
+)
 from learner.runs.config import nested
-from learner.base.words import flatten, format_value, mode_of, split_column
 
 
 def test_names_need_no_torch():
@@ -38,3 +57,52 @@ def test_names_with_dots_give_the_settings_again(settings):
 
 
 def test_a_prefix_stands_before_all_names(): assert flatten({"a": 1, "b": {"c": 2}}, "x.") == {"x.a": 1, "x.b.c": 2}
+
+
+NUMPY = (np.float64, np.float32, np.float16, np.longdouble, np.int64, np.uint8)
+
+
+@pytest.mark.parametrize("kind", [*NUMPY, lambda v: np.array(v, np.float32), lambda v: np.array(v, np.int16), torch.tensor,
+                                  lambda v: torch.tensor(v, dtype=torch.bfloat16), lambda v: torch.nn.Parameter(torch.tensor(float(v))), Fraction, float])
+def test_numbers_of_every_library_are_numbers(kind):
+    number = as_number(kind(1))
+    assert type(number) in (int, float) and number == 1
+    assert json.dumps(plain({"a": [kind(1)]})) in ('{"a": [1]}', '{"a": [1.0]}')
+
+
+@pytest.mark.parametrize("kind", NUMPY)
+def test_numbers_of_numpy_pass_as_arguments(kind):
+    assert check_number("rate", kind(2)) == 2.0
+    if kind in (np.int64, np.uint8): assert check_whole("count", kind(2)) == 2
+
+
+@pytest.mark.parametrize("value", ["1", None, 1j, np.complex64(1), torch.tensor(1j), np.array([1.0]), torch.ones(1), [1], np.datetime64("2026-01-01"), object()])
+def test_what_is_not_a_number(value): assert as_number(value) is None
+
+
+def test_nan_stays_a_number_and_becomes_text_only_when_it_is_written():
+    assert math.isnan(as_number(np.float32("nan"))) and plain(np.float32("nan")) == "nan" and plain(torch.tensor(-math.inf)) == "-inf"
+
+
+class Colour(enum.IntEnum):
+    red = 3
+
+
+@pytest.mark.parametrize("value, wanted", [
+    (None, None), (True, True), (np.bool_(False), False), (10**30, 10**30), (Colour.red, 3), ((1, 2.5, "x"), [1, 2.5, "x"]), ({"b", "a"}, ["a", "b"]),
+    ({1: {"a": Path("x/y")}}, {"1": {"a": "x/y"}}), (datetime(2026, 1, 2, 3, 4, 5, 678), "2026-01-02T03:04:05"), (range(2), "range(0, 2)"), (1j, "1j")])
+def test_plain(value, wanted):
+    assert plain(value) == wanted and type(plain(value)) is type(wanted)
+    json.dumps(plain(value), allow_nan=False)
+
+
+def test_columns_of_named_loaders():
+    names = named_loaders({"train": [1], "validation": {"a": [1], "a_b": [1]}, "test": [1]})
+    assert names == {"validation": ("a", "a_b")}
+    table = {"validation_a_loss": ("validation", "a", "loss"), "validation_a_b_loss": ("validation", "a_b", "loss"), "validation_a": ("validation", "", "a"),
+             "validation_a_": ("validation", "", "a_"), "validation_loss": ("validation", "", "loss"), "test_a_loss": ("test", "", "a_loss"), "epoch": ("", "", "epoch")}
+    for name, parts in table.items(): assert read_column(name, names) == parts and str(read_column(name, names)) == name
+
+
+def test_the_name_of_a_loader_says_nothing_about_its_values():
+    assert mode_of("validation_error_free_accuracy") is None and mode_of("validation_error_free_accuracy", {"validation": ["error_free"]}) == "max"

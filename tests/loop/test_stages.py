@@ -526,6 +526,246 @@ def test_times_belong_to_a_pass_and_every_kind_of_hook_has_one(capsys):
     assert routine._path == []
 
 
+# Groups
+
+
+PASSES, BATCHES = ("training", "validation", "test"), ("batch", "validation_batch", "test_batch")
+
+
+def test_the_groups_and_the_hooks_that_they_stand_for():
+    assert TREE.groups == {"pass": PASSES, "any_batch": BATCHES}
+    assert TREE.expand("before_pass") == ["before_training", "before_validation", "before_test"]
+    assert TREE.expand("after_batch") == ["after_batch"] and TREE.expand("loss") == ["loss"]
+    assert TREE.expand("after_bach") == [] and TREE.expand("any_batch") == []
+
+
+@pytest.mark.parametrize("kind", ["before", "around", "after", "cleanup"])
+@pytest.mark.parametrize(("group", "members"), TREE.groups.items())
+def test_a_hook_of_a_group_is_called_where_the_hooks_of_its_stages_would_be(kind, group, members):
+    def log_of(names):
+        log = []
+
+        def plain(self, learn): log.append((learn.phase, learn.epoch, learn.batch_num))
+
+        def around(self, learn):
+            plain(self, learn)
+            yield
+            plain(self, learn)
+        hook = around if kind == "around" else plain
+        Phases(type("Loud", (Callback,), {f"{kind}_{name}": hook for name in names})()).train()
+        return log
+    log = log_of([group])
+    assert log == log_of(members) and len({phase for phase, *_ in log}) == 3
+
+
+class Phases(Routine):
+    def stage(self, name):
+        phases = {"training": "train", "validation": "validation", "test": "test"}
+        self.phase = phases.get(name, getattr(self, "phase", ""))
+        return super().stage(name)
+
+
+def test_a_cancelled_pass_is_told_so_by_the_name_of_its_group():
+    log = []
+
+    class Skips(Callback):
+        def before_any_batch(self, learn): raise CancelEpochException
+        def cancelled_pass(self): log.append("pass")
+        def cancelled_any_batch(self): log.append("batch")
+    routine = Routine(Skips())
+    routine.train(epochs=1)
+    assert log == ["batch", "pass"] * 3 and routine.log == []
+
+
+def test_the_hook_of_a_group_comes_before_that_of_the_stage_for_every_kind():
+    log = []
+
+    def plain(hook): return lambda self: log.append(hook)
+
+    def around(hook):
+        def wrapper(self):
+            log.append(f"{hook} in")
+            yield
+            log.append(f"{hook} out")
+        return wrapper
+    hooks = [f"{kind}_{stage}" for kind in ("before", "around", "after", "cleanup") for stage in ("batch", "any_batch")]
+    Routine(define(**{hook: (around if "around" in hook else plain)(hook) for hook in hooks})()).train(epochs=1)
+    assert log[:10] == ["before_any_batch", "before_batch", "around_any_batch in", "around_batch in", "around_batch out",
+                        "around_any_batch out", "after_any_batch", "after_batch", "cleanup_any_batch", "cleanup_batch"]
+    assert log[20:25] == ["before_any_batch", "around_any_batch in", "around_any_batch out", "after_any_batch",
+                          "cleanup_any_batch"]  # the validation
+
+
+def test_a_function_on_a_group_and_what_it_can_ask_for():
+    seen = []
+    routine = Routine()
+
+    @routine.on("after_any_batch")
+    def see(loss, batch_num, epoch=None): seen.append((loss, epoch))
+    routine.train(epochs=1)
+    assert seen == [("a", 0), ("b", 0), ("c", 0), ("d", None)]  # there is no epoch in a test
+    routine.remove(see)
+    assert routine.callbacks == ()
+
+
+def test_a_fixture_of_a_group_lives_in_each_of_its_stages():
+    log = []
+
+    class Gives(Callback):
+        @provides("pass")
+        def seen(self, learn):
+            yield (inputs := [])
+            log.append(inputs)
+
+    class Takes(Callback):
+        def after_predict(self, seen, data): seen.append(data)
+        def before_epoch(self, seen=None): assert seen is None
+    routine = Routine([Takes(), Gives()])
+    routine.train(epochs=1)
+    assert log == [["a", "b"], ["c"], ["d"]] and "seen" not in vars(routine)
+    with pytest.raises(CallbackError, match="^GivesHere.seen provides seen in batch, and Gives.seen provides it in training"):
+        routine.add(type("GivesHere", (Callback,), {"seen": provides("any_batch")(lambda self: 0)})())
+
+
+def test_a_stage_of_a_subclass_joins_a_group_or_makes_one():
+    log = []
+
+    class Own(Routine):
+        stages = (*Routine.stages, Stage("calibration", group="pass"), Stage("early", group="mine"))
+        def train(self):
+            with self.running("train"), self.stage("early"), self.stage("calibration"): pass
+    Own(define(before_pass=lambda self: log.append("pass"), after_mine=lambda self: log.append("mine"))()).train()
+    assert log == ["pass", "mine"]
+    with pytest.raises(CallbackError, match="Loud.after_mine names no stage"):
+        Routine(define(after_mine=lambda self: 0)())
+
+
+def test_explain_shows_the_hook_of_a_group_under_each_of_its_stages(capsys):
+    routine = Routine(define(after_any_batch=lambda self, loss: 0)())
+    routine.train()
+    routine.explain()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    shown = [line for line in lines if "Loud.after_any_batch(loss)" in line]
+    assert len(shown) == 3 and all(line[1] == "after" and line[-1] in ("ns", "µs", "ms") for line in shown)
+
+
+def test_an_error_in_the_hook_of_a_group_is_named_as_it_was_written():
+    def fail(self): raise KeyError
+    with pytest.raises(KeyError) as caught: Routine(define(before_pass=fail)()).train()
+    assert caught.value.__notes__ == ["in Loud.before_pass (epoch 0, batch 0)"]
+
+
+# Parts
+
+
+class Part(Callback):
+    def __init__(self, name, log, parts=()): self.name, self.log, self.parts = name, log, parts
+    def before_train(self): self.log.append(f"{self.name} before train")
+    def after_epoch(self): self.log.append(f"{self.name} after epoch")
+    def cleanup_train(self): self.log.append(f"{self.name} cleanup")
+    def __repr__(self): return self.name
+
+
+def test_parts_come_and_go_with_their_callback():
+    log = []
+    inner = Part("inner", log)
+    part = Part("part", log, [inner])
+    first = Part("first", log)
+    whole = Part("whole", log, (part, first))
+    routine = Routine(whole)
+    assert routine.callbacks == (whole, part, inner, first)
+    routine.train(epochs=1)
+    assert log == [f"{name} {what}" for what in ("before train", "after epoch", "cleanup")
+                   for name in ("whole", "part", "inner", "first")]
+    part.priority = -1
+    assert routine.callbacks == (part, whole, inner, first)
+    routine.remove(whole)
+    assert routine.callbacks == ()
+
+
+def test_parts_of_a_callback_of_one_call_leave_with_it():
+    log = []
+    routine = Routine(own := Part("own", log))
+    routine.train(callbacks=Part("guest", log, [Part("part", log)]), epochs=1)
+    assert [line for line in log if "cleanup" in line] == ["own cleanup", "guest cleanup", "part cleanup"]
+    assert routine.callbacks == (own,)
+
+
+def test_a_part_that_was_also_added_by_itself_is_there_once_and_stays():
+    for order in (0, 1):
+        log = []
+        part = Part("part", log)
+        whole = Part("whole", log, [part])
+        routine = Routine([part, whole][::1 if order else -1])
+        routine.train(epochs=1)
+        assert log.count("part after epoch") == 1 and len(routine.callbacks) == 2
+        routine.remove(whole)
+        assert routine.callbacks == (part,)
+
+
+def test_parts_that_come_from_a_hook_act_from_the_next_stage_that_opens():
+    log = []
+    whole = Part("whole", log, [Part("part", log)])
+    routine = Routine()
+    routine.on("before_training", lambda learn, epoch: learn.remove(whole) if epoch else learn.add(whole))
+    routine.train()
+    # It came when the first epoch was open, and it goes when the second is: that one keeps its hooks to its end.
+    assert log == ["whole after epoch", "part after epoch"] and whole not in routine.callbacks
+
+
+def test_parts_may_be_a_property_and_name_each_other():
+    class Whole(Callback):
+        def __init__(self): self.own = Part("own", [], [self])
+        @property
+        def parts(self): return [self.own]
+    whole = Whole()
+    assert Routine(whole).callbacks == (whole, whole.own)
+
+
+def test_parts_are_read_again_when_a_run_begins():
+    log = []
+    whole = Part("whole", log)
+    routine = Routine(whole)
+    whole.parts = [Part("late", log)]
+    routine.train(epochs=1)
+    assert "late before train" in log
+
+
+# Without watchers
+
+
+def test_without_watchers_what_steers_keeps_its_fixtures_and_its_parts():
+    log = []
+
+    class Watches(Callback):
+        watches, priority = True, 7
+        def after_epoch(self): log.append("watched")
+
+    class Counts(Watches):
+        @provides("train")
+        def counts(self, learn): return ["count"]
+        @provides("epoch")
+        def unused(self): log.append("unused")
+
+    class Gives(Watches):
+        @provides("epoch")
+        def basket(self, counts): return [*counts]
+
+    class Steers(Callback):
+        def after_training(self, basket): log.append(basket)
+
+    steers, with_part = Steers(), Part("steers", log, [Watches()])
+    mixed = type("Mixed", (Watches,), {"parts": [Part("part", log)]})()
+    routine = Routine([Counts(), Gives(), steers, with_part, watcher := Watches(), mixed])
+    assert [type(each).__name__ for each in routine.watchers()] == ["Counts", "Gives", "Watches"] and watcher in routine.watchers()
+    routine.remove_watchers()
+    assert [type(each).__name__ for each in routine.callbacks] == ["Steers", "Part", "Part", "Watches", "Mixed", "Counts", "Gives"]
+    routine.train(epochs=1)
+    assert log[1] == "part before train" and ["count"] in log and "unused" not in log
+    assert log.count("watched") == 2  # a part stays with what it is a part of
+    assert routine.watchers() == [*routine.callbacks[-2:]]
+
+
 # Mistakes
 
 def define(**methods): return type("Loud", (Callback,), methods)
@@ -574,6 +814,16 @@ DEFINITIONS = {
                  "Loud.before_validate names no stage; did you mean before_validation?"),
     "train batch": ({"after_train_batch": lambda self: 0},
                     "Loud.after_train_batch names no stage; did you mean after_batch?"),
+    "misspelt group": ({"after_any_bach": lambda self: 0},
+                       "Loud.after_any_bach names no stage; did you mean after_any_batch?"),
+    "in some stages of a group": ({"before_pass": lambda self, epoch: 0},
+                                  "Loud.before_pass asks for epoch, which lives in epoch, and not in test; "
+                                  "give it a default: epoch=None"),
+    "in no stage of a group": ({"before_any_batch": lambda self, loss: 0},
+                               "Loud.before_any_batch asks for loss, which lives from after_loss to the end of a batch"),
+    "a group that yields": ({"after_pass": yielding}, "Loud.after_pass yields, and would never run; only around_ hooks yield"),
+    "parts that are a method": ({"parts": lambda self: 0}, "Loud.parts is a method, and parts are the callbacks that a "
+                                "callback brings along; make it a property or an attribute, or rename it"),
     "on": ({"on_train_epoch_end": lambda self: 0}, "Loud.on_train_epoch_end would never be called; hooks are named "
            "before_X and after_X for a stage X, such as after_epoch"),
 }
@@ -630,14 +880,24 @@ ATTACHMENTS = {
     "taken instance attribute": ([define(times=provides("epoch")(lambda self: 0))()],
                                  "Loud.times provides times, which Routine has already; rename one"),
     "provided at no stage": ([define(thing=provides("epok")(lambda self: 0))()],
-                             "Loud.thing is provided at epok, which is no stage; did you mean epoch?"),
+                             "Loud.thing is provided at epok, which is not a stage; did you mean epoch?"),
+    "provided in some stages of a group": ([Gives(), define(after_pass=lambda self, basket: 0)()],
+                                           "Loud.after_pass asks for basket, which lives in epoch, and not in test; "
+                                           "give it a default: basket=None"),
+    "provided at no group": ([define(thing=provides("any_bach")(lambda self: 0))()],
+                             "Loud.thing is provided at any_bach, which is not a stage; did you mean any_batch?"),
+    "a part that is a class": ([define(parts=[Gives])()], "parts of Loud: Gives is a class; pass an instance: Gives()"),
+    "parts that are no callbacks": ([define(parts=[3])()], "parts of Loud: 3 is not a Callback; pass a function to "
+                                    "learn.on(hook, function)"),
+    "a part that cannot work": ([define(parts=[define(after_loss=lambda self, los: 0)()])()],
+                                "Loud.after_loss asks for los, a fixture that nobody provides; did you mean loss?"),
     "two replace": ([Replaces(), ReplacesToo()],
                     "Replaces.loss and ReplacesToo.loss both replace loss; only one callback can"),
     "twice": ([same, same], "callbacks: Gives() is there twice; add another instance"),
     "class": (Gives, "callbacks: Gives is a class; pass an instance: Gives()"),
     "class in a list": ([Gives], "callbacks: Gives is a class; pass an instance: Gives()"),
-    "function": ([len], "callbacks: <built-in function len> is no Callback; a function goes to learn.on(hook, function)"),
-    "number": (3, "callbacks: 3 is no Callback; a function goes to learn.on(hook, function)"),
+    "function": ([len], "callbacks: <built-in function len> is not a Callback; pass a function to learn.on(hook, function)"),
+    "number": (3, "callbacks: 3 is not a Callback; pass a function to learn.on(hook, function)"),
     "priority": ([define(priority=1.5)()], "callbacks: Loud() has priority 1.5; it must be a whole number"),
 }
 
@@ -654,6 +914,12 @@ def test_callbacks_that_cannot_work_are_refused_together_and_nothing_changes(cas
             else: routine.train(callbacks=callbacks)
         assert str(caught.value) == message
         assert routine.callbacks == (fine,) and not routine.is_running and routine.log == []
+
+
+
+def with_whole(routine):
+    "Another routine, with a callback that has a part."
+    return Routine(type("Whole", (Callback,), {"parts": (same,)})())
 
 
 OTHERS = {
@@ -684,6 +950,12 @@ OTHERS = {
                      "train() was called inside train(); call it afterwards"),
     "stage before its place": (lambda r: StageTree([Stage("a", inside="b"), Stage("b")]),
                                "stage a names b, which no stage before it is called"),
+    "a part alone": (lambda r: with_whole(r).remove(same), "remove: Gives() is a part of Whole() and leaves with it; "
+                     "remove that"),
+    "a group called like a stage": (lambda r: StageTree([Stage("a", group="b"), Stage("b")]),
+                                    "a stage and a group are called b; rename one"),
+    "a group that is nested": (lambda r: StageTree([Stage("a", group="g"), Stage("b", "a", group="g")]),
+                               "the group g has b and a, which is around it; the stages of a group stand beside each other"),
     "stage twice": (lambda r: StageTree([*STAGES, Stage("batch")]), "two stages are called batch; rename one"),
 }
 

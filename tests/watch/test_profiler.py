@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from learner.loop.learner import Learner
-from learner.watch.profiler import Profiler
 from learner.loop.stages import Callback, Stage
+from learner.watch.profiler import Profiler
 
 matplotlib.use("agg")
 
@@ -62,11 +62,11 @@ def test_every_part_gets_its_own_time():
     clock, profiler = Clock(), Profiler()
     learn = learner(clock, Own, [Spender(clock), profiler])
     learn.train(2)
-    parts = profiler.parts()
+    parts = profiler.seconds()
     assert parts == pytest.approx({"data": 10, "prepare": 0, "predict": 20, "loss": 0, "backward": 0, "step": 0, "extra": 6,
                                    "Profiler": 0, "Spender": 1 + 2 + 3 + 4 + 50 / 5, "the loop": 0.5})
     assert list(parts)[:3] == ["data", "prepare", "predict"]
-    validation = profiler.parts("validation")  # a pass of one batch
+    validation = profiler.seconds("validation")  # a pass of one batch
     assert validation["data"] == 7 and validation["predict"] == 20 and validation["Spender"] == 1
     table = profiler.table()
     assert table.columns == ["part", "milliseconds", "share"] and table[-1]["part"] == "total"
@@ -96,7 +96,7 @@ def test_a_validation_of_its_own_and_a_pass_that_was_not_measured():
     clock, profiler = Clock(), Profiler()
     learn = learner(clock, callbacks=profiler)
     learn.validate()
-    assert profiler.parts("validation")["data"] == 7
+    assert profiler.seconds("validation")["data"] == 7
     with pytest.raises(ValueError, match="^the profiler has measured no train pass; let it take part in one$"): profiler.table()
     with pytest.raises(ValueError, match="^phase: 'tests' is none of .*; did you mean test\\?$"): profiler.plot("tests")
 
@@ -117,5 +117,5 @@ def test_the_picture():
     _, given = plt.subplots()
     ax = profiler.plot("validation", ax=given)
     assert ax is given and ax.get_xlabel() == "milliseconds a batch" and "validation" in ax.get_ylabel()
-    assert [label.get_text() for label in ax.get_yticklabels()] == list(profiler.parts("validation"))
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(profiler.seconds("validation"))
     plt.close("all")
