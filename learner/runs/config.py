@@ -98,7 +98,7 @@ class Settings:
 
     def __str__(self) -> str: return self.to_yaml()
 
-# %% ../../nbs/runs/config.ipynb #9cca3702
+# %% ../../nbs/runs/config.ipynb #7bc0b4e4
 _settings: WeakKeyDictionary[Any, Settings] = WeakKeyDictionary()
 
 def _as_learner(config: str, made: Any) -> "Learner":
@@ -174,7 +174,7 @@ def _run_record(folder: str) -> Mapping[str, Any]:
     try: return read_run(folder).config
     except RunError as error: raise ConfigError(str(error)) from None
 
-# %% ../../nbs/runs/config.ipynb #e63a60e6
+# %% ../../nbs/runs/config.ipynb #7c8ce10e
 def resolve(config: Config, *layers: Mapping[str, Any], allow: Allow = None) -> Settings:
     """Find all settings of a learner.
 
@@ -194,7 +194,7 @@ def resolve(config: Config, *layers: Mapping[str, Any], allow: Allow = None) -> 
     own: list[Layer] = [("", nested(layer)) for layer in layers]
     source = _file_of(config)
     if not source: return _settings_from(find_config("", config, allow), own, allow)
-    given = _run_record(source) if os.path.isdir(source) else read_settings(source)
+    given = dict(_run_record(source)) if os.path.isdir(source) else read_settings(source)
     if os.path.isdir(source) or given.get("format") == "learner.run":
         return from_record(given, *layers, allow=allow or ())
     config = given.pop("config", "")
@@ -245,7 +245,7 @@ def build(config: Config, /, **settings: Any) -> "Learner":
     """
     return resolve(config, settings).build()
 
-# %% ../../nbs/runs/config.ipynb #753ad06b
+# %% ../../nbs/runs/config.ipynb #4ffff610
 def _settings_from(entry: Entry, layers: Sequence[Layer], allow: Allow) -> Settings:
     function, name = entry.load(), entry.recorded
     own = read_signature(function, entry.defaults, "config")

@@ -6,7 +6,7 @@
 __all__ = ['ConfigError', 'Entry', 'registered', 'register_model', 'register_config', 'import_named', 'find_code',
            'import_allowed', 'find_part', 'find_config']
 
-# %% ../../nbs/runs/registry.ipynb #a1f7b094
+# %% ../../nbs/runs/registry.ipynb #43944b18
 import inspect
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -17,11 +17,11 @@ from typing import Any
 
 from ..base.words import did_you_mean
 
-# %% ../../nbs/runs/registry.ipynb #5d9451e5
+# %% ../../nbs/runs/registry.ipynb #c89dd1f5
 class ConfigError(ValueError):
     "Settings that make no sense: what is wrong, where, and the fix, in one line."
 
-# %% ../../nbs/runs/registry.ipynb #825f4bf5
+# %% ../../nbs/runs/registry.ipynb #fbe57978
 @dataclass(frozen=True)
 class Entry:
     "What a name stands for."
@@ -55,10 +55,11 @@ class Entry:
 _OPTIMISERS = ("Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam",
                "RAdam", "RMSprop", "Rprop", "SGD")
 _CALLBACKS = {
-    "steer.update": ("EMA", "Accumulate", "ClipGradients"), "steer.schedule": ("EarlyStopping",),
-    "check.checks": ("NaNGuard",), "steer.precision": ("ChannelsLast", "Compile", "MixedPrecision"),
-    "steer.augment": ("CutMix", "Mixup"), "watch.activations": ("ActivationStats", "GradientStats"),
-    "steer.initialise": ("LSUV",),
+    "check.nan_guard": ("NaNGuard",), "steer.accumulate": ("Accumulate",),
+    "steer.augment": ("CutMix", "Mixup"), "steer.initialise": ("LSUV",),
+    "steer.precision": ("ChannelsLast", "Compile", "MixedPrecision"),
+    "steer.schedule": ("EarlyStopping",), "steer.update": ("EMA", "ClipGradients"),
+    "watch.activations": ("ActivationStats", "GradientStats"),
 }
 _registered: dict[str, dict[str, Entry]] = {
     "config": {},
@@ -69,7 +70,7 @@ _registered: dict[str, dict[str, Entry]] = {
 }
 _BASES = {"model": "Module", "optimiser": "Optimizer", "callback": "Callback"}
 
-# %% ../../nbs/runs/registry.ipynb #239471dc
+# %% ../../nbs/runs/registry.ipynb #75bd1c51
 def registered(kind: str = "config") -> list[Entry]:
     """List what is registered.
 
@@ -85,7 +86,7 @@ def registered(kind: str = "config") -> list[Entry]:
     """
     return [_registered[kind][name] for name in sorted(_registered[kind], key=str.lower)]
 
-# %% ../../nbs/runs/registry.ipynb #c9982d25
+# %% ../../nbs/runs/registry.ipynb #2a5f2e0c
 def _places(factory: Any) -> set[tuple[str, str]]:
     "Where it is defined, by module and by file: a cell that is run again shares one of them."
     code = getattr(factory, "__code__", None)
@@ -142,7 +143,7 @@ def register_config(
     """
     return _register("config", builder, name, defaults)
 
-# %% ../../nbs/runs/registry.ipynb #15a53306
+# %% ../../nbs/runs/registry.ipynb #f3cf4021
 def import_named(module: str, where: str) -> Any:
     "Import a module that `where` names; raises ConfigError if it is missing or fails."
     try: return import_module(module)
@@ -183,7 +184,7 @@ def import_allowed(allow: Collection[str] | str) -> list[str]:
         import_named(module, "allow")
     return modules
 
-# %% ../../nbs/runs/registry.ipynb #9fde5ea1
+# %% ../../nbs/runs/registry.ipynb #9a1b9982
 def find_part(kind: str, where: str, name: str, allow: Collection[str] | None) -> Entry:
     "The entry of a model, an optimiser or a callback, registered or by its place."
     known, base = _registered[kind], _BASES[kind]
