@@ -27,7 +27,7 @@ from ..base.batch import LABELS, Total, call_model, loss_of, unpack
 from ..base.words import PHASES, as_number, check_number, check_whole, did_you_mean
 from .stages import Callback, CancelEpochException, CancelException
 from .stages import CancelTrainException, Staged, providers_of
-from .updates import guarded_updates
+from .updates import check_updates, guarded_updates
 
 # %% ../../nbs/loop/loop.ipynb #7af243ca
 class LossError(ValueError):
@@ -369,6 +369,7 @@ class Modes:
 class Frames(Rows):
     "What the loop has around an epoch, a pass and a batch."
     evaluating: bool = False  # a validation or test pass is under way
+    unseen_step: bool = False  # the optimiser has stepped in this batch, and no stage was opened for it so far
     _modes: Modes  # of all modules, as they were before this call
 
     @contextmanager
@@ -433,7 +434,9 @@ class Walk(Frames):
 
     def _train_batch(self) -> None:
         __tracebackhide__ = True
-        try: values = self.train_batch()
+        try:
+            values = self.train_batch()
+            if self.unseen_step: check_updates(self)
         except BaseException:
             self.optimiser.zero_grad()  # a batch that is cut short leaves no gradients behind
             raise

@@ -51,41 +51,41 @@ def _callbacks_on(learn: Any, stage: str) -> Iterator[tuple[Callback, str]]:
                 break
 
 def check_updates(learn: Any) -> None:
-    """Raise CallbackError if a callback hangs on `step` or `backward`, and it is not opened.
+    """Raise CallbackError if a callback hangs on `step` or `backward`, and it was never opened.
 
     Args:
-        learn: A learner within a training pass, whose optimiser is about to take a step.
+        learn: A learner whose optimiser has taken a step in this run.
     """
+    learn.unseen_step = False
     for stage, fix in _FIXES.items():
         if learn.has_opened(stage): continue
         for callback, hook in _callbacks_on(learn, stage):
-            raise CallbackError(f"{label_of(callback, hook)} would never be called: the routine of "
+            raise CallbackError(f"{label_of(callback, hook)} is never called: the routine of "
                                 f"{type(learn).__name__} {fix}, or remove {callback!r}")
 
 @contextmanager
 def guarded_updates(learn: Any) -> Iterator[None]:
-    """Check the first step within a `with`: none is taken that callbacks do not see.
+    """Have the first step within a `with` looked at: whether callbacks see it.
 
     Args:
-        learn: A learner that begins a training pass.
-
-    Raises:
-        CallbackError: If a callback hangs on `step` or `backward`, and it is not opened.
+        learn: A learner that begins a training pass. Its `unseen_step` says that a step was taken,
+            and `check_updates` is due when the routine is done.
     """
     whole = learn.optimiser
     optimisers = list(whole.values()) if isinstance(whole, Mapping) else [whole]
     registered, others = [], False
 
-    def check(*_: Any) -> None:
-        check_updates(learn)
+    def look(*_: Any) -> None:
+        learn.unseen_step = not all(map(learn.has_opened, _FIXES))
         while registered: registered.pop().remove()
 
     for optimiser in optimisers:
         if hasattr(optimiser, "register_step_pre_hook"):
-            registered.append(optimiser.register_step_pre_hook(check))
+            registered.append(optimiser.register_step_pre_hook(look))
         else: others = True
     try:
         yield
         if others: check_updates(learn)
     finally:
+        learn.unseen_step = False
         while registered: registered.pop().remove()
