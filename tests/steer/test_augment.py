@@ -23,7 +23,7 @@ from learner.steer.augment import (
     random_erase,
     random_flip,
 )
-from learner.watch.look import predictions
+from learner.watch.outputs import predictions
 from learner.watch.metrics import Metrics
 
 IMAGES = torch.rand(12, 3, 9, 7, generator=torch.Generator().manual_seed(0))
