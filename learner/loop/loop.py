@@ -29,7 +29,7 @@ from ..base.batch import LABELS, Total, call_model, loss_of, unpack
 from ..base.words import PHASES, as_number, check_number, check_whole, did_you_mean
 from .stages import Callback, CancelEpochException, CancelException
 from .stages import CancelTrainException, Staged, providers_of
-from .updates import check_updates, guarded_updates
+from .updates import check_updates, guarded_updates, set_mode
 
 # %% ../../nbs/loop/loop.ipynb #7af243ca
 class LossError(ValueError):
@@ -429,6 +429,7 @@ class Frames(Rows):
         training = self.phase == "train"
         self.evaluating = not training
         self._modes.set(self.model, training)
+        set_mode(self.optimiser, training)
         try:
             with torch.set_grad_enabled(training), guarded_updates(self) if training else nullcontext(): yield
         finally: self.evaluating = False
