@@ -29,7 +29,7 @@ from ..base.batch import LABELS, Total, call_model, loss_of, unpack
 from ..base.words import PHASES, as_number, check_number, check_whole, did_you_mean
 from .stages import Callback, CancelEpochException, CancelException
 from .stages import CancelTrainException, Staged, providers_of
-from .updates import guarded_updates
+from .updates import check_updates, guarded_updates, set_mode
 
 # %% ../../nbs/loop/loop.ipynb #7af243ca
 class LossError(ValueError):
@@ -431,6 +431,7 @@ class Modes:
 class Frames(Rows):
     "What the loop has around an epoch, a pass and a batch."
     evaluating: bool = False  # a validation or test pass is under way
+    unseen_step: bool = False  # the optimiser has stepped in this batch, and no stage was opened for it so far
     _modes: Modes  # of all modules, as they were before this call
 
     @contextmanager
@@ -440,6 +441,7 @@ class Frames(Rows):
         training = self.phase == "train"
         self.evaluating = not training
         self._modes.set(self.model, training)
+        set_mode(self.optimiser, training)
         try:
             with torch.set_grad_enabled(training), guarded_updates(self) if training else nullcontext(): yield
         finally: self.evaluating = False
@@ -495,7 +497,9 @@ class Walk(Frames):
 
     def _train_batch(self) -> None:
         __tracebackhide__ = True
-        try: values = self.train_batch()
+        try:
+            values = self.train_batch()
+            if self.unseen_step: check_updates(self)
         except BaseException:
             self.optimiser.zero_grad()  # a batch that is cut short leaves no gradients behind
             raise
