@@ -59,7 +59,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'learner.base.files.append_text': ('base/files.html#append_text', 'learner/base/files.py'),
                                     'learner.base.files.is_file': ('base/files.html#is_file', 'learner/base/files.py'),
                                     'learner.base.files.is_locked': ('base/files.html#is_locked', 'learner/base/files.py'),
-                                    'learner.base.files.list_files': ('base/files.html#list_files', 'learner/base/files.py'),
+                                    'learner.base.files.list_names': ('base/files.html#list_names', 'learner/base/files.py'),
                                     'learner.base.files.make_folder': ('base/files.html#make_folder', 'learner/base/files.py'),
                                     'learner.base.files.open_append': ('base/files.html#open_append', 'learner/base/files.py'),
                                     'learner.base.files.open_file': ('base/files.html#open_file', 'learner/base/files.py'),
