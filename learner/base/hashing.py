@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCK', 'Where', 'tensor_bytes', 'sparse_parts', 'is_sparse', 'Hasher', 'hash_state', 'hash_file']
 
-# %% ../../nbs/base/hashing.ipynb #cef0d26c
+# %% ../../nbs/base/hashing.ipynb #2366561b
 import hashlib
 import struct
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .files import AnyPath, open_file
 
-# %% ../../nbs/base/hashing.ipynb #1ce6ea80
+# %% ../../nbs/base/hashing.ipynb #efde6270
 BLOCK = 2**22  # bytes that are hashed, read or written at a time
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -45,7 +45,7 @@ def _blocks(array: Any) -> Iterator[Any]:
     else:
         for row in array: yield from _blocks(row)
 
-# %% ../../nbs/base/hashing.ipynb #04dbc3da
+# %% ../../nbs/base/hashing.ipynb #20af6669
 Where = tuple[Any, Any] | None  # the way to a value: that to what holds it, and its index or key
 
 class Hasher:
@@ -96,7 +96,7 @@ class Hasher:
         kind = type(value).__name__
         return TypeError(f"{self.name}{steps} of type {kind} cannot be hashed: {fix}")
 
-# %% ../../nbs/base/hashing.ipynb #48293a0c
+# %% ../../nbs/base/hashing.ipynb #916d85ba
 def _add_items(hasher: Hasher, value: list[Any] | tuple[Any, ...], where: Where) -> None:
     hasher.write(f"{'list' if isinstance(value, list) else 'tuple'} {len(value)}")
     for index, item in enumerate(value): hasher.add(item, (where, index))
@@ -133,7 +133,7 @@ def _add_array(hasher: Hasher, value: Any, where: Where) -> None:
     for block in _blocks(array):
         hasher.sha.update(np.asarray(block, block.dtype.newbyteorder("<"), order="C").tobytes())
 
-# %% ../../nbs/base/hashing.ipynb #00af6076
+# %% ../../nbs/base/hashing.ipynb #113eaa8d
 class _StateHasher(Hasher):
     def array(self, value: Any, where: Where) -> None:
         import numpy as np

@@ -9,6 +9,7 @@ __all__ = ['snapshot', 'DamagedError', 'save_state', 'load_state', 'check_state'
 # %% ../../nbs/base/store.ipynb #d9303327
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from queue import Queue
 from threading import Thread
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from .files import open_file, parse_json, replacing, tidy, write_all
 from .hashing import BLOCK, is_sparse, sparse_parts, tensor_bytes
 from .words import did_you_mean
 
-# %% ../../nbs/base/store.ipynb #33c9be7e
+# %% ../../nbs/base/store.ipynb #d413886f
 _NAMES = {  # safetensors' name of each dtype; the last ones are new
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "BOOL": "bool",
@@ -52,7 +53,7 @@ def _place(where: _Where) -> str:
     text = "state" + "".join(f"[{key!r}]" for key in where)
     return text if len(text) < 200 else f"{text[:100]} ... {text[-60:]}"
 
-# %% ../../nbs/base/store.ipynb #ece4619e
+# %% ../../nbs/base/store.ipynb #6215b036
 class _Tensors:
     "The tensors of a state under their names in the file, each once; nothing is copied."
 
@@ -92,7 +93,7 @@ class _Tensors:
 
 def _utf8(text: str) -> str: return text.encode(errors="backslashreplace").decode()
 
-# %% ../../nbs/base/store.ipynb #45544a13
+# %% ../../nbs/base/store.ipynb #47982619
 def _encode(value: Any, tensors: _Tensors, where: _Where = ()) -> Any:
     "A value as JSON; its tensors are gathered. Raises TypeError or ValueError."
     if value is None or isinstance(value, bool): return value
@@ -178,7 +179,7 @@ def _key(key: Any) -> str | int:
     if isinstance(key, str) or type(key) is int: return key
     raise ValueError(f"has the key {key!r:.40}; keys are text and whole numbers")
 
-# %% ../../nbs/base/store.ipynb #96998be7
+# %% ../../nbs/base/store.ipynb #06d5084b
 class _Builder:
     "Makes values of the tensors in a file, each once, so that ties hold; or only checks."
 
@@ -218,7 +219,7 @@ def _has_array(dtype: torch.dtype) -> bool:
     one_byte = (torch.uint8, torch.int8, torch.bool)  # the others are new kinds of floats
     return dtype in one_byte or (dtype.itemsize > 1 and dtype not in _NOT_NUMPY)
 
-# %% ../../nbs/base/store.ipynb #3a55448f
+# %% ../../nbs/base/store.ipynb #15fd9f1f
 def _sparse(layout: torch.layout, content: list[Any], builder: _Builder) -> Tensor:
     "A sparse tensor of its parts; raises ValueError."
     coo = layout == torch.sparse_coo
@@ -231,11 +232,9 @@ def _sparse(layout: torch.layout, content: list[Any], builder: _Builder) -> Tens
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch tells everybody once that these may change
         try:
-            if coo:
-                return torch.sparse_coo_tensor(*tensors, shape, is_coalesced=mark,
-                                               check_invariants=True)
-            return torch.sparse_compressed_tensor(*tensors, shape, layout=layout,
-                                                  check_invariants=True)
+            make: Any = torch.sparse_coo_tensor if coo else torch.sparse_compressed_tensor
+            options = {"is_coalesced": mark} if coo else {"layout": layout}
+            return make(*tensors, shape, check_invariants=True, **options)
         except (RuntimeError, TypeError, IndexError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"has a sparse tensor whose parts do not fit: {reason:.100}") from None
@@ -266,7 +265,7 @@ def snapshot(state: Mapping[str, Any]) -> dict[str, Any]:
         for name, tensor in tensors.named.items()}
     return _decode(encoded, _Builder(copies, torch.device("cpu")))
 
-# %% ../../nbs/base/store.ipynb #2ca273bc
+# %% ../../nbs/base/store.ipynb #f5b6d4f8
 _HEADER = 100_000_000  # bytes that the format allows for the header
 _VERSION = 1  # of what is in the metadata
 _ZERO = b"0" * 64
@@ -396,12 +395,14 @@ def _write(file: int, head: bytes, tensors: Iterable[Tensor]) -> None:
     write_all(file, digest.text())
     os.fsync(file)
 
-# %% ../../nbs/base/store.ipynb #8d1746e7
-def _fill(file: BinaryIO, block: memoryview) -> memoryview:
+# %% ../../nbs/base/store.ipynb #11089ff5
+_File = io.RawIOBase | io.BufferedIOBase
+
+def _fill(file: _File, block: memoryview) -> memoryview:
     "Read as much as the block holds."
     done = 0
     while done < len(block):
-        got = file.readinto(block[done:])  # type: ignore[attr-defined]
+        got = file.readinto(block[done:])
         if not got: raise ValueError("ends too early")
         done += got
     return block
@@ -416,7 +417,7 @@ def _slices(tensors: Iterable[Tensor]) -> Iterator[memoryview]:
     for data in map(tensor_bytes, tensors):
         for start in range(0, len(data), BLOCK): yield data[start : start + BLOCK]
 
-def _read(file: BinaryIO, device: torch.device | None) -> Any:
+def _read(file: _File, device: torch.device | None) -> Any:
     "The state in a file, or None on no device, which only checks it; raises ValueError."
     size = os.fstat(file.fileno()).st_size
     if size < _SUM.stop: raise ValueError("is not a checkpoint, or the most of it is missing")
@@ -483,7 +484,7 @@ def _check_written(file: int) -> None:
     "Read a new file back; raises OSError."
     os.lseek(file, 0, os.SEEK_SET)
     try:
-        with open(file, "rb", buffering=0, closefd=False) as again: _read(again, None)  # type: ignore[arg-type]
+        with open(file, "rb", buffering=0, closefd=False) as again: _read(again, device=None)
     except ValueError as error:
         raise OSError(errno.EIO, f"what was read back is not what was written (it {error}): the "
                       "disk fails, or a tensor changed meanwhile (save a snapshot)") from None
@@ -537,7 +538,7 @@ def check_state(path: AnyPath, inside: AnyPath | None = None) -> None:
     "Read all of a checkpoint without keeping it; raises DamagedError or FileNotFoundError."
     _load(path, None, inside)
 
-# %% ../../nbs/base/store.ipynb #85d63f6f
+# %% ../../nbs/base/store.ipynb #37aad195
 _NAME = re.compile(r"epoch-(\d{4,9})(?:-batch-(\d{5,12}))?\.safetensors")
 
 def checkpoint_name(rows: int, batch: int = 0) -> str:
