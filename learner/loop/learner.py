@@ -28,11 +28,19 @@ from ..base.history import History
 from ..base.batch import LABELS
 from ..base.parts import is_optimiser, kept_order
 from ..base.provenance import kept_rng, rng_state
+<<<<<<< HEAD
 from ..base.store import hash_state, save_state
 from ..base.tree import map_tensors
 from ..base.words import check_number, did_you_mean
 from .loop import Loop, attached_modules, passes_of
 from .resume import Cursor, begin, lengths, read_checkpoint, set_steps, state_to_resume
+=======
+from ..base.hashing import hash_state
+from ..base.store import read_checkpoint, save_state
+from ..base.words import check_number, did_you_mean
+from .loop import Loop
+from .resume import Cursor, begin, lengths, set_steps, state_to_resume
+>>>>>>> h-store
 from .stages import Callback
 from .state import Place, check_state, gather, loaders_of, modules_beside, order_state, put
 from .state import set_groups, state_of
@@ -83,8 +91,8 @@ class Files(Resumable):
             OSError: If the file cannot be written; whatever was there is kept.
 
         Example:
-            >>> learn.save("digits.ckpt")
-            >>> learn.load("digits.ckpt")
+            >>> learn.save("digits.safetensors")
+            >>> learn.load("digits.safetensors")
         """
         save_state(path, self.state_dict())
 

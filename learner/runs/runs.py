@@ -41,7 +41,7 @@ from .rundir import FORMAT, VERSION, RunError, RunExistsError, RunFiles, RunLock
 from .rundir import as_plain, check_name, create_run, is_locked, is_run, iter_rows, move_aside, now
 from .rundir import read_json, read_run, run_path, write_json, write_rows, write_text
 from ..loop.stages import Callback, CancelException, as_callbacks, provides
-from ..loop.resume import checkpoint_name
+from ..base.store import checkpoint_name
 from .tensorboard import TensorBoard
 from ..base.tree import map_tensors
 
