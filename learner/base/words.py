@@ -12,8 +12,8 @@ from numbers import Integral, Real
 from typing import Any
 
 # %% auto #0
-__all__ = ['PHASES', 'MEASURES', 'did_you_mean', 'check_whole', 'check_number', 'split_column', 'mode_of', 'format_value',
-           'flatten']
+__all__ = ['PHASES', 'MEASURES', 'did_you_mean', 'as_number', 'check_whole', 'check_number', 'split_column', 'mode_of',
+           'format_value', 'flatten']
 
 # %% ../../nbs/base/words.ipynb #1997f4fc
 def did_you_mean(
@@ -24,6 +24,29 @@ def did_you_mean(
     near = get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
+# %% ../../nbs/base/words.ipynb #821726cf
+def as_number(
+    value: Any,
+) -> bool | int | float | None:
+    """The plain Python number that a value stands for.
+
+    Args:
+        value: anything; a number of Python or NumPy, a `Fraction`, an array or tensor without dimensions (which is
+            read from its device).
+
+    Returns:
+        A bool, an int or a float; None if the value is not a single real number.
+
+    Example:
+        >>> as_number(np.float32(0.5))
+        0.5
+    """
+    if type(value) in (bool, int, float): return value
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"): value = value.item()
+    if isinstance(value, bool): return value
+    if isinstance(value, Integral): return int(value)
+    return float(value) if isinstance(value, Real) else None
+
 # %% ../../nbs/base/words.ipynb #b426ea4c
 def check_whole(
     name: str,  # of the argument
@@ -31,9 +54,10 @@ def check_whole(
     least: int = 1,
 ) -> int:
     "The value as an int; raises ValueError unless it is a whole number of at least `least`."
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+    number = as_number(value)
+    if type(number) is not int or number < least:
         raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
-    return int(value)
+    return number
 
 def check_number(
     name: str,  # of the argument
@@ -41,9 +65,10 @@ def check_number(
     least: float = 0.0,
 ) -> float:
     "The value as a float; raises ValueError unless it is a finite number of at least `least`."
-    if not isinstance(value, Real) or isinstance(value, bool) or not least <= float(value) < math.inf:
+    number = as_number(value)
+    if number is None or isinstance(number, bool) or not least <= number < math.inf:
         raise ValueError(f"{name} is {value!r}; it must be a finite number of at least {least:g}")
-    return float(value)
+    return float(number)
 
 # %% ../../nbs/base/words.ipynb #689d9295
 PHASES = ("train", "validation", "test")  # the passes over data
@@ -75,8 +100,9 @@ def format_value(
 ) -> str:
     "A value as a table shows it: four decimals, or three digits where these say nothing."
     if value is None: return ""
-    if not isinstance(value, float): return str(value)
-    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.3g}"
+    number = as_number(value)
+    if not isinstance(number, float): return str(value if number is None else number)
+    return f"{number:.4f}" if number == 0 or 1e-3 <= abs(number) < 1e5 else f"{number:.3g}"
 
 # %% ../../nbs/base/words.ipynb #c63256ad
 def flatten(

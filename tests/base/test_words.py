@@ -1,11 +1,14 @@
 """Columns, values and settings: how they are called and shown."""
 import subprocess
 import sys
+from fractions import Fraction
 
+import numpy as np
 import pytest
+import torch
 
+from learner.base.words import as_number, check_number, check_whole, flatten, format_value, mode_of, split_column
 from learner.runs.config import nested
-from learner.base.words import flatten, format_value, mode_of, split_column
 
 
 def test_names_need_no_torch():
@@ -26,6 +29,26 @@ def test_mode_of():
 @pytest.mark.parametrize("value, text", [(None, ""), (0.0, "0.0000"), (0.001, "0.0010"), (0.000999, "0.000999"), (99999.0, "99999.0000"), (1e5, "1e+05"),
                                          (-0.5, "-0.5000"), (float("nan"), "nan"), (float("inf"), "inf"), (3, "3"), ("x", "x"), (True, "True")])
 def test_format_value(value, text): assert format_value(value) == text
+
+
+@pytest.mark.parametrize("value, number", [
+    (3, 3), (True, True), (0.5, 0.5), (np.float64(0.5), 0.5), (np.float32(0.5), 0.5), (np.float16(0.5), 0.5), (np.longdouble(0.5), 0.5), (np.int64(3), 3),
+    (np.uint8(3), 3), (np.bool_(True), True), (np.array(0.5, dtype=np.float32), 0.5), (np.array(3), 3), (torch.tensor(0.5), 0.5), (torch.tensor(3), 3),
+    (torch.tensor(0.5, dtype=torch.bfloat16, requires_grad=True), 0.5), (Fraction(1, 2), 0.5)])
+def test_a_number_of_any_kind_becomes_a_plain_one(value, number):
+    plain = as_number(value)
+    assert plain == number and type(plain) is type(number)
+    assert format_value(value) == format_value(number)
+
+
+@pytest.mark.parametrize("value", [None, "3", 1j, np.complex64(1), np.ones(1), np.str_("3"), np.datetime64("2024-01-01"), torch.ones(1), torch.tensor(1j), [3]])
+def test_what_is_not_one_real_number(value): assert as_number(value) is None
+
+
+def test_numbers_of_numpy_are_arguments_too():
+    assert check_number("rate", np.array(0.5)) == 0.5 and type(check_whole("epochs", np.int32(3))) is int
+    for check, value in [(check_number, np.float32("nan")), (check_number, np.bool_(True)), (check_whole, np.float32(3)), (check_whole, np.int64(0))]:
+        with pytest.raises(ValueError, match="^x is .*; it must be a"): check("x", value)
 
 
 @pytest.mark.parametrize("settings", [

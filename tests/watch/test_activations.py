@@ -15,6 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from learner.loop.learner import Learner
+from learner.loop.stages import (
+    Callback,
+    CancelBatchException,
+    CancelEpochException,
+    CancelTrainException,
+)
 from learner.watch.activations import (
     ActivationStats,
     GradientStats,
@@ -25,13 +32,6 @@ from learner.watch.activations import (
     pick_modules,
     real_tensors,
     sorting_histogram,
-)
-from learner.loop.learner import Learner
-from learner.loop.stages import (
-    Callback,
-    CancelBatchException,
-    CancelEpochException,
-    CancelTrainException,
 )
 
 torch.manual_seed(0)

@@ -17,9 +17,19 @@ from sklearn.metrics import confusion_matrix as oracle_confusion
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from learner.watch import look
-from learner.loop.learner import Learner
+from learner.base.provenance import rng_state
 from learner.loop.data import DataLoaders, TensorLoader, digits
+from learner.loop.learner import Learner
+from learner.loop.stages import (
+    Callback,
+    CancelBatchException,
+    CancelEpochException,
+    CancelTrainException,
+    provides,
+)
+from learner.steer.precision import MixedPrecision
+from learner.steer.update import EMA
+from learner.watch import look
 from learner.watch.look import (
     class_names,
     confusion,
@@ -34,17 +44,7 @@ from learner.watch.look import (
     top_losses,
 )
 from learner.watch.metrics import Metrics
-from learner.steer.precision import MixedPrecision
 from learner.watch.progress import Progress
-from learner.base.provenance import rng_state
-from learner.loop.stages import (
-    Callback,
-    CancelBatchException,
-    CancelEpochException,
-    CancelTrainException,
-    provides,
-)
-from learner.steer.update import EMA
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

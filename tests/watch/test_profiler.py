@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from learner.loop.learner import Learner
-from learner.watch.profiler import Profiler
 from learner.loop.stages import Callback, Stage
+from learner.watch.profiler import Profiler
 
 matplotlib.use("agg")
 
