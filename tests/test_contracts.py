@@ -16,9 +16,12 @@ import learner
 from learner.watch.activations import ActivationStats, GradientStats
 from learner.steer.augment import TTA, BatchTransform, CutMix, Mixup
 from learner.keep.checkpoint import Checkpoint
-from learner.check.checks import NaNGuard
-from learner.check.conformance import RULES, Bystander, check_callback, example_learner
+from learner.check.bench import example_learner
+from learner.check.conformance import check_callback
+from learner.check.nan_guard import NaNGuard
+from learner.check.rules import RULES, Bystander
 from learner.loop.learner import Learner
+from learner.loop.resume import Rewind
 from learner.keep.fingerprints import Fingerprints
 from learner.runs.loggers import ConsoleTable, CSVLogger, JSONLinesLogger, Logger
 from learner.watch.metrics import Metrics, MulticlassAccuracy
@@ -69,6 +72,7 @@ TABLE = {  # how to make each; one that needs a learner of its own gets it in LE
     "Profiler": Profiler,
     "Progress": Progress,
     "Recorder": lambda: Recorder("loss", "learning_rate", "gradient_norm", norm=lambda learn: learn.loss.detach() ** 2),
+    "Rewind": lambda: Rewind(2),
     "Run": lambda: Run(path(), plots=False, log_every=1),
     "Schedule": lambda: Schedule(cosine(0.1, 0.01)),
     "TTA": lambda: TTA(lambda data: data * 1.01),

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..loop.learner import Learner, LossError
+from ..loop.learner import Learner
+from ..loop.loop import LossError
 from ..base.words import check_number, check_whole
 from ..base.parts import is_optimiser, samplers_of
 from ..base.show import new_axes
@@ -164,6 +165,7 @@ class RangeTest:
 class _Rise(Callback):
     "Raises the learning rate step by step and notes the losses."
     priority = 1_000_000  # it has the last word on the rate, and sees the loss that is trained on
+    needs_stages = ()  # it sets the rate before the batch, and again before a step that it sees
 
     def __init__(self, rates: Sequence[float], divergence: float):
         self.rates, self.divergence = rates, divergence

@@ -940,6 +940,13 @@ class Staged:
         __tracebackhide__ = True
         self._actions[names]()
 
+    def has_opened(
+        self,
+        name: str,  # of a stage
+    ) -> bool:
+        "Whether a stage has been opened, or is about to be, since the run began or its callbacks changed."
+        return any(name in opened for opened, _ in self._plans)
+
     @contextmanager
     def running(
         self,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..base.history import History
 from ..base.parts import is_optimiser, length_of
-from ..base.words import format_value, mode_of, number_of, plain
+from ..base.words import format_value, mode_of, as_number, plain
 from ..loop.learner import Learner
 from ..loop.stages import Callback
 from .runfiles import GrowingTable
@@ -108,7 +108,7 @@ class Destination(Callback):
     def close(self) -> None:
         "A training or such a pass is over, whether it went well or not; more may follow."
 
-# %% ../../nbs/runs/loggers.ipynb #92b0a710
+# %% ../../nbs/runs/loggers.ipynb #db1711c1
 class StepLogger(Destination):
     "Hands on values of single steps, where `log_steps` is overridden."
 
@@ -138,7 +138,7 @@ class StepLogger(Destination):
         "Continue the numbers of the steps."
         self.values.num_steps = int(state["num_steps"])
 
-# %% ../../nbs/runs/loggers.ipynb #2ba99ef0
+# %% ../../nbs/runs/loggers.ipynb #03f59f23
 class Logger(StepLogger):
     """The base of loggers: override `log_settings`, `log_steps`, `log_row`, `log_results` and `close` as needed.
 
@@ -187,7 +187,7 @@ class Logger(StepLogger):
         self.values.points = []  # of a pass that an error has ended
         self.close()
 
-# %% ../../nbs/runs/loggers.ipynb #7e121de4
+# %% ../../nbs/runs/loggers.ipynb #baae4576
 class BestSoFar:
     "Best and last value of each column of numbers; of equal values the first is the best."
 
@@ -200,7 +200,7 @@ class BestSoFar:
         return {name for name, value in row.items() if name != "epoch" and self._add(name, value, row.get("epoch"))}
 
     def _add(self, name: str, value: Any, epoch: Any) -> bool:
-        number = number_of(value)
+        number = as_number(value)
         if number is None or isinstance(number, bool): return False
         entry = self.score.setdefault(name, {"best": None, "epoch": None, "last": None, "mode": mode_of(name)})
         entry["last"] = number
@@ -240,7 +240,7 @@ class StarredRows(LogView):
 class StarredTerminal(StarredRows, TerminalView):
     "The same above a bar for the pass that is under way."
 
-# %% ../../nbs/runs/loggers.ipynb #ac97cb6d
+# %% ../../nbs/runs/loggers.ipynb #6aa2f473
 class ConsoleTable(Progress):
     """Progress as text, with a star at the best value of each column so far; on a terminal a bar runs below the rows.
 

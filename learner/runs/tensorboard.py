@@ -22,8 +22,9 @@ from torch.nn.parameter import is_lazy
 
 from ..base.history import History
 from ..base.provenance import kept_rng
-from ..base.tree import call_model, map_tensors
-from ..base.words import check_whole, flatten, number_of, plain, split_column
+from ..base.batch import call_model
+from ..base.tree import map_tensors
+from ..base.words import check_whole, flatten, as_number, plain, split_column
 from ..loop.learner import Learner
 from .loggers import Logger
 
@@ -60,7 +61,7 @@ def write_graph(writer: Any, model: nn.Module, data: Any) -> None:
             for hooks in (module._forward_hooks, module._forward_pre_hooks): hooks.clear()
         with redirect_stdout(io.StringIO()): writer.add_graph(copy, (data,))  # it prints what it raises
 
-# %% ../../nbs/runs/tensorboard.ipynb #13ded0c4
+# %% ../../nbs/runs/tensorboard.ipynb #bbad3a8b
 class ScalarBoard(Logger):
     "The numbers of a training as event files; `TensorBoard` adds looks into the model."
 
@@ -98,7 +99,7 @@ class ScalarBoard(Logger):
 
     def before_training(self, learn: Learner) -> None: self.epoch = learn.results.get("epoch", learn.epoch)
 
-# %% ../../nbs/runs/tensorboard.ipynb #0d2b344f
+# %% ../../nbs/runs/tensorboard.ipynb #287e6767
 def _check_installed() -> None:
     from importlib.util import find_spec
     if find_spec("tensorboard") is None:
@@ -106,7 +107,7 @@ def _check_installed() -> None:
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     "The values that are numbers, without the number of the epoch."
-    found = {name: number_of(value) for name, value in values.items() if name != "epoch"}
+    found = {name: as_number(value) for name, value in values.items() if name != "epoch"}
     return {name: float(number) for name, number in found.items() if number is not None}
 
 def _are_images(data: Any) -> bool:
@@ -122,7 +123,7 @@ def _titles(labels: Any, predictions: Any, names: Any) -> tuple[list[str] | None
     titles = [name(label) if label == found else f"{name(label)}, not {name(found)}" for label, found in pairs]
     return titles, [None if label == found else "red" for label, found in pairs]
 
-# %% ../../nbs/runs/tensorboard.ipynb #27db7f0e
+# %% ../../nbs/runs/tensorboard.ipynb #b886e561
 class ModelBoard(ScalarBoard):
     "Adds the graph of the model, and histograms of its weights and gradients."
     histograms: int
@@ -161,7 +162,7 @@ class ModelBoard(ScalarBoard):
         if len(finite): self.open().add_histogram(name, finite.cpu(), self.epoch)
         if len(finite) < len(values): self.open().add_scalar(f"not finite/{name}", len(values) - len(finite), self.epoch)
 
-# %% ../../nbs/runs/tensorboard.ipynb #da9346d5
+# %% ../../nbs/runs/tensorboard.ipynb #5b4040f7
 class ImageBoard(ModelBoard):
     "Adds images with predictions, and the settings beside the results."
     images: int
@@ -193,7 +194,7 @@ class ImageBoard(ModelBoard):
         for summary in hparams(self.flat, results): self.writer.file_writer.add_summary(summary)
         for name, value in results.items(): self.writer.add_scalar(name, value, row["epoch"])
 
-# %% ../../nbs/runs/tensorboard.ipynb #133a9ae1
+# %% ../../nbs/runs/tensorboard.ipynb #7f058f4e
 class TensorBoard(ImageBoard):
     """Writes event files for TensorBoard.
 

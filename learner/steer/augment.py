@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..loop.learner import PASSES, Learner
+from ..loop.learner import Learner
+from ..loop.loop import PASSES
 from ..base.words import check_number, check_whole, did_you_mean
 from ..base.parts import accepts
 from ..loop.stages import Callback, CallbackError
-from ..base.tree import batch_size, map_tensors
+from ..base.batch import size_of
+from ..base.tree import map_tensors
 
 # %% auto #0
 __all__ = ['COMBINE', 'flip', 'random_flip', 'random_crop', 'random_erase', 'normalise', 'BatchTransform', 'Mixup', 'CutMix',
@@ -188,7 +190,7 @@ class BatchTransform(Callback):
                 raise TypeError(f"{self}: the function returned a {type(made).__name__}; with labels=True it returns "
                                 "a pair, the data and the labels")
             learn.data, learn.labels = made
-            learn.batch_size = batch_size(learn.labels)
+            learn.batch_size = size_of(learn.labels)
 
 def _made(function: Callable[[Any], Any], data: Any) -> Any:
     "What a function makes of the data; raises TypeError if it returns nothing."

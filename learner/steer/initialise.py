@@ -26,7 +26,7 @@ from ..base.parts import is_optimiser
 from ..base.provenance import kept_rng
 from ..base.show import new_axes
 from ..loop.stages import Callback, CancelTrainException
-from ..base.tree import batch_size, call_model, split_batch, to_device
+from ..base.batch import call_model, size_of, unpack
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -260,9 +260,9 @@ def _inputs(target: Learner | nn.Module, batch: Any) -> tuple[nn.Module, Any]:
     if isinstance(target, nn.Module):
         if batch is None: raise ValueError("a model alone has no data; pass a batch, or the learner")
         place = next((tensor.device for tensor in target.parameters()), torch.device("cpu"))
-        return target, split_batch(to_device(batch, place), whole=True)[0]
+        return target, unpack(batch, place, whole=True)[1]
     if target.is_running: raise RuntimeError("weights cannot be initialised inside a run; do it before")
-    if batch is not None: return target.model, split_batch(to_device(batch, target.device), target.loss_func is None)[0]
+    if batch is not None: return target.model, unpack(batch, target.device, whole=target.loss_func is None)[1]
     if "train" not in target.dataloaders: raise ValueError("dataloaders has no \"train\" loader; pass a batch")
     if isinstance(target.dataloaders["train"], Iterator):
         raise TypeError("dataloaders[\"train\"] is an iterator, which would lose a batch; pass a batch")
@@ -358,7 +358,7 @@ def _report(
         elif not row.note: row.note = "was not called"
         if layer in after: row.mean_after, row.std_after = after[layer].mean, after[layer].std
     ran = [rows[names[layer]] for layer in before]
-    return Initialised([*ran, *(rows[name] for layer, name in names.items() if layer not in before)], batch_size(data))
+    return Initialised([*ran, *(rows[name] for layer, name in names.items() if layer not in before)], size_of(data))
 
 # %% ../../nbs/steer/initialise.ipynb #731e1a68
 def kaiming(

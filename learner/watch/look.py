@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..loop.learner import PASSES, Learner
+from ..loop.learner import Learner
+from ..loop.loop import PASSES
 from ..base.words import check_whole, did_you_mean
 from ..base.history import History
 from ..base.parts import kept_order, length_of
 from ..base.provenance import kept_rng
 from ..base.show import new_axes, show_images
 from ..loop.stages import Callback, CancelBatchException, CancelEpochException, CancelTrainException
-from ..base.tree import batch_size, is_leaf, map_tensors
+from ..base.batch import size_of, unpack
+from ..base.tree import is_leaf, map_tensors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -124,7 +126,7 @@ def example_losses(
         reduction = _default_reduction(loss_func)
         if loss_func is None or reduction is None: return None
         losses = loss_func(predictions, labels, reduction="none")
-    if not isinstance(losses, Tensor) or losses.shape[:1] != (batch_size(labels),): return None
+    if not isinstance(losses, Tensor) or losses.shape[:1] != (size_of(labels),): return None
     if losses.ndim == 1: return losses
     return losses.flatten(1).mean(1) if reduction == "mean" else losses.flatten(1).sum(1)
 
@@ -186,7 +188,7 @@ class _Collector(Callback):
     after_test_batch = after_validation_batch
 
     def cancelled_validation_batch(self, batch: Any) -> None:
-        self.seen += batch_size(batch)  # positions go on counting
+        self.seen += unpack(batch)[3]  # positions go on counting
 
     cancelled_test_batch = cancelled_validation_batch
 
@@ -195,9 +197,7 @@ _one_at_a_time = RLock()  # the modes of a model and the global random numbers a
 def _pass_over(learn: Learner, loader: Any, callback: Callback, test: bool = False) -> None:
     "One pass over a loader by a light copy of the learner, in evaluation mode."
     with _one_at_a_time, kept_rng(), kept_order([loader]), warnings.catch_warnings():
-        quiet = copy(learn)
-        quiet.remove_watchers()
-        quiet.history, quiet._failed = History(), False  # what a failed run has left is the learner's own
+        quiet = learn.quiet_copy()
         quiet.dataloaders = {**learn.dataloaders, "test" if test else "validation": loader}
         warnings.filterwarnings("ignore", "(validation|test)_loss is nan")  # the reader sees what is there
         (quiet.test if test else quiet.validate)(callback)

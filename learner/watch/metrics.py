@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..loop.learner import PASSES, Learner
+from ..loop.learner import Learner
+from ..loop.loop import PASSES
 from ..base.words import did_you_mean
 from ..base.history import Mean as WeightedMean
 from ..loop.stages import Callback
-from ..base.tree import batch_size, map_tensors
+from ..base.batch import size_of
+from ..base.tree import map_tensors
 
 # %% auto #0
 __all__ = ['MetricError', 'FunctionMean', 'metric_name', 'name_metrics', 'check_metric', 'adds_up', 'Chunk', 'Metrics']
@@ -71,7 +73,7 @@ class FunctionMean:
         value = self.function(predictions, labels)
         if not isinstance(value, Tensor | Real) or (isinstance(value, Tensor) and value.ndim):
             raise MetricError(f"the function returned {_form(value)}; it must return a scalar, such as a .mean()")
-        self.mean.add(value, batch_size(predictions))
+        self.mean.add(value, size_of(predictions))
 
     def compute(self) -> float:
         "The mean so far."

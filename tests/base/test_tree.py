@@ -1,11 +1,12 @@
-"""Batches of every make."""
+"""Nested values of every make."""
 from collections import OrderedDict, UserDict, namedtuple
+from dataclasses import dataclass, field
 
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence
 
-from learner.base.tree import BatchError, batch_size, call_model, map_tensors, open_batch, split_batch, to_device
+from learner.base.tree import is_record, map_tensors, to_device
 
 Pair = namedtuple("Pair", "x y")
 META = torch.device("meta")
@@ -16,11 +17,26 @@ class Encoding(UserDict):
     def to(self, device): raise AssertionError("a mapping is moved tensor by tensor")
 
 
+@dataclass
+class Scene:
+    points: torch.Tensor
+    name: str = "house"
+    inner: dict = field(default_factory=dict)
+    checked: int = field(default=0, init=False)
+
+    def __post_init__(self): self.checked += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    points: torch.Tensor
+
+
 def x(n=4): return torch.ones(n, 2)
 
 
-@pytest.mark.parametrize("tree", [x(), (x(), x()), [x(), [x(), "text"]], {"a": x(), "b": (x(), 3)}, Pair(x(), None),
-                                  OrderedDict(a=x()), Encoding({"a": x()})], ids=lambda tree: type(tree).__name__)
+@pytest.mark.parametrize("tree", [x(), (x(), x()), [x(), [x(), "text"]], {"a": x(), "b": (x(), 3)}, Pair(x(), None), OrderedDict(a=x()), Encoding({"a": x()}),
+                                  Scene(x(), inner={"a": x()}), Frozen(x()), {"a": [Frozen(x())]}], ids=lambda tree: type(tree).__name__)
 def test_the_structure_stays_and_every_tensor_moves(tree):
     moved = to_device(tree, META)
     assert type(moved) is type(tree)
@@ -34,6 +50,14 @@ def test_the_structure_stays_and_every_tensor_moves(tree):
 def test_what_is_no_tensor_stays_itself():
     thing = object()
     assert map_tensors(lambda t: t + 1, (thing, "text", 3, None))[0] is thing
+    assert map_tensors(lambda t: t + 1, Scene) is Scene and not is_record(Scene)
+
+
+def test_a_dataclass_is_copied_and_not_made_again():
+    scene = Scene(x(), "hut", {"a": x()})
+    moved = to_device(scene, META)
+    assert (moved.name, moved.checked) == ("hut", 1) and moved.inner["a"].device == META
+    assert scene.points.device.type == scene.inner["a"].device.type == "cpu"
 
 
 def test_a_packed_sequence_is_trusted_with_its_own_to():
@@ -41,53 +65,46 @@ def test_a_packed_sequence_is_trusted_with_its_own_to():
     assert to_device((packed,), torch.device("cpu"))[0].data.tolist() == packed.data.tolist()
 
 
-@pytest.mark.parametrize("batch, data, labels", [
-    (x(), "same", "same"), ((x(),), 0, 0), ([x(), 1], 0, 1), ((x(), 2, 3), (0, 1), 2), (Pair(x(), 5), 0, 1)])
-def test_split_tuples(batch, data, labels):
-    own, its = split_batch(batch)
-    def pick(where): return batch if where == "same" else tuple(batch[i] for i in where) if isinstance(where, tuple) else batch[where]
-    assert (own is pick(data) or own == pick(data)) and its is pick(labels)
+class Base:
+    def __init__(self, device="cpu"): self.device, self.options = device, None
+    def moved(self, device, **options):
+        new = type(self)(device)
+        new.options = options
+        return new
 
 
-def test_split_mappings():
-    batch = {"a": 1, "label": 2, "labels": 3}
-    assert split_batch(batch) == ({"a": 1, "label": 2}, 3)
-    assert split_batch(batch, whole=True) == (batch, 3)
-    assert split_batch({"a": 1}, whole=True) == ({"a": 1}, None)
+class Plain(Base):
+    def to(self, device): return self.moved(device)
 
 
-@pytest.mark.parametrize("batch, size", [
-    (x(7), 7), ((x(5), x(5)), 5), ({"text": "abc", "a": x(3)}, 3), (({"m": x(6)}, 1), 6), (torch.tensor(2.0), 1),
-    (["a", "b"], 1), ((torch.tensor(1.0), x(9)), 1), ([], 1)])
-def test_sizes(batch, size): assert batch_size(batch) == size
+class NonBlocking(Base):
+    def to(self, device, non_blocking=False): return self.moved(device, non_blocking=non_blocking)
 
 
-@pytest.mark.parametrize("batch", [(x(), torch.zeros(4)), [x(), x()], (x(), x(), x()), {"a": x(), "labels": x()}, x(),
-                                   ((x(), x()), torch.zeros(4)), (torch.tensor(1.0), torch.tensor(2.0)), (x(), [1, 2])])
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_opening_a_batch_is_moving_splitting_and_counting(batch, device):
-    opened = open_batch(batch, torch.device(device))
-    moved = to_device(batch, torch.device(device))
-    assert type(opened[0]) is type(batch)
-    assert opened[3] == batch_size(batch)
-    found, wanted = [], []
-    map_tensors(lambda t: found.append((t.shape, t.device)), opened[1:3])
-    map_tensors(lambda t: wanted.append((t.shape, t.device)), split_batch(moved))
-    assert found == wanted
+class AnyOption(Base):
+    def to(self, device, **options): return self.moved(device, **options)
 
 
-def test_calling():
-    def model(*args, **kwargs): return args, kwargs
-    assert call_model(model, (1, 2)) == ((1, 2), {})
-    assert call_model(model, {"a": 1}) == ((), {"a": 1})
-    assert call_model(model, "text") == (("text",), {})
+class InPlace(Base):
+    def to(self, device): self.device = device
 
 
-@pytest.mark.parametrize("batch, message", [
-    (3, "the loader yielded 3; a batch is a tensor, a tuple or list with the labels last, or a mapping"),
-    (None, "the loader yielded None; a batch is *"), ("abc", "the loader yielded 'abc'; a batch is *"),
-    ((), "the loader yielded an empty tuple; a batch is *"), ({}, "the loader yielded an empty dict; a batch is *"),
-    ({"input": 1}, "the batch has no labels for loss_func; its keys are ['input']")])
-def test_what_is_no_batch(batch, message):
-    with pytest.raises(BatchError) as caught: open_batch(batch, torch.device("cpu"))
-    assert str(caught.value) == message or (message.endswith("*") and str(caught.value).startswith(message[:-1]))
+class Delegates:
+    "Without a `to` of its class."
+    def __init__(self, inner): self.inner = inner
+    def __getattr__(self, name): return getattr(self.inner, name)
+
+
+@pytest.mark.parametrize("kind, options", [(Plain, {}), (NonBlocking, {"non_blocking": True}), (AnyOption, {"non_blocking": True}), (InPlace, None)])
+def test_an_object_is_moved_with_what_its_method_takes(kind, options):
+    moved = to_device({"a": kind()}, META)["a"]
+    assert type(moved) is kind and moved.device == META and moved.options == options
+
+
+def test_a_method_that_is_found_elsewhere(): assert to_device(Delegates(Plain()), META).device == META
+
+
+def test_an_error_of_the_method_itself_is_not_swallowed():
+    class Broken:
+        def to(self, device, non_blocking=False): raise TypeError("its own")
+    with pytest.raises(TypeError, match="its own"): to_device(Broken(), META)

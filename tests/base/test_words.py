@@ -1,13 +1,29 @@
-"""Columns, values and settings: how they are called and shown."""
+"""Numbers, plain values, columns and settings: how they are checked, called and shown."""
+import enum
+import json
+import math
 import subprocess
 import sys
+from datetime import datetime
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from learner.base.words import as_number, check_number, check_whole, flatten, format_value, mode_of, split_column
+from learner.base.words import (
+    check_number,
+    check_whole,
+    flatten,
+    format_value,
+    mode_of,
+    named_loaders,
+    as_number,
+    plain,
+    read_column,
+    split_column,
+)
 from learner.runs.config import nested
 
 
@@ -31,26 +47,6 @@ def test_mode_of():
 def test_format_value(value, text): assert format_value(value) == text
 
 
-@pytest.mark.parametrize("value, number", [
-    (3, 3), (True, True), (0.5, 0.5), (np.float64(0.5), 0.5), (np.float32(0.5), 0.5), (np.float16(0.5), 0.5), (np.longdouble(0.5), 0.5), (np.int64(3), 3),
-    (np.uint8(3), 3), (np.bool_(True), True), (np.array(0.5, dtype=np.float32), 0.5), (np.array(3), 3), (torch.tensor(0.5), 0.5), (torch.tensor(3), 3),
-    (torch.tensor(0.5, dtype=torch.bfloat16, requires_grad=True), 0.5), (Fraction(1, 2), 0.5)])
-def test_a_number_of_any_kind_becomes_a_plain_one(value, number):
-    plain = as_number(value)
-    assert plain == number and type(plain) is type(number)
-    assert format_value(value) == format_value(number)
-
-
-@pytest.mark.parametrize("value", [None, "3", 1j, np.complex64(1), np.ones(1), np.str_("3"), np.datetime64("2024-01-01"), torch.ones(1), torch.tensor(1j), [3]])
-def test_what_is_not_one_real_number(value): assert as_number(value) is None
-
-
-def test_numbers_of_numpy_are_arguments_too():
-    assert check_number("rate", np.array(0.5)) == 0.5 and type(check_whole("epochs", np.int32(3))) is int
-    for check, value in [(check_number, np.float32("nan")), (check_number, np.bool_(True)), (check_whole, np.float32(3)), (check_whole, np.int64(0))]:
-        with pytest.raises(ValueError, match="^x is .*; it must be a"): check("x", value)
-
-
 @pytest.mark.parametrize("settings", [
     {}, {"epochs": 3}, {"model": {"name": "Net", "head": {"dropout": 0.1}}, "epochs": 3}, {"callbacks": {}},
     {"callbacks": {"EMA": {}, "slow": {"name": "EMA"}}}, {"callbacks": {"package.Part": {"size": 3}, "EMA": {"decay": 0.9}}}, {"betas": [0.9, {"a": 1}]},
@@ -61,3 +57,52 @@ def test_names_with_dots_give_the_settings_again(settings):
 
 
 def test_a_prefix_stands_before_all_names(): assert flatten({"a": 1, "b": {"c": 2}}, "x.") == {"x.a": 1, "x.b.c": 2}
+
+
+NUMPY = (np.float64, np.float32, np.float16, np.longdouble, np.int64, np.uint8)
+
+
+@pytest.mark.parametrize("kind", [*NUMPY, lambda v: np.array(v, np.float32), lambda v: np.array(v, np.int16), torch.tensor,
+                                  lambda v: torch.tensor(v, dtype=torch.bfloat16), lambda v: torch.nn.Parameter(torch.tensor(float(v))), Fraction, float])
+def test_numbers_of_every_library_are_numbers(kind):
+    number = as_number(kind(1))
+    assert type(number) in (int, float) and number == 1
+    assert json.dumps(plain({"a": [kind(1)]})) in ('{"a": [1]}', '{"a": [1.0]}')
+
+
+@pytest.mark.parametrize("kind", NUMPY)
+def test_numbers_of_numpy_pass_as_arguments(kind):
+    assert check_number("rate", kind(2)) == 2.0
+    if kind in (np.int64, np.uint8): assert check_whole("count", kind(2)) == 2
+
+
+@pytest.mark.parametrize("value", ["1", None, 1j, np.complex64(1), torch.tensor(1j), np.array([1.0]), torch.ones(1), [1], np.datetime64("2026-01-01"), object()])
+def test_what_is_not_a_number(value): assert as_number(value) is None
+
+
+def test_nan_stays_a_number_and_becomes_text_only_when_it_is_written():
+    assert math.isnan(as_number(np.float32("nan"))) and plain(np.float32("nan")) == "nan" and plain(torch.tensor(-math.inf)) == "-inf"
+
+
+class Colour(enum.IntEnum):
+    red = 3
+
+
+@pytest.mark.parametrize("value, wanted", [
+    (None, None), (True, True), (np.bool_(False), False), (10**30, 10**30), (Colour.red, 3), ((1, 2.5, "x"), [1, 2.5, "x"]), ({"b", "a"}, ["a", "b"]),
+    ({1: {"a": Path("x/y")}}, {"1": {"a": "x/y"}}), (datetime(2026, 1, 2, 3, 4, 5, 678), "2026-01-02T03:04:05"), (range(2), "range(0, 2)"), (1j, "1j")])
+def test_plain(value, wanted):
+    assert plain(value) == wanted and type(plain(value)) is type(wanted)
+    json.dumps(plain(value), allow_nan=False)
+
+
+def test_columns_of_named_loaders():
+    names = named_loaders({"train": [1], "validation": {"a": [1], "a_b": [1]}, "test": [1]})
+    assert names == {"validation": ("a", "a_b")}
+    table = {"validation_a_loss": ("validation", "a", "loss"), "validation_a_b_loss": ("validation", "a_b", "loss"), "validation_a": ("validation", "", "a"),
+             "validation_a_": ("validation", "", "a_"), "validation_loss": ("validation", "", "loss"), "test_a_loss": ("test", "", "a_loss"), "epoch": ("", "", "epoch")}
+    for name, parts in table.items(): assert read_column(name, names) == parts and str(read_column(name, names)) == name
+
+
+def test_the_name_of_a_loader_says_nothing_about_its_values():
+    assert mode_of("validation_error_free_accuracy") is None and mode_of("validation_error_free_accuracy", {"validation": ["error_free"]}) == "max"

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 from test_resume import BATCHES, EPOCHS, Fail, Press, StopAfter, differences, make, reference, seen, train, whole
 
-from learner.keep import checkpoint, store
+from learner.base import store
+from learner.keep import checkpoint
 from learner.keep.checkpoint import Checkpoint, CheckpointError
 from learner.steer.schedule import EarlyStopping, MonitorError
 from learner.loop.stages import Callback
@@ -235,7 +236,7 @@ def here(epoch, batch_num):
     if (epoch, batch_num) != (1, 3) or learn.phase != "train": return
     print(os.getpid(), flush=True)
     for _ in range(600):
-        if learn._signals.noted: return
+        if learn.cursor.signals.noted: return
         time.sleep(0.05)
 train(learn)
 """

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from learner.loop.learner import Learner, LossError
+from learner.loop.learner import Learner
+from learner.loop.loop import LossError
 from learner.base.history import History, HistoryError, Mean
 from learner.loop.stages import (
     Callback,
@@ -27,7 +28,7 @@ from learner.loop.stages import (
     Stage,
     provides,
 )
-from learner.base.tree import BatchError
+from learner.base.batch import BatchError
 
 
 def tensors(n=70, seed=0):
@@ -813,7 +814,7 @@ CONSTRUCTION = {
     "loss": (dict(loss_func="mse"), TypeError, "loss_func is 'mse'; pass a function of predictions and labels, or None"),
     "one loader": (dict(dataloaders=[1]), TypeError, "dataloaders is a list; pass a mapping such as {\"train\": loader}"),
     "loader name": (dict(dataloaders={"valid": []}), ValueError,
-                    "dataloaders: 'valid' is none of ['train', 'validation', 'test']; did you mean validation?"),
+                    "dataloaders: 'valid' is not one of ['train', 'validation', 'test']; did you mean validation?"),
     "no iterable": (dict(dataloaders={"train": 3}), TypeError, "dataloaders[\"train\"] is 3; pass an iterable of batches"),
     "callback class": (dict(callbacks=Callback), TypeError, "callbacks: Callback is a class; pass an instance: Callback()"),
     "device": (dict(device="abacus"), ValueError, "device is 'abacus', which cannot be used: *"),
@@ -846,18 +847,18 @@ TRAINING = {
     "read once": (dict(loaders_={"train": iter([])}), {}, ValueError,
                   "dataloaders[\"train\"] yielded no batch; an iterator can be read only once, so give a list or a DataLoader"),
     "a number": (dict(loaders_={"train": [3]}), {}, BatchError,
-                 "the loader yielded 3; a batch is a tensor, a tuple or list with the labels last, or a mapping"),
+                 "the loader yielded 3; a batch is a tensor, a tuple or list with the labels last, a mapping, a dataclass, or an object with a method to(device)"),
     "None": (dict(loaders_={"train": [None]}), {}, BatchError,
-             "the loader yielded None; a batch is a tensor, a tuple or list with the labels last, or a mapping"),
+             "the loader yielded None; a batch is a tensor, a tuple or list with the labels last, a mapping, a dataclass, or an object with a method to(device)"),
     "empty tuple": (dict(loaders_={"train": [()]}), {}, BatchError,
-                    "the loader yielded an empty tuple; a batch is a tensor, a tuple or list with the labels last, or a mapping"),
+                    "the loader yielded an empty tuple; give it at least one tensor"),
     "no labels": (dict(loaders_={"train": [{"input": x, "target": y}]}), {}, BatchError,
-                  "the batch has no labels for loss_func; its keys are ['input', 'target']"),
+                  "the batch has no labels for loss_func; its keys are ['input', 'target']; name it with Learner(..., labels=\"...\"), or pass labels=None"),
     "vector loss": (dict(loss_func=lambda p, t: F.cross_entropy(p, t, reduction="none")), {}, LossError,
                     "loss_func returned a tensor of shape (16,); the loss must be a scalar: take its .mean()"),
     "float loss": (dict(loss_func=lambda p, t: 1.0), {}, LossError, "loss_func returned a float; the loss must be a scalar tensor"),
     "no loss": (dict(loss_func=lambda p, t: None), {}, LossError, "loss_func returned a NoneType; the loss must be a scalar tensor"),
-    "no own loss": (dict(loss_func=None), {}, LossError, "loss_func is None and the model's output has no .loss; pass one"),
+    "no own loss": (dict(loss_func=None), {}, LossError, "loss_func is None and the model's output has no loss; pass a loss_func, or return the loss as .loss, as [\"loss\"] or as the first scalar of a tuple"),
     "no gradient": (dict(model=frozen()), {}, LossError, "the loss needs no gradient: it depends on no parameter that is trained; "
                     "is the model frozen, the loss detached, or inference mode on?"),
     "epochs 0": ({}, dict(epochs=0), ValueError, "epochs is 0; it must be a whole number of at least 1"),
@@ -869,7 +870,7 @@ TRAINING = {
     "learning_rate nan": ({}, dict(learning_rate=math.nan), ValueError, "learning_rate is nan; it must be a finite number of at least 0"),
     "learning_rate text": ({}, dict(learning_rate="1e-3"), ValueError, "learning_rate is '1e-3'; it must be a finite number of at least 0"),
     "factory": (dict(optimiser=lambda ps, lr=0: NotAnOptimiser), {}, TypeError,
-                "optimiser: the factory returned <class 'test_core.NotAnOptimiser'>; it must return a torch Optimizer"),
+                "optimiser: the factory returned <class 'test_learner.NotAnOptimiser'>; it must return a torch Optimizer"),
     "factory of other parameters": (dict(optimiser=lambda ps, lr=0.1: torch.optim.SGD(net().parameters(), lr=lr)), {}, ValueError,
                                     "optimiser: SGD has no parameter of the model in it; make it from model.parameters()"),
     "logging a vector": (dict(callbacks=None), "log", ValueError, "log: wide has shape (3,); log a scalar"),

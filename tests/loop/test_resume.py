@@ -33,7 +33,8 @@ from learner.base.provenance import rng_state, seed_everything
 from learner.watch.recorder import Recorder
 from learner.steer.schedule import BatchSchedule, EarlyStopping, EpochSchedule, Schedule, cosine
 from learner.loop.stages import Callback, hooks_of
-from learner.loop.resume import ResumeError, order_state
+from learner.loop.resume import Rewind
+from learner.loop.state import ResumeError, order_state
 from learner.base.store import DamagedError, hash_state, load_state, save_state, snapshot
 from learner.steer.update import EMA, Accumulate, ClipGradients, FreezeUntil
 
@@ -445,7 +446,7 @@ def test_saved_by_a_hook_at_the_end_of_an_epoch(tmp_path, epoch):
 def test_a_training_that_has_ended_has_nothing_to_resume(tmp_path):
     learn = make("plain")
     train(learn)
-    with pytest.raises(ResumeError, match="there is nothing to resume: no train was stopped here, and none was loaded"): learn.train(resume=True)
+    with pytest.raises(ResumeError, match="there is nothing to resume: no training was stopped here and none was loaded"): learn.train(resume=True)
     learn.save(tmp_path / "c")
     fresh = make("plain", seed=9)
     fresh.load(tmp_path / "c")
@@ -467,7 +468,7 @@ def test_a_state_is_not_to_be_had_in_half_a_batch_or_a_validation(tmp_path):
     for hook in ("before_batch", "after_loss", "after_step", "before_validation_batch", "after_validation_batch", "before_test", "after_prepare"):
         learn = make("plain")
         learn.on(hook, lambda learn: learn.save(tmp_path / "c"))
-        with pytest.raises(RuntimeError, match="the state was asked for within a (batch|validation or test pass), of which half is done; ask in after_batch"): train(learn)
+        with pytest.raises(RuntimeError, match="the state was asked for within a (batch|validation or test pass), which is half done; ask for it in after_batch"): train(learn)
     assert not (tmp_path / "c").exists()
 
 
@@ -743,7 +744,7 @@ def test_what_is_saved_after_half_a_batch_says_so(tmp_path, hook, told):
 
 @pytest.mark.parametrize("resume", ["", 5, b"x"])
 def test_what_is_no_place_to_go_on_from(resume):
-    with pytest.raises(ResumeError, match="resume is .*; it must be True, or the path of a checkpoint or of a folder of them"):
+    with pytest.raises(ResumeError, match="resume is .*; it must be True, a state, or the path of a checkpoint or of a folder of checkpoints"):
         make("plain").train(1, resume=resume)
 
 
@@ -770,7 +771,7 @@ def test_the_second_press_stops_at_once_and_cleans_up_once(hook):
     stage = hook.partition("_")[2]
     half = hook == "before_batch" or stage in ("prepare", "predict", "loss", "backward", "step")
     told = "counts as done" if hook in ("after_step", "cleanup_step") else "is done again"
-    if learn._saved is not None:
+    if learn.cursor.saved is not None:
         with pytest.warns(UserWarning, match=told) if half else contextlib.nullcontext(): learn.train(resume=True)
     assert whole(learn) and (rows == len(learn.history) or learn.history["epoch"] == [0, 1, 2])
     rows = len(learn.history)
@@ -819,7 +820,7 @@ IN_BATCH = [hook for hook in HOOKS if hook.partition("_")[2] in ("batch", "prepa
 @pytest.mark.parametrize("hook", IN_BATCH)
 def test_a_batch_that_failed_in_any_hook_is_done_anew_from_a_copy_in_memory(hook, case, every):
     learn = make(case)
-    learn.rewind_every = every
+    learn.add(Rewind(every))
     for n, resume in ((nth(hook), None), (3, True)):  # it fails, is resumed and fails again
         with pytest.raises(RuntimeError, match="no luck"): train(learn, callbacks=Fail(hook, n), resume=resume)
         assert learn.place.phase == "train" and learn.place.batch % every == 0
@@ -830,7 +831,7 @@ def test_a_batch_that_failed_in_any_hook_is_done_anew_from_a_copy_in_memory(hook
 @pytest.mark.parametrize("case", ["torch", "torch with a generator", "tensors", "stream", "list", "torchdata", "gan"])
 def test_every_loader_goes_back_to_a_copy_in_memory(case):
     learn = make(case)
-    learn.rewind_every = 3
+    learn.add(Rewind(3))
     with pytest.raises(RuntimeError, match="no luck"): train(learn, callbacks=Fail("after_prepare", 17))
     goes_on_exactly(learn, case)
 
@@ -838,7 +839,8 @@ def test_every_loader_goes_back_to_a_copy_in_memory(case):
 def test_a_copy_in_memory_undoes_what_a_loader_drew_for_a_batch_that_never_came(tmp_path):
     flag = tmp_path / "broken"
     learn = make("own")
-    learn.rewind_every, learn.dataloaders = 4, own(broken=flag)
+    learn.add(Rewind(4))
+    learn.dataloaders = own(broken=flag)
     with pytest.raises(RuntimeError, match="a file cannot be read"): train(learn, callbacks=At(1, 1, flag.touch))
     flag.unlink()
     goes_on_exactly(learn)
@@ -850,14 +852,14 @@ def test_a_copy_in_memory_undoes_half_a_step():
         learn.optimiser.state.popitem()
         raise RuntimeError("no luck")
     learn = make("own")
-    learn.rewind_every = 4
+    learn.add(Rewind(4))
     with pytest.raises(RuntimeError): train(learn, callbacks=At(1, 5, half_a_step))
     goes_on_exactly(learn)
 
 
 def test_a_copy_in_memory_serves_a_second_press_and_what_is_saved_after_it(tmp_path):
     learn = make("own")
-    learn.rewind_every = 4
+    learn.add(Rewind(4))
     with pytest.raises(KeyboardInterrupt, match="stopped at once"): train(learn, callbacks=Press("after_loss", times=2))
     learn.save(tmp_path / "c")
     fresh = make("own", seed=9)
@@ -868,7 +870,7 @@ def test_a_copy_in_memory_serves_a_second_press_and_what_is_saved_after_it(tmp_p
 
 def test_a_single_press_loses_no_batch_to_a_copy_in_memory():
     learn = make("own")
-    learn.rewind_every = BATCHES
+    learn.add(Rewind(BATCHES))
     with pytest.raises(KeyboardInterrupt): train(learn, callbacks=Press("after_loss", n=15))
     assert learn.place == (1, "train", 3)  # after 8 + 4 losses of the first epoch
     goes_on_exactly(learn)
@@ -876,14 +878,10 @@ def test_a_single_press_loses_no_batch_to_a_copy_in_memory():
 
 def test_an_old_copy_in_memory_is_of_no_other_training(tmp_path):
     learn = make("own")
-    learn.rewind_every = 1
-    with pytest.raises(RuntimeError): train(learn, callbacks=Fail("after_loss", 3))
-    learn.rewind_every = None
+    with pytest.raises(RuntimeError): train(learn, callbacks=[Fail("after_loss", 3), Rewind(1)])
     with pytest.raises(RuntimeError): train(learn, callbacks=Fail("after_batch", 2))  # a new one, without copies
     assert learn.place == (0, "train", 2)
-    with pytest.raises(ValueError, match="rewind_every is 0; it must be a whole number of at least 1"):
-        learn.rewind_every = 0
-        train(learn)
+    with pytest.raises(ValueError, match="every is 0; it must be a whole number of at least 1"): Rewind(0)
 
 
 def hooks_of_all():
@@ -999,20 +997,20 @@ class Trap:
     def __reduce__(self): return (exec, ("import sys; sys.trapped = True",))
 
 
-SAYS_NOT = "the state does not say where training stands; it is none that save() made"
-NO_MEANS = "the state has means, steps or random numbers that are none: "
+SAYS_NOT = "the state does not say where training stands; save() makes whole ones"
+NO_MEANS = "the means, steps or random numbers in the state are damaged: "
 FORGED = {
     # parts
-    "nothing": (lambda s: s.clear(), "the state has no model; it is none that save() or state_dict() made"),
-    "no model": (lambda s: s.pop("model"), "the state has no model; it is none that save"),
-    "no optimiser": (lambda s: s.pop("optimiser"), "the state has no optimiser; it is none that save"),
-    "no callbacks": (lambda s: s.pop("callbacks"), "the state has no callbacks; it is none that save"),
-    "a rate that is none": (lambda s: s["loop"].update(learning_rate="0.1"), "the state has a learning rate that is none"),
-    "half of what": (lambda s: s["loop"].update(half=3), "the state has a learning rate that is none, or does not say how it was stopped"),
-    "no loop": (lambda s: s.pop("loop"), "the state has no loop; it is none that save"),
+    "nothing": (lambda s: s.clear(), "the state has no model; save() and state_dict() make whole ones"),
+    "no model": (lambda s: s.pop("model"), "the state has no model; save() and state_dict() make"),
+    "no optimiser": (lambda s: s.pop("optimiser"), "the state has no optimiser; save() and state_dict() make"),
+    "no callbacks": (lambda s: s.pop("callbacks"), "the state has no callbacks; save() and state_dict() make"),
+    "a rate that is none": (lambda s: s["loop"].update(learning_rate="0.1"), "the learning rate in the state is not a number"),
+    "half of what": (lambda s: s["loop"].update(half=3), "the state does not say in words how training was stopped"),
+    "no loop": (lambda s: s.pop("loop"), "the state has no loop; save() and state_dict() make"),
     # the model
-    "a model that is none": (lambda s: s.update(model=[1]), "the state has a list as model; it is of another model"),
-    "a model of None": (lambda s: s.update(model=None), "the state has a NoneType as model; it is of another model"),
+    "a model that is none": (lambda s: s.update(model=[1]), "the model's state is a list, not a mapping of tensors"),
+    "a model of None": (lambda s: s.update(model=None), "the model's state is a NoneType, not a mapping of tensors"),
     "a weight less": (model(lambda m: m.pop("1.weight")), "the state has no 1.weight, which the model has; it is of another model"),
     "a weight more": (model(lambda m: m.update({"1.wieght": torch.ones(1)})), "the state has 1.wieght, which the model does not have; did you mean 1.weight?; it is of another model"),
     "a path as a name": (model(lambda m: m.update({"../../etc/passwd": torch.ones(1)})), "the state has ../../etc/passwd, which the model does not have; it is of another model"),
@@ -1020,8 +1018,8 @@ FORGED = {
     "another shape": (model(lambda m: m.update({"1.weight": torch.ones(8, 17)})), "1.weight is float32 (8, 17) in the state, and float32 (8, 16) in the model; it is of another model"),
     "no shape": (model(lambda m: m.update({"2.running_mean": torch.tensor(1.0)})), "2.running_mean is float32 () in the state, and float32 (8,) in the model"),
     "another dtype": (model(lambda m: m.update({"1.weight": torch.ones(8, 16, dtype=torch.float64)})), "1.weight is float64 (8, 16) in the state, and float32 (8, 16) in the model"),
-    "a number as a weight": (model(lambda m: m.update({"1.weight": 3})), "the state has a int as 1.weight; it is of another model"),
-    "text as a weight": (model(lambda m: m.update({"5.bias": "import os"})), "the state has a str as 5.bias; it is of another model"),
+    "a number as a weight": (model(lambda m: m.update({"1.weight": 3})), "1.weight is a int in the state, not a tensor; it is of another model"),
+    "text as a weight": (model(lambda m: m.update({"5.bias": "import os"})), "5.bias is a str in the state, not a tensor; it is of another model"),
     # the optimiser
     "another optimiser": (put(optimiser="SGD"), "the state is of SGD, and the optimiser is AdamW; use SGD"),
     "an optimiser that is none": (lambda s: s.update(optimiser=[]), "the state of the optimiser has no param_groups or no state"),
@@ -1030,13 +1028,13 @@ FORGED = {
     "groups that are none": (optimiser(lambda o: o.update(param_groups=[1])), "the state of the optimiser has a group without params"),
     "a group more": (optimiser(lambda o: o["param_groups"].append(dict(o["param_groups"][0]))), "the state is of an optimiser with [6, 6] parameters in its groups, and this one has [6]"),
     "a parameter less": (optimiser(lambda o: o["param_groups"][0]["params"].pop()), "the state is of an optimiser with [5] parameters in its groups, and this one has [6]"),
-    "a learning rate of text": (optimiser(lambda o: o["param_groups"][0].update(lr="high")), "the state has 'high' as learning rate"),
+    "a learning rate of text": (optimiser(lambda o: o["param_groups"][0].update(lr="high")), "the learning rate in the state is 'high', not a number"),
     "a moment of another shape": (optimiser(lambda o: o["state"][0].update(exp_avg=torch.ones(3))), "exp_avg of parameter 0 is float32 (3,) in the state of the optimiser, and the parameter is float32 (8, 16)"),
-    "a moment of nobody": (optimiser(lambda o: o["state"].update({99: {}})), "the state of the optimiser has an entry for parameter 99, which there is not"),
-    "a moment of text": (optimiser(lambda o: o["state"].update({"os.system": {}})), "the state of the optimiser has an entry for parameter 'os.system', which there is not"),
-    "moments that are none": (optimiser(lambda o: o["state"].update({0: 1})), "the state of the optimiser has an entry for parameter 0, which there is not"),
+    "a moment of nobody": (optimiser(lambda o: o["state"].update({99: {}})), "the state of the optimiser names a parameter 99, and there are 6"),
+    "a moment of text": (optimiser(lambda o: o["state"].update({"os.system": {}})), "the state of the optimiser names a parameter 'os.system', and there are 6"),
+    "moments that are none": (optimiser(lambda o: o["state"].update({0: 1})), "the entry for parameter 0 in the state of the optimiser is a int, not a mapping"),
     # callbacks
-    "callbacks that are none": (lambda s: s.update(callbacks=[]), "the state has callbacks that are none"),
+    "callbacks that are none": (lambda s: s.update(callbacks=[]), "the state's callbacks are not a mapping of names to states"),
     "an average less": (lambda s: s["callbacks"]["EMA"].pop("averages"), "the state of EMA does not fit: load_state_dict: the state has no averages; it has ['updates']"),
     "an average that is none": (swap("callbacks", EMA=3), "the state of EMA does not fit: "),
     "a schedule of another kind": (lambda s: s["callbacks"]["BatchSchedule"].update(kind="StepLR"), "the state of BatchSchedule does not fit: BatchSchedule(OneCycleLR): the state is of StepLR, and the factory makes OneCycleLR; load it"),
@@ -1050,10 +1048,10 @@ FORGED = {
     "an empty loop": (lambda s: s.update(loop={}), SAYS_NOT),
     "a place less": (put(place=[1, "train"]), SAYS_NOT),
     "a place of text": (put(place=["1", "train", 4]), SAYS_NOT),
-    "a pass that is none": (put(place=[1, "__init__", 4]), "the state has an impossible place [1, '__init__', 4], or rows that are none"),
-    "an epoch before the first": (put(place=[-1, "train", 4]), "the state has an impossible place [-1, 'train', 4], or rows"),
-    "a batch before the first": (put(place=[1, "train", -4]), "the state has an impossible place [1, 'train', -4], or rows"),
-    "rows that are none": (put(rows=[1, 2]), "the state has an impossible place [1, 'train', 5], or rows that are none"),
+    "a pass that is none": (put(place=[1, "__init__", 4]), "the state has an impossible place [1, '__init__', 4]"),
+    "an epoch before the first": (put(place=[-1, "train", 4]), "the state has an impossible place [-1, 'train', 4]"),
+    "a batch before the first": (put(place=[1, "train", -4]), "the state has an impossible place [1, 'train', -4]"),
+    "rows that are none": (put(rows=[1, 2]), "the state has a row of the history that is not a mapping"),
     "rows of text": (put(rows="rows"), SAYS_NOT),
     "results that are none": (put(results=[]), SAYS_NOT),
     "epochs of text": (put(num_epochs="3"), SAYS_NOT),
@@ -1072,7 +1070,7 @@ FORGED = {
     "a beginning with a hole": (loop(lambda loop: loop["began"].pop("order")), NO_MEANS + "KeyError('order')"),
 }
 def everything(learn):
-    return {**outcome(learn), "keep": learn.history.keep_steps, "modes": [m.training for m in learn.model.modules()], "saved": learn._saved is not None,
+    return {**outcome(learn), "keep": learn.history.keep_steps, "modes": [m.training for m in learn.model.modules()], "saved": learn.cursor.saved is not None,
             "groups": hash_state({"it": [{k: v for k, v in g.items() if k != "params"} for g in learn.optimiser.param_groups]})}
 
 
@@ -1142,7 +1140,7 @@ def test_files_that_are_none_are_refused_and_change_nothing(tmp_path, way):
         refused(DamagedError, f"c: {name} is a link; a checkpoint is made of files", tmp_path / "c")
         shutil.rmtree(tmp_path / "c")
     save_state(tmp_path / "alien", {"epoch": 3, "weights": torch.ones(3)})
-    refused(ResumeError, "the state has no model; it is none that save", tmp_path / "alien")
+    refused(ResumeError, r"the state has no model; save\(\) and state_dict\(\) make", tmp_path / "alien")
 
 
 def test_another_learner_is_told_what_does_not_fit(tmp_path):
@@ -1279,7 +1277,7 @@ def test_no_growth_over_a_thousand_batches_and_twenty_failures(tmp_path):
     for number in range(20):
         fail.left = 3 + number
         with pytest.raises(RuntimeError): learn.train(4, 0.01)
-        assert learn._saved is not None
+        assert learn.cursor.saved is not None
     learn.remove(fail)
     learn.train(1, 0.01)
     gc.collect()
@@ -1298,7 +1296,7 @@ def test_history_results_and_state_hold_no_graph(on_accelerator, elsewhere):
 
     def look(learn):
         tree = [learn.state_dict(), learn.results, learn.history.rows, learn.history.steps, vars(learn)["_steps"],
-                [mean.pending + [mean.total] + (mean.kept or []) for mean in learn._means.values()]]
+                [mean.pending + [mean.total] + (mean.kept or []) for mean in learn.columns.means.values()]]
         found.extend((tensor.grad_fn, tensor.requires_grad) for tensor in leaves(tree))
     learn.on("after_loss", lambda learn, loss: learn.log(again=loss, twice=loss * 2))
     learn.on("after_batch", look, priority=4000)

@@ -2,7 +2,6 @@
 import copy
 import io
 import math
-import pickle
 from contextlib import suppress
 
 import pytest
@@ -21,7 +20,9 @@ from learner.loop.stages import (
     CancelStepException,
     CancelTrainException,
 )
-from learner.steer.update import EMA, Accumulate, ClipGradients, FreezeUntil, LookAhead, pick
+from learner.steer.freeze import pick
+from learner.watch.recorder import Recorder
+from learner.steer.update import EMA, Accumulate, ClipGradients, FreezeUntil
 
 
 def net(seed=0, double=True):
@@ -269,25 +270,108 @@ def test_state_of_another_model_is_refused():
         learner(batches(4), fresh, model=model, optimiser=torch.optim.SGD(model.parameters(), lr=0.1)).train()
 
 
-def test_a_loader_that_promises_more_than_it_gives_is_told_of():
-    class Liar(list):
-        def __len__(self): return 9
-    with pytest.warns(UserWarning, match="has a length of 9 and gave 7 batches; the last 1 made no step"):
-        learner(Liar(batches(4)), Accumulate(3)).train()
+class Loader:
+    "Says that it has a number of batches, or nothing, and gives those that it has."
+    def __init__(self, told, data): self.told, self.data, self.given = told, data, 0
+
+    def __len__(self):
+        if self.told is None: raise TypeError
+        return self.told
+
+    def __iter__(self):
+        for batch in self.data:
+            self.given += 1
+            yield batch
 
 
-def test_loaders_are_as_before_and_show_their_attributes():
-    stream = DataLoader(Stream(batches(4)), batch_size=None)
-    seen = []
+@pytest.mark.parametrize(("told", "given", "n"), [(10, 12, 4), (5, 7, 3), (4, 9, 2), (6, 7, 6), (9, 7, 3), (None, 7, 3), (None, 6, 3), (1, 5, 1)])
+def test_every_example_is_in_a_step_whatever_the_loader_says_of_its_length(told, given, n):
+    x, y = examples(given * 2)
+    data, steps = list(zip(x.split(2), y.split(2), strict=True)), Steps()
+    model = net()
+    learn = learner(Loader(told, data), Accumulate(n), steps, model=model, optimiser=torch.optim.SGD(model.parameters(), lr=0.1))
+    learn.train()
+    ends = [batch + 1 for batch in steps.seen]
+    assert ends[-1] == given
+    groups = [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    hand = net()
+    other = learner([tuple(map(torch.cat, zip(*group, strict=True))) for group in groups], model=hand, optimiser=torch.optim.SGD(hand.parameters(), lr=0.1))
+    other.train()
+    assert gap(learn, other) < 1e-12
 
-    class Look(Callback):
-        def before_training(self, learn): seen.append((learn.dataloaders["train"].dataset, list(learn.dataloaders)))
-    learn = learner(stream, Accumulate(3), Look(), Raises("before_loss", ZeroDivisionError(), at=2), validation=batches(13))
-    before = learn.dataloaders
-    with pytest.raises(ZeroDivisionError): learn.train()
-    assert learn.dataloaders is before and seen == [(stream.dataset, ["train", "validation"])]
-    assert pickle.loads(pickle.dumps(LookAhead([1, 2]))).loader == [1, 2]
-    assert copy.deepcopy(LookAhead([1, 2])).loader == [1, 2]
+
+def test_the_step_of_an_open_group_can_be_recorded_and_resumed():
+    recorder, clip = Recorder("loss", "learning_rate"), ClipGradients(0.1, log=True)
+    learn = learner(Loader(None, batches(4)), Accumulate(3), recorder, clip)
+    learn.train(2)
+    assert len(recorder["loss"]) == 6 and "gradient_norm" not in learn.history.columns
+    assert recorder["loss"][2] == pytest.approx(learn.history.steps["train_loss"][6] if learn.history.steps else recorder["loss"][2])
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_nothing_is_read_ahead_and_the_loaders_stay(n):
+    stream, ahead, seen = Loader(None, batches(4)), [], []
+    learn = learner(stream, Accumulate(n), validation=batches(13))
+    loaders = learn.dataloaders
+    learn.on("after_batch", lambda batch_num: ahead.append(stream.given - batch_num - 1))
+    learn.on("before_training", lambda learn: seen.append(learn.dataloaders is loaders))
+    learn.train()
+    assert ahead == [0] * 7 and seen == [True]
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_a_resume_in_a_group_with_sparse_gradients_is_exact(at):
+    def make(accumulate):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(10, 3, sparse=True)).double()
+        return learner([(part, part % 3) for part in torch.arange(14).remainder(10).split(2)], accumulate, model=model,
+                       optimiser=torch.optim.SGD(model.parameters(), lr=1.0))
+    whole = make(Accumulate(3))
+    whole.train()
+    capture = Capture(at, accumulate := Accumulate(3))
+    stopped = make(accumulate)
+    stopped.add(capture)
+    stopped.train()
+    again = make(fresh := Accumulate(3))
+    again.dataloaders = {"train": again.dataloaders["train"][at + 1:]}
+    for part, state in zip((again.model, again.optimiser, fresh), capture.state, strict=True): part.load_state_dict(state)
+    again.train()
+    assert gap(whole, again) == 0
+
+
+class Sharp(Callback):
+    "Sharpness-aware minimisation whose second backward pass is a part of the step."
+    def step(self, learn):
+        weights = list(learn.model.parameters())
+        moves = [0.1 * weight.grad for weight in weights]
+        with torch.no_grad(): torch._foreach_add_(weights, moves)
+        learn.optimiser.zero_grad()
+        learn.act("predict", "loss", "backward")
+        with torch.no_grad(): torch._foreach_sub_(weights, moves)
+        learn.step()
+
+
+def test_a_second_backward_pass_within_the_step_works_alone_and_is_refused_beside_what_it_would_escape():
+    learner(batches(4), Sharp(), Accumulate(1)).train()
+    for callback, name in ((Accumulate(2), "Accumulate"), (ClipGradients(1.0), "ClipGradients")):
+        learn = learner(batches(4), Sharp(), callback)
+        steps = []
+        learn.on("after_step", lambda steps=steps: steps.append(1))
+        with pytest.raises(CallbackError, match=f"{name}: a second backward pass within the step"): learn.train()
+        assert not steps
+
+
+def test_two_steps_in_a_batch_are_two_groups():
+    class Twice(Learner):
+        def train_batch(self):
+            self.act("prepare")
+            for _ in range(2): self.act("predict", "loss", "backward", "step")
+    model = net()
+    learn = Twice(model, torch.optim.SGD(model.parameters(), lr=0.1), F.cross_entropy, {"train": batches(13)}, [Accumulate(2), ClipGradients(1e9)], device="cpu")
+    steps = []
+    learn.on("after_step", lambda batch_num: steps.append(batch_num))
+    learn.train()
+    assert steps
 
 
 def test_sparse_gradients():
@@ -493,7 +577,63 @@ def test_sparse_gradients_are_clipped_like_dense_ones(options):
     assert "log" not in options or sparse_rows[1]["train_gradient_norm"] == pytest.approx(rows[1]["train_gradient_norm"], abs=1e-12)
 
 
+class Spectral(nn.Module):
+    "A filter in Fourier space, whose weights are complex."
+    def __init__(self):
+        super().__init__()
+        self.filter, self.out = nn.Parameter(torch.ones(4, dtype=torch.complex128)), nn.Linear(6, 3).double()
+
+    def forward(self, x): return self.out(torch.fft.irfft(torch.fft.rfft(x) * self.filter, n=6))
+
+
+def spectral(*callbacks):
+    torch.manual_seed(0)
+    model = Spectral()
+    return learner(batches(4), *callbacks, model=model, optimiser=torch.optim.SGD(model.parameters(), lr=0.5), loss=lambda p, y: 10 * F.cross_entropy(p, y))
+
+
+def test_complex_gradients_are_clipped_by_their_parts_or_by_the_norm():
+    for callback, largest in ((ClipGradients(value=0.1), lambda g: torch.view_as_real(g).abs().max() if g.is_complex() else g.abs().max()),
+                              (ClipGradients(0.1), lambda g: g.abs().pow(2).sum().sqrt()), (ClipGradients(0.1, norm_type=math.inf), lambda g: g.abs().max())):
+        learn, seen = spectral(callback), []
+        learn.on("before_step", lambda model, seen=seen, largest=largest: seen.append(max(largest(p.grad).item() for p in model.parameters())), priority=9)
+        learn.train()
+        assert 0.05 < max(seen) <= 0.1 + 1e-9
+
+
+def test_complex_weights_are_averaged_and_accumulated():
+    learn, trace = spectral(ema := EMA(0.9, warm_up=False)), []
+    learn.on("after_step", lambda model: trace.append(model.filter.detach().clone()), priority=99)
+    learn.train(2)
+    average = trace[0]
+    for weights in trace[1:]: average = 0.9 * average + 0.1 * weights
+    torch.testing.assert_close(ema.model().filter.detach(), average)
+    def by_weight(learn): return torch.tensor(float(len(learn.labels)))
+    one, other = spectral(Accumulate(2)), spectral(Accumulate(2, weight=by_weight))
+    for each in (one, other): each.train()
+    assert gap(one, other) < 1e-12 and not torch.equal(one.model.filter, Spectral().filter)
+
+
 # FreezeUntil
+
+class Tied(nn.Module):
+    "The head shares its weight with the embedding."
+    def __init__(self):
+        super().__init__()
+        self.embed, self.body, self.head = nn.Embedding(10, 6), nn.Linear(6, 6), nn.Linear(6, 10, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x): return self.head(self.body(self.embed(x)))
+
+
+@pytest.mark.parametrize("part", ["head", "embed", "head.weight", "*d.weight", nn.Embedding])
+def test_a_tied_weight_is_frozen_under_any_of_its_names(part):
+    torch.manual_seed(0)
+    model = Tied()
+    learn = learner([(torch.arange(10), torch.arange(10))] * 2, FreezeUntil(1, part), model=model, optimiser=torch.optim.SGD(model.parameters(), lr=0.1))
+    assert trained_parts(learn) == {"body.weight", "body.bias"}
+    assert trained_parts(learn) == {"embed.weight", "body.weight", "body.bias", "head.weight"} and model.head.weight is model.embed.weight
+
 
 def trained_parts(learn, *args, **kwargs):
     before = copy.deepcopy(learn.model.state_dict())
@@ -582,12 +722,6 @@ class NoBackward(Learner):
         self.act("step")
 
 
-class NoStep(Learner):
-    def train_batch(self):
-        self.act("prepare", "predict", "loss", "backward")
-        self.optimiser.step()
-
-
 def run_in(cls):
     model = net()
     cls(model, torch.optim.SGD(model.parameters(), lr=0.1), F.cross_entropy, {"train": batches(4)}, Accumulate(2)).train()
@@ -620,12 +754,9 @@ def loaded(callback, state):
     (lambda: run(Accumulate(2, weight=lambda learn: None)), ValueError, "Accumulate: weight returned None; return a number of at least 0, or a scalar tensor"),
     (lambda: run(Accumulate(2, weight=lambda learn: math.nan)), ValueError, "Accumulate: weight returned nan; return a number of at least 0, or a scalar tensor"),
     (lambda: run(Accumulate(2, weight=lambda learn: learn.labels)), ValueError, "Accumulate: weight returned a tensor of shape (4,); return its .sum()"),
-    (lambda: run_in(NoBackward), CallbackError, "Accumulate: a step without a weight, since train_batch opened no backward before it; call self.act(\"backward\") instead of loss.backward()"),
-    (lambda: run_in(NoStep), CallbackError, "Accumulate had no effect: train_batch opened no step; call self.act(\"step\") instead of the optimiser's step"),
-    (with_penalty, CallbackError, "Accumulate: learn.loss was replaced in before_backward, when it had got its weight; replace it in after_loss"),
+    (lambda: run_in(NoBackward), CallbackError, "Accumulate: train_batch took a step without a backward stage; call self.act(\"backward\") in place of loss.backward()"),
+    (with_penalty, CallbackError, "Accumulate: learn.loss was replaced in before_backward, after it had been weighted; replace it in after_loss"),
     (lambda: loaded(Accumulate(2), {"batches": 1}), ValueError, "load_state_dict: the state has no total; it has ['batches']"),
-    (lambda: loaded(Accumulate(2), {"ahead": {"batch": -1, "rng": {}}}), ValueError, "batch is -1; it must be a whole number of at least 0"),
-    (lambda: loaded(Accumulate(2), {"ahead": {"batch": 1, "rng": {"torch": torch.ones(3)}}}), ValueError, "state is not from rng_state ("),
     (lambda: ClipGradients(0), ValueError, "norm is 0; it must be above 0"),
     (lambda: ClipGradients(-1.0), ValueError, "norm is -1.0; it must be a finite number of at least 0"),
     (lambda: ClipGradients(value=0.0), ValueError, "value is 0.0; it must be above 0"),
