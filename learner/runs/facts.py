@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['script_text', 'module_text', 'command_line', 'host_facts', 'versions', 'loader_hash', 'model_hash', 'checkpoint_hash']
 
-# %% ../../nbs/runs/facts.ipynb #0fc01cc8
+# %% ../../nbs/runs/facts.ipynb #ce40bd82
 import contextlib
 import hashlib
 import inspect
@@ -54,7 +54,7 @@ def command_line() -> list[str] | None:
     if getattr(main, "__file__", None) and _is_ours(main): return ["learner", *sys.argv[1:]]
     return ["python", *sys.orig_argv[1:]]
 
-# %% ../../nbs/runs/facts.ipynb #e321aea3
+# %% ../../nbs/runs/facts.ipynb #40deec54
 def host_facts() -> dict[str, Any]:
     "What of this machine may change results and times."
     facts: dict[str, Any] = {"platform": platform.platform(), "machine": platform.machine(), "cpu_count": os.cpu_count(),
@@ -73,7 +73,7 @@ def versions() -> dict[str, str]:
             with contextlib.suppress(PackageNotFoundError): found[module] = version(package)
     return found
 
-# %% ../../nbs/runs/facts.ipynb #4f5ad951
+# %% ../../nbs/runs/facts.ipynb #b0259f58
 _MOST = 1000  # examples of a data set that are read for a hash
 _MOST_BYTES = 256 << 20  # of tensors in memory
 
@@ -94,7 +94,7 @@ def _evenly(indices: Sequence[int], most: int) -> Sequence[int]:
 def _of_sample(digest: str, read: int, there: int) -> str:
     return digest if read == there else f"{digest} of {read:,} of {there:,} examples"
 
-# %% ../../nbs/runs/facts.ipynb #d250c3aa
+# %% ../../nbs/runs/facts.ipynb #b4d0836f
 def _rows_hash(data: Any, indices: torch.Tensor) -> str:
     "The hash of rows of tensors in memory, taken some thousands at a time."
     first = next(iter(_tensors(data)))
@@ -126,7 +126,7 @@ def _hash(loader: Any) -> str | None:
     asked = _asked_for(loader)
     return None if asked is None else _examples_hash(loader.dataset, asked)
 
-# %% ../../nbs/runs/facts.ipynb #f404b18a
+# %% ../../nbs/runs/facts.ipynb #48e21758
 def loader_hash(loader: Any) -> str | None:
     """SHA-256 of the examples that a loader can give, whatever their order.
 

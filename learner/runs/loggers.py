@@ -108,7 +108,7 @@ class Destination(Callback):
     def close(self) -> None:
         "A training or such a pass is over, whether it went well or not; more may follow."
 
-# %% ../../nbs/runs/loggers.ipynb #db1711c1
+# %% ../../nbs/runs/loggers.ipynb #ac876b8e
 class StepLogger(Destination):
     "Hands on values of single steps, where `log_steps` is overridden."
 
@@ -138,7 +138,7 @@ class StepLogger(Destination):
         "Continue the numbers of the steps."
         self.values.num_steps = int(state["num_steps"])
 
-# %% ../../nbs/runs/loggers.ipynb #03f59f23
+# %% ../../nbs/runs/loggers.ipynb #4d8ed67d
 class Logger(StepLogger):
     """The base of loggers: override `log_settings`, `log_steps`, `log_row`, `log_results` and `close` as needed.
 
@@ -187,7 +187,7 @@ class Logger(StepLogger):
         self.values.points = []  # of a pass that an error has ended
         self.close()
 
-# %% ../../nbs/runs/loggers.ipynb #baae4576
+# %% ../../nbs/runs/loggers.ipynb #fc7cdeee
 class BestSoFar:
     "Best and last value of each column of numbers; of equal values the first is the best."
 
@@ -240,7 +240,7 @@ class StarredRows(LogView):
 class StarredTerminal(StarredRows, TerminalView):
     "The same above a bar for the pass that is under way."
 
-# %% ../../nbs/runs/loggers.ipynb #6aa2f473
+# %% ../../nbs/runs/loggers.ipynb #e12bbd58
 class ConsoleTable(Progress):
     """Progress as text, with a star at the best value of each column so far; on a terminal a bar runs below the rows.
 

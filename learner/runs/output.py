@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ScreenLines', 'Tee', 'kept_output']
 
-# %% ../../nbs/runs/output.ipynb #fc42ad4d
+# %% ../../nbs/runs/output.ipynb #28f2fe7e
 import contextlib
 import os
 import re
@@ -17,7 +17,7 @@ from typing import Any
 
 from ..base.files import open_append
 
-# %% ../../nbs/runs/output.ipynb #b5f4a6b4
+# %% ../../nbs/runs/output.ipynb #8a36a3af
 _CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # of colours and the like
 
 class ScreenLines:
@@ -41,7 +41,7 @@ class ScreenLines:
                 self.at += len(part)
         return "".join(lines)
 
-# %% ../../nbs/runs/output.ipynb #bfcd0cd8
+# %% ../../nbs/runs/output.ipynb #2639966c
 class Tee:
     "A stream that hands on what is written, and keeps the lines in a file; raises FileError or OSError if that cannot be opened."
 
@@ -78,7 +78,7 @@ class Tee:
 
     def __iter__(self) -> Any: return iter(self._stream)
 
-# %% ../../nbs/runs/output.ipynb #23e464d6
+# %% ../../nbs/runs/output.ipynb #4b9ceb58
 @contextlib.contextmanager
 def kept_output(folder: str | os.PathLike[str]) -> Iterator[None]:
     "Append what is printed to stdout.txt and stderr.txt, as long as the `with` lasts."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_plots', 'write_predictions', 'MetaFile', 'epochs_text', 'ResultFiles', 'RunFrame', 'RunHooks', 'Run']
 
-# %% ../../nbs/runs/run.ipynb #6401bc86
+# %% ../../nbs/runs/run.ipynb #f1e83dd5
 import contextlib
 import os
 import re
@@ -42,7 +42,7 @@ from .runfiles import GrowingTable, RunFiles, csv_text, iter_rows, list_in, mapp
 from .tensorboard import TensorBoard
 from ..watch.look import show_predictions
 
-# %% ../../nbs/runs/run.ipynb #963ad571
+# %% ../../nbs/runs/run.ipynb #f9626cdd
 @contextlib.contextmanager
 def _drawn(folder: Path) -> Iterator[None]:
     "Make the folder of pictures for a `with`; an error in it becomes a warning."
@@ -70,7 +70,7 @@ def write_plots(folder: str | os.PathLike[str], history: History) -> None:
             history.plot(quantity, ax=figure.subplots())
             _save_figure(figure, folder / (re.sub(r"[^\w.-]", "_", quantity) + ".png"))
 
-# %% ../../nbs/runs/run.ipynb #017587a3
+# %% ../../nbs/runs/run.ipynb #9cc892da
 def write_predictions(folder: str | os.PathLike[str], learn: Learner) -> None:
     "Draw the first images of the validation data with the model's predictions as predictions.png; an error becomes a warning."
     if "validation" not in learn.dataloaders: return
@@ -84,7 +84,7 @@ def write_predictions(folder: str | os.PathLike[str], learn: Learner) -> None:
         return
     with _drawn(folder): _save_figure(figure, folder / "predictions.png")
 
-# %% ../../nbs/runs/run.ipynb #65e400b8
+# %% ../../nbs/runs/run.ipynb #9975621b
 class MetaFile:
     "meta.json of a run while it trains."
 
@@ -121,7 +121,7 @@ class MetaFile:
         evaluations = [*list_in(known, "evaluations"), *added]
         write_json(self.path, {**self.values, "evaluations": evaluations}, sync)
 
-# %% ../../nbs/runs/run.ipynb #dcde173f
+# %% ../../nbs/runs/run.ipynb #82379c38
 def _first_facts(run: "RunFrame", learn: Learner, made: Settings | None) -> dict[str, Any]:
     "What is known when a run begins, and never changes."
     parent = run.parent if run.parent is not None else vars(learn).get("loaded_from")
@@ -144,7 +144,7 @@ def _how_it_ended(error: BaseException | None) -> tuple[str, str | None]:
     if error is None or isinstance(error, CancelException): return "finished", None
     return "failed", f"{type(error).__name__}: {error}".splitlines()[0][:1000]
 
-# %% ../../nbs/runs/run.ipynb #77c6d760
+# %% ../../nbs/runs/run.ipynb #7ebc8a42
 def _make_parts(folder: Path, options: Mapping[str, Any], settings: Mapping[str, Any] | None) -> Iterator[Callback]:
     "The callbacks that a run brings along."
     checkpoint, every, tensorboard = options["checkpoint"], options["fingerprints"], options["tensorboard"]
@@ -173,7 +173,7 @@ def epochs_text(count: int) -> str:
     "A number of epochs in words."
     return f"{count} epoch{'s' * (count != 1)}"
 
-# %% ../../nbs/runs/run.ipynb #4a5b8671
+# %% ../../nbs/runs/run.ipynb #03bfd94e
 class ResultFiles:
     "history.csv, score.json and meta.json of a run while it trains."
 
@@ -209,7 +209,7 @@ def _cut_steps(path: Path, end: int) -> None:
         write_all(file, csv_text([], STEP_COLUMNS).encode())
         while block := list(islice(kept, 1000)): write_all(file, csv_text(block, STEP_COLUMNS, head=False).encode())
 
-# %% ../../nbs/runs/run.ipynb #f1f92d3b
+# %% ../../nbs/runs/run.ipynb #010a3f8a
 def _begin(run: "RunFrame", learn: Learner, again: bool) -> None:
     "Write down what is known when a training begins."
     folder, meta = run.folder, run.results.meta
@@ -242,7 +242,7 @@ def _compare_data(folder: Path, learn: Learner, before: Mapping[str, Any]) -> No
         if loader_hash(learn.dataloaders[phase]) not in (None, before[phase]):
             warnings.warn(f"{folder}: the {phase} data is not what it was", stacklevel=2)
 
-# %% ../../nbs/runs/run.ipynb #1a68fe52
+# %% ../../nbs/runs/run.ipynb #7c7f507a
 def _keep(folder: Path, name: str, text: str) -> None:
     "Write a text down; one that differs from what is there gets a number."
     if not text: return
@@ -254,7 +254,7 @@ def _keep(folder: Path, name: str, text: str) -> None:
     longer = bool(last) and text.startswith(last)  # cells of a notebook that came after belong to the rest
     write_text(folder / names[count - 1 if longer else count], text)
 
-# %% ../../nbs/runs/run.ipynb #61c06cd1
+# %% ../../nbs/runs/run.ipynb #e17d95ff
 @contextlib.contextmanager
 def _opened(run: "RunFrame", learn: Learner) -> Iterator[None]:
     "The folder of a run, open for a training: locked, its beginning and its end written down."
@@ -297,7 +297,7 @@ def _note_test(run: "RunFrame", learn: Learner) -> None:
         meta.go_on(meta.values["seconds"])  # a test is not training
         run.results.rewrite(learn.history, {"split": "test", "checkpoint": None, "at": now(), "results": found})
 
-# %% ../../nbs/runs/run.ipynb #8d04665c
+# %% ../../nbs/runs/run.ipynb #754a2bd0
 class RunFrame(StepLogger):
     "A run folder, open as long as a training lasts; `Run` explains the arguments."
     priority = 2000  # last, so that everything is there that others have logged
@@ -325,7 +325,7 @@ class RunFrame(StepLogger):
 
     def __repr__(self) -> str: return f"Run({str(self.folder)!r})"
 
-# %% ../../nbs/runs/run.ipynb #58396ec8
+# %% ../../nbs/runs/run.ipynb #49ff3eb5
 class RunHooks(RunFrame):
     "What a run writes down within a training, and of a test after it or by itself."
 
@@ -353,7 +353,7 @@ class RunHooks(RunFrame):
         if self.opened: self.after_training()
         return super().state_dict()
 
-# %% ../../nbs/runs/run.ipynb #087ba6b8
+# %% ../../nbs/runs/run.ipynb #2acbe4f0
 class Run(RunHooks):
     """Keeps a run folder: settings, code, data, output, results, checkpoints.
 

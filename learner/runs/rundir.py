@@ -40,7 +40,7 @@ def check_name(name: Any, what: str = "name") -> str:
     if wrong: raise RunError(f"{what} is {str(name)[:80]!r}; {wrong}")
     return str(name)
 
-# %% ../../nbs/runs/rundir.ipynb #03320cd5
+# %% ../../nbs/runs/rundir.ipynb #0a95d2f6
 def printable(text: Any) -> str:
     r"""Text in which everything that a terminal would obey or hide is written as an escape.
 
@@ -73,7 +73,7 @@ def is_run(folder: str | os.PathLike[str]) -> bool:
     "Whether a folder is a run, complete or not."
     return any(os.path.isfile(os.path.join(folder, name)) for name in ("config.json", "meta.json"))
 
-# %% ../../nbs/runs/rundir.ipynb #18960719
+# %% ../../nbs/runs/rundir.ipynb #fc0d3e52
 def create_run(folder: str | os.PathLike[str]) -> Path:
     "Make a new folder, and those above it; raises RunExistsError if there is one already, RunError for a bad name."
     path = Path(os.path.abspath(run_path(folder)))
@@ -101,7 +101,7 @@ def inner_folder(folder: Path, name: str) -> Path:
     if path.is_symlink(): raise RunError(f"{path} is a link, which is not followed")
     return path
 
-# %% ../../nbs/runs/rundir.ipynb #0bb3cdf4
+# %% ../../nbs/runs/rundir.ipynb #99c1a61d
 def move_aside(folder: str | os.PathLike[str]) -> Path | None:
     "Rename a run out of the way and return its new path, None if there was none; raises RunError for what is not a run."
     path = Path(os.path.abspath(run_path(folder)))

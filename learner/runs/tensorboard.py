@@ -61,7 +61,7 @@ def write_graph(writer: Any, model: nn.Module, data: Any) -> None:
             for hooks in (module._forward_hooks, module._forward_pre_hooks): hooks.clear()
         with redirect_stdout(io.StringIO()): writer.add_graph(copy, (data,))  # it prints what it raises
 
-# %% ../../nbs/runs/tensorboard.ipynb #bbad3a8b
+# %% ../../nbs/runs/tensorboard.ipynb #564dd070
 class ScalarBoard(Logger):
     "The numbers of a training as event files; `TensorBoard` adds looks into the model."
 
@@ -99,7 +99,7 @@ class ScalarBoard(Logger):
 
     def before_training(self, learn: Learner) -> None: self.epoch = learn.results.get("epoch", learn.epoch)
 
-# %% ../../nbs/runs/tensorboard.ipynb #287e6767
+# %% ../../nbs/runs/tensorboard.ipynb #ce191e6a
 def _check_installed() -> None:
     from importlib.util import find_spec
     if find_spec("tensorboard") is None:
@@ -123,7 +123,7 @@ def _titles(labels: Any, predictions: Any, names: Any) -> tuple[list[str] | None
     titles = [name(label) if label == found else f"{name(label)}, not {name(found)}" for label, found in pairs]
     return titles, [None if label == found else "red" for label, found in pairs]
 
-# %% ../../nbs/runs/tensorboard.ipynb #b886e561
+# %% ../../nbs/runs/tensorboard.ipynb #36b46dd9
 class ModelBoard(ScalarBoard):
     "Adds the graph of the model, and histograms of its weights and gradients."
     histograms: int
@@ -162,7 +162,7 @@ class ModelBoard(ScalarBoard):
         if len(finite): self.open().add_histogram(name, finite.cpu(), self.epoch)
         if len(finite) < len(values): self.open().add_scalar(f"not finite/{name}", len(values) - len(finite), self.epoch)
 
-# %% ../../nbs/runs/tensorboard.ipynb #5b4040f7
+# %% ../../nbs/runs/tensorboard.ipynb #58f9b99c
 class ImageBoard(ModelBoard):
     "Adds images with predictions, and the settings beside the results."
     images: int
@@ -194,7 +194,7 @@ class ImageBoard(ModelBoard):
         for summary in hparams(self.flat, results): self.writer.file_writer.add_summary(summary)
         for name, value in results.items(): self.writer.add_scalar(name, value, row["epoch"])
 
-# %% ../../nbs/runs/tensorboard.ipynb #7f058f4e
+# %% ../../nbs/runs/tensorboard.ipynb #99f211c1
 class TensorBoard(ImageBoard):
     """Writes event files for TensorBoard.
 

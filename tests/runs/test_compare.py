@@ -16,7 +16,9 @@ from learner.loop.data import DataLoaders
 from learner.keep.fingerprints import FingerprintError, Fingerprints
 from learner.watch.metrics import Metrics, MulticlassAccuracy
 from learner.base.provenance import seed_everything
-from learner.runs.rundir import RunError, read_run, write_json, write_rows, write_text
+from learner.base.files import write_text
+from learner.runs.rundir import RunError
+from learner.runs.runfiles import read_run, write_json, write_rows
 from learner.runs.runs import Run
 from learner.loop.stages import Callback
 
