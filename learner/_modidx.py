@@ -1719,7 +1719,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'learner.runs.run._check_learner': ('runs/run.html#_check_learner', 'learner/runs/run.py'),
                                   'learner.runs.run._compare_data': ('runs/run.html#_compare_data', 'learner/runs/run.py'),
                                   'learner.runs.run._cut_steps': ('runs/run.html#_cut_steps', 'learner/runs/run.py'),
-                                  'learner.runs.run._drawn': ('runs/run.html#_drawn', 'learner/runs/run.py'),
+                                  'learner.runs.run._draw': ('runs/run.html#_draw', 'learner/runs/run.py'),
                                   'learner.runs.run._end': ('runs/run.html#_end', 'learner/runs/run.py'),
                                   'learner.runs.run._first_facts': ('runs/run.html#_first_facts', 'learner/runs/run.py'),
                                   'learner.runs.run._how_it_ended': ('runs/run.html#_how_it_ended', 'learner/runs/run.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['script_text', 'module_text', 'command_line', 'host_facts', 'versions', 'loader_hash', 'model_hash', 'checkpoint_hash']
 
-# %% ../../nbs/runs/facts.ipynb #ce40bd82
+# %% ../../nbs/runs/facts.ipynb #e85f40ae
 import contextlib
 import hashlib
 import inspect
@@ -54,7 +54,7 @@ def command_line() -> list[str] | None:
     if getattr(main, "__file__", None) and _is_ours(main): return ["learner", *sys.argv[1:]]
     return ["python", *sys.orig_argv[1:]]
 
-# %% ../../nbs/runs/facts.ipynb #40deec54
+# %% ../../nbs/runs/facts.ipynb #1c5c6b39
 def host_facts() -> dict[str, Any]:
     "What of this machine may change results and times."
     facts: dict[str, Any] = {"platform": platform.platform(), "machine": platform.machine(), "cpu_count": os.cpu_count(),
@@ -73,7 +73,7 @@ def versions() -> dict[str, str]:
             with contextlib.suppress(PackageNotFoundError): found[module] = version(package)
     return found
 
-# %% ../../nbs/runs/facts.ipynb #b0259f58
+# %% ../../nbs/runs/facts.ipynb #d72936d0
 _MOST = 1000  # examples of a data set that are read for a hash
 _MOST_BYTES = 256 << 20  # of tensors in memory
 
@@ -94,10 +94,11 @@ def _evenly(indices: Sequence[int], most: int) -> Sequence[int]:
 def _of_sample(digest: str, read: int, there: int) -> str:
     return digest if read == there else f"{digest} of {read:,} of {there:,} examples"
 
-# %% ../../nbs/runs/facts.ipynb #b4d0836f
-def _rows_hash(data: Any, indices: torch.Tensor) -> str:
-    "The hash of rows of tensors in memory, taken some thousands at a time."
+# %% ../../nbs/runs/facts.ipynb #ccd4e238
+def _rows_hash(data: Any, indices: torch.Tensor | None) -> str:
+    "The hash of rows of tensors in memory, of all if there are no indices, taken some thousands at a time."
     first = next(iter(_tensors(data)))
+    if indices is None: indices = torch.arange(len(first))
     row = max(1, first.nbytes // max(1, len(first)))
     rows = _evenly(range(len(indices)), max(_MOST, _MOST_BYTES // row))
     chosen = indices if len(rows) == len(indices) else indices[torch.as_tensor(rows)]
@@ -121,12 +122,12 @@ def _hash(loader: Any) -> str | None:
         return None if None in hashes.values() else data_hash(hashes)
     if isinstance(loader, list | tuple): return _examples_hash(loader, range(len(loader)))
     data, indices = getattr(loader, "data", None), getattr(loader, "indices", None)
-    if data is not None and isinstance(indices, torch.Tensor): return _rows_hash(data, indices)
+    if data is not None and hasattr(loader, "indices"): return _rows_hash(data, indices)
     if getattr(loader, "dataset", None) is None: return None
     asked = _asked_for(loader)
     return None if asked is None else _examples_hash(loader.dataset, asked)
 
-# %% ../../nbs/runs/facts.ipynb #48e21758
+# %% ../../nbs/runs/facts.ipynb #d4f3ca45
 def loader_hash(loader: Any) -> str | None:
     """SHA-256 of the examples that a loader can give, whatever their order.
 

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['write_plots', 'write_predictions', 'MetaFile', 'epochs_text', 'ResultFiles', 'RunFrame', 'RunHooks', 'Run']
 
-# %% ../../nbs/runs/run.ipynb #f1e83dd5
+# %% ../../nbs/runs/run.ipynb #9fdffc86
 import contextlib
 import os
 import re
 import socket
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from io import BytesIO
@@ -42,15 +42,15 @@ from .runfiles import GrowingTable, RunFiles, csv_text, iter_rows, list_in, mapp
 from .tensorboard import TensorBoard
 from ..watch.look import show_predictions
 
-# %% ../../nbs/runs/run.ipynb #f9626cdd
-@contextlib.contextmanager
-def _drawn(folder: Path) -> Iterator[None]:
-    "Make the folder of pictures for a `with`; an error in it becomes a warning."
+# %% ../../nbs/runs/run.ipynb #56f20483
+def _draw(folder: Path, draw: Callable[[Path], None]) -> None:
+    "Draw pictures into a folder, which is made; an error becomes a warning."
     try:
         inner_folder(folder.parent, folder.name).mkdir(exist_ok=True)
-        yield
+        draw(folder)
     except Exception as error:
-        warnings.warn(f"the pictures in {folder} are not complete: {type(error).__name__}: {error}", stacklevel=4)
+        reason = f"{type(error).__name__}: {error}"
+        warnings.warn(f"the pictures in {folder} are not complete: {reason}", stacklevel=3)
 
 def _save_figure(figure: Any, path: Path) -> None:
     data = BytesIO()
@@ -58,33 +58,34 @@ def _save_figure(figure: Any, path: Path) -> None:
     write_bytes(path, data.getvalue(), sync=False)
 
 def write_plots(folder: str | os.PathLike[str], history: History) -> None:
-    "Write the curves of loss and of each metric as `<quantity>.png`; an error becomes a warning."
-    folder = Path(folder)
-    quantities = dict.fromkeys(split_column(name)[1] for row in history for name, value in row.items()
-                               if isinstance(value, float) and name != "epoch")
-    if not quantities: return
-    with _drawn(folder):
+    """Write the curves of loss and of each metric as `<quantity>.png`; an error becomes a warning."""
+    quantities = dict.fromkeys(split_column(name)[1] for row in history
+                               for name, value in row.items() if isinstance(value, float) and name != "epoch")
+    def draw(folder: Path) -> None:
         from matplotlib.figure import Figure
         for quantity in quantities:
             figure = Figure(figsize=(6.0, 3.5), layout="constrained")
             history.plot(quantity, ax=figure.subplots())
             _save_figure(figure, folder / (re.sub(r"[^\w.-]", "_", quantity) + ".png"))
+    if quantities: _draw(Path(folder), draw)
 
-# %% ../../nbs/runs/run.ipynb #9cc892da
 def write_predictions(folder: str | os.PathLike[str], learn: Learner) -> None:
-    "Draw the first images of the validation data with the model's predictions as predictions.png; an error becomes a warning."
+    """Draw the first images of the validation data with the model's predictions as predictions.png.
+
+    Nothing is drawn where there are no images; an error becomes a warning."""
     if "validation" not in learn.dataloaders: return
-    folder = Path(folder)
     from matplotlib.figure import Figure
     figure = Figure(figsize=(6.0, 6.5), layout="constrained")
+    reason: Exception | None = None
     try: show_predictions(learn, ax=figure.subplots())
-    except (TypeError, ValueError): return  # no images, or nothing that one can say of each
-    except Exception as error:
-        warnings.warn(f"the pictures in {folder} are not complete: {type(error).__name__}: {error}", stacklevel=2)
-        return
-    with _drawn(folder): _save_figure(figure, folder / "predictions.png")
+    except (TypeError, ValueError): return
+    except Exception as error: reason = error
+    def draw(folder: Path) -> None:
+        if reason is not None: raise reason
+        _save_figure(figure, folder / "predictions.png")
+    _draw(Path(folder), draw)
 
-# %% ../../nbs/runs/run.ipynb #9975621b
+# %% ../../nbs/runs/run.ipynb #5cc5d10b
 class MetaFile:
     "meta.json of a run while it trains."
 
@@ -121,7 +122,7 @@ class MetaFile:
         evaluations = [*list_in(known, "evaluations"), *added]
         write_json(self.path, {**self.values, "evaluations": evaluations}, sync)
 
-# %% ../../nbs/runs/run.ipynb #82379c38
+# %% ../../nbs/runs/run.ipynb #3b722f54
 def _first_facts(run: "RunFrame", learn: Learner, made: Settings | None) -> dict[str, Any]:
     "What is known when a run begins, and never changes."
     parent = run.parent if run.parent is not None else vars(learn).get("loaded_from")
@@ -144,7 +145,7 @@ def _how_it_ended(error: BaseException | None) -> tuple[str, str | None]:
     if error is None or isinstance(error, CancelException): return "finished", None
     return "failed", f"{type(error).__name__}: {error}".splitlines()[0][:1000]
 
-# %% ../../nbs/runs/run.ipynb #7ebc8a42
+# %% ../../nbs/runs/run.ipynb #f452f202
 def _make_parts(folder: Path, options: Mapping[str, Any], settings: Mapping[str, Any] | None) -> Iterator[Callback]:
     "The callbacks that a run brings along."
     checkpoint, every, tensorboard = options["checkpoint"], options["fingerprints"], options["tensorboard"]
@@ -173,7 +174,7 @@ def epochs_text(count: int) -> str:
     "A number of epochs in words."
     return f"{count} epoch{'s' * (count != 1)}"
 
-# %% ../../nbs/runs/run.ipynb #03bfd94e
+# %% ../../nbs/runs/run.ipynb #4601ceae
 class ResultFiles:
     "history.csv, score.json and meta.json of a run while it trains."
 
@@ -209,7 +210,7 @@ def _cut_steps(path: Path, end: int) -> None:
         write_all(file, csv_text([], STEP_COLUMNS).encode())
         while block := list(islice(kept, 1000)): write_all(file, csv_text(block, STEP_COLUMNS, head=False).encode())
 
-# %% ../../nbs/runs/run.ipynb #010a3f8a
+# %% ../../nbs/runs/run.ipynb #4d6e84ff
 def _begin(run: "RunFrame", learn: Learner, again: bool) -> None:
     "Write down what is known when a training begins."
     folder, meta = run.folder, run.results.meta
@@ -242,7 +243,7 @@ def _compare_data(folder: Path, learn: Learner, before: Mapping[str, Any]) -> No
         if loader_hash(learn.dataloaders[phase]) not in (None, before[phase]):
             warnings.warn(f"{folder}: the {phase} data is not what it was", stacklevel=2)
 
-# %% ../../nbs/runs/run.ipynb #7c7f507a
+# %% ../../nbs/runs/run.ipynb #46c404b4
 def _keep(folder: Path, name: str, text: str) -> None:
     "Write a text down; one that differs from what is there gets a number."
     if not text: return
@@ -254,7 +255,7 @@ def _keep(folder: Path, name: str, text: str) -> None:
     longer = bool(last) and text.startswith(last)  # cells of a notebook that came after belong to the rest
     write_text(folder / names[count - 1 if longer else count], text)
 
-# %% ../../nbs/runs/run.ipynb #e17d95ff
+# %% ../../nbs/runs/run.ipynb #1d1fcb93
 @contextlib.contextmanager
 def _opened(run: "RunFrame", learn: Learner) -> Iterator[None]:
     "The folder of a run, open for a training: locked, its beginning and its end written down."
@@ -297,7 +298,7 @@ def _note_test(run: "RunFrame", learn: Learner) -> None:
         meta.go_on(meta.values["seconds"])  # a test is not training
         run.results.rewrite(learn.history, {"split": "test", "checkpoint": None, "at": now(), "results": found})
 
-# %% ../../nbs/runs/run.ipynb #754a2bd0
+# %% ../../nbs/runs/run.ipynb #6ed5f261
 class RunFrame(StepLogger):
     "A run folder, open as long as a training lasts; `Run` explains the arguments."
     priority = 2000  # last, so that everything is there that others have logged
@@ -325,7 +326,7 @@ class RunFrame(StepLogger):
 
     def __repr__(self) -> str: return f"Run({str(self.folder)!r})"
 
-# %% ../../nbs/runs/run.ipynb #49ff3eb5
+# %% ../../nbs/runs/run.ipynb #4fcd9632
 class RunHooks(RunFrame):
     "What a run writes down within a training, and of a test after it or by itself."
 
@@ -353,7 +354,7 @@ class RunHooks(RunFrame):
         if self.opened: self.after_training()
         return super().state_dict()
 
-# %% ../../nbs/runs/run.ipynb #2acbe4f0
+# %% ../../nbs/runs/run.ipynb #0f9e0ce3
 class Run(RunHooks):
     """Keeps a run folder: settings, code, data, output, results, checkpoints.
 

@@ -238,7 +238,7 @@ def test_text_from_files_cannot_command_a_terminal_or_a_page(base, tmp_path):
 
 @pytest.mark.parametrize(("make", "error", "message"), [
     (lambda base: base / "nothing", FileNotFoundError, "there is no run"), (lambda base: 3, CompareError, "the second is a int; give a run folder"),
-    (lambda base: base.parent, RunError, "is no run"), (lambda base: base / "stdout.txt", CompareError, "is neither a run folder"),
+    (lambda base: base.parent, RunError, "is not a run"), (lambda base: base / "stdout.txt", CompareError, "is neither a run folder"),
     (lambda base: base.parent / "bas", FileNotFoundError, "did you mean base"), (lambda base: [{"loss": 1}], CompareError, "the second is a list"),
 ])
 def test_bad_arguments(base, make, error, message):

@@ -13,7 +13,7 @@ import pytest
 
 from learner.base.files import FileError, write_text
 from learner.base.words import plain
-from learner.runs.rundir import RunError, RunExistsError, RunLock, check_name, create_run, find_runs, is_locked, move_aside, new_name
+from learner.runs.rundir import VERSION, RunError, RunExistsError, RunLock, check_name, create_run, find_runs, is_locked, move_aside, new_name
 from learner.runs.runfiles import GrowingTable, iter_rows, read_cell, read_json, read_run, write_json, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -228,7 +228,7 @@ DAMAGED = [
     ("config.json", "{", "config.json is damaged"), ("config.json", "", "damaged"), ("config.json", "[1]", "holds a list"),
     ("config.json", '{"format": "other"}', "its format is 'other'"), ("config.json", '{"format": "learner.run", "version": 9}', "update learner"),
     ("config.json", '{"format": "learner.run", "version": "x"}', "version 'x'"), ("config.json", '{"format": "learner.run", "settings": [1]}', "settings are not an object"),
-    ("config.json", "[" * 100_000, "is nested more than 50 levels deep"), ("config.json", b"\xff\xfe", "is not text in UTF-8"),
+    ("config.json", "[" * 100_000, "has more than 10,000 values"), ("config.json", "[" * 700 + "]" * 700, "is nested more than 50 levels deep"), ("config.json", b"\xff\xfe", "is not text in UTF-8"),
     ("meta.json", "null", "holds a NoneType"), ("meta.json", "{\"status\": ", "damaged"),
     ("score.json", '{"a": 3}', "a is not an object"), ("score.json", '{"a": {"best": "good"}}', "is not a number"), ("score.json", '{"a": {"last": [1]}}', "is not a number"),
     ("history.csv", "epoch,loss\n0,1\n1\n", "has 1 cells in line 3, and 2 in its head"), ("history.csv", b"epoch\n\xff\n", "is not text in UTF-8"),
@@ -316,4 +316,4 @@ def test_the_format_that_others_wrote_is_read(tmp_path):
     (tmp_path / "meta.json").write_text('{"status": "finished", "seed": 3, "later": {"a": 1}}')
     (tmp_path / "history.csv").write_text("epoch,loss,note\r\n0,nan,\r\n1,1e-3,good\r\n")  # with the line ends of other systems
     run = read_run(tmp_path)
-    assert rundir.VERSION == 1 and run.rows[1] == {"epoch": 1, "loss": 1e-3, "note": "good"} and run.rows[0]["note"] is None
+    assert VERSION == 1 and run.rows[1] == {"epoch": 1, "loss": 1e-3, "note": "good"} and run.rows[0]["note"] is None

@@ -533,7 +533,7 @@ def test_an_evaluation_changes_nothing_else_of_what_a_run_writes_meanwhile(copie
 def test_a_lost_index_is_said_and_comes_back(copied):
     index = (copied / "checkpoints" / "index.json").read_text()
     (copied / "checkpoints" / "index.json").unlink()
-    with pytest.raises(FileNotFoundError, match="the best is not known, since .*index.json is lost; name one, or resume the run; there are epoch-0001, epoch-0002"): evaluate_run(copied)
+    with pytest.raises(FileNotFoundError, match="the best checkpoint is not known, since .*index.json is lost; name one, or resume the run; there are epoch-0001, epoch-0002"): evaluate_run(copied)
     assert evaluate_run(copied, checkpoint="last")
     resume_run(copied, epochs=3)
     assert json.loads((copied / "checkpoints" / "index.json").read_text())["training"] == json.loads(index)["training"]
