@@ -11,7 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from learner.runs.rundir import create_run, write_json, write_rows
+from learner.runs.rundir import create_run
+from learner.runs.runfiles import write_json, write_rows
 
 LIMITS = {"learner --help": 0.7, "learner scores": 2.0}  # seconds
 

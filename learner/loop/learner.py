@@ -24,28 +24,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..base.hashing import hash_state
 from ..base.history import History
 from ..base.batch import LABELS
 from ..base.parts import is_optimiser, kept_order
 from ..base.provenance import kept_rng, rng_state
-<<<<<<< HEAD
-from ..base.store import hash_state, save_state
+from ..base.store import read_checkpoint, save_state
 from ..base.tree import map_tensors
 from ..base.words import check_number, did_you_mean
 from .loop import Loop, attached_modules, passes_of
-from .resume import Cursor, begin, lengths, read_checkpoint, set_steps, state_to_resume
-=======
-from ..base.hashing import hash_state
-from ..base.store import read_checkpoint, save_state
-from ..base.words import check_number, did_you_mean
-from .loop import Loop
 from .resume import Cursor, begin, lengths, set_steps, state_to_resume
->>>>>>> h-store
 from .stages import Callback
 from .state import Place, check_state, gather, loaders_of, modules_beside, order_state, put
 from .state import set_groups, state_of
 
-# %% ../../nbs/loop/learner.ipynb #ea7d932b
+# %% ../../nbs/loop/learner.ipynb #518d6797
 class Resumable(Loop):
     "A loop whose training can be put aside and taken up again."
     cursor: Cursor
@@ -76,7 +69,7 @@ class Resumable(Loop):
         put(self, state)
         self.cursor.saved = dict(state)
 
-# %% ../../nbs/loop/learner.ipynb #626ec0ca
+# %% ../../nbs/loop/learner.ipynb #29043102
 class Files(Resumable):
     "A training in files."
 
@@ -91,8 +84,8 @@ class Files(Resumable):
             OSError: If the file cannot be written; whatever was there is kept.
 
         Example:
-            >>> learn.save("digits.safetensors")
-            >>> learn.load("digits.safetensors")
+            >>> learn.save("digits.ckpt")
+            >>> learn.load("digits.ckpt")
         """
         save_state(path, self.state_dict())
 
@@ -110,7 +103,7 @@ class Files(Resumable):
         self.check_idle("load")
         self.load_state_dict(read_checkpoint(path))
 
-# %% ../../nbs/loop/learner.ipynb #e57e90c6
+# %% ../../nbs/loop/learner.ipynb #e7cd8be9
 METHODS = {  # functions of a learner that are methods too; their modules are imported when they are used
     "lr_find": "learner.keep.range_test:lr_find", "predict_new": "learner.watch.outputs:predict",
     "summary": "learner.watch.modules:summary", "doctor": "learner.check.diagnosis:doctor",
@@ -142,7 +135,7 @@ def speaks(method: Callable[..., Any]) -> Callable[..., Any]:
         return method(self, *args, **kwargs)
     return checked
 
-# %% ../../nbs/loop/learner.ipynb #9bf2bcfb
+# %% ../../nbs/loop/learner.ipynb #324c8663
 class Trainer(Files):
     "The frame of a call, and training itself."
     _failed = False  # the last public call
@@ -224,7 +217,7 @@ class Trainer(Files):
             begin(cursor, self, state, rate)
             with cursor.kept(self): self._train(cursor)
 
-# %% ../../nbs/loop/learner.ipynb #01f338d4
+# %% ../../nbs/loop/learner.ipynb #0c5793cf
 class Trials(Trainer):
     "Copies, hashes and tidying up."
 
@@ -263,7 +256,7 @@ class Trials(Trainer):
         parts = {"model": model, "optimiser": optimiser, "order": order, "rng": rng_state()}
         return {name: hash_state({name: part}) for name, part in parts.items()}
 
-# %% ../../nbs/loop/learner.ipynb #4650136d
+# %% ../../nbs/loop/learner.ipynb #91666660
 def computed_tensors(learn: Loop) -> dict[int, Any]:
     "Copies of the tensors in modules and callbacks that were computed, by the identity of the original."
     holders: list[Any] = [*learn.model.modules(), *learn.callbacks]
@@ -289,7 +282,7 @@ def copied(learn: Any, shared: dict[int, Any]) -> Any:
                 raise TypeError(f"{part!r:.80} cannot be copied ({error}), which a trial needs{fix}") from error
         raise
 
-# %% ../../nbs/loop/learner.ipynb #b5270146
+# %% ../../nbs/loop/learner.ipynb #48f84627
 class Learner(Trials):
     """Trains a model, with callbacks that can read and change anything here.
 
@@ -352,7 +345,7 @@ class Learner(Trials):
         rows = "".join(f"<tr><th>{name}</th><td>{escape(value)}</td></tr>" for name, value in summary_of(self).items())
         return f"<table><caption>{type(self).__name__}</caption>{rows}</table>"
 
-# %% ../../nbs/loop/learner.ipynb #a7694928
+# %% ../../nbs/loop/learner.ipynb #24861c83
 def renew_workers(loader: Any) -> None:
     "Let a loader start new workers where those that persist have died, as Ctrl-C in a terminal does to them."
     persisting = getattr(loader, "_iterator", None)
@@ -369,7 +362,7 @@ def missing(learn: Loop, name: str) -> str:
     if name in ELSEWHERE: return f"{kind} has no {name}; here it is called {ELSEWHERE[name]}"
     return f"{kind} has no attribute {name}{did_you_mean(name, [*dir(type(learn)), *vars(learn), *METHODS])}"
 
-# %% ../../nbs/loop/learner.ipynb #dc928842
+# %% ../../nbs/loop/learner.ipynb #7a758e18
 def clear_traceback(error: BaseException | None) -> None:
     "Let go of what the frames of an exception, and of those behind it, hold."
     seen: set[int] = set()

@@ -21,8 +21,9 @@ from typing import Any, Literal, get_origin
 from ..base.words import did_you_mean, flatten
 from .config import ConfigError, Text, from_record, nested, registered, resolve
 from .registry import import_named
-from .rundir import RunError, RunFiles, create_run, is_run, read_run
+from .rundir import RunError, create_run, is_run
 from .rundir import new_name as free_name
+from .runfiles import RunFiles, read_run
 from .signature import Form, comments, read_signature
 
 # %% ../../nbs/runs/cli.ipynb #e99bbce8
