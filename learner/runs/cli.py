@@ -12,10 +12,11 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from ..base.files import FileError, append_text
 from ..base.words import did_you_mean, flatten
 from .command import Command, UsageError, help_parser, say, split_words
 from .config import ConfigError, from_record, registered, resolve
@@ -23,7 +24,7 @@ from .registry import import_named
 from .rundir import RunError, RunFiles, create_run, is_run, read_run
 from .rundir import new_name as free_name
 
-# %% ../../nbs/runs/cli.ipynb #7bdce7ef
+# %% ../../nbs/runs/cli.ipynb #fc8f4890
 _commands: dict[str, Command] = {}
 
 def _command(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,11 +64,12 @@ def _training(run_dir: str) -> Iterator[None]:
         where = "show it with --debug"
         if is_run(run_dir):
             log = os.path.join(run_dir, "stderr.txt")
-            with open(log, "a", encoding="utf-8") as file: file.write(traceback.format_exc())
-            where = f"the traceback is in {log}"
+            with suppress(OSError, FileError):
+                append_text(log, traceback.format_exc(), inside=run_dir)
+                where = f"the traceback is in {log}"
         raise _TrainingError(f"{words}; {where}") from error
 
-# %% ../../nbs/runs/cli.ipynb #4e4c5bc2
+# %% ../../nbs/runs/cli.ipynb #2cbcc7f8
 def _resume_line(run_dir: str) -> str:
     "The command that goes on with a run, and allows the module that its config is in."
     try: module, colon, _ = str(read_run(run_dir).config.get("config")).partition(":")
@@ -87,7 +89,7 @@ def _report(run_dir: str) -> None:
     plots = sorted(Path(run_dir, "plots").glob("*.png"))
     if plots: say(f"pictures: {', '.join(map(str, plots))}")
 
-# %% ../../nbs/runs/cli.ipynb #39f56cbc
+# %% ../../nbs/runs/cli.ipynb #700ff113
 def _check_least(option: str, value: int | None, least: int, meaning: str = "") -> None:
     if value is not None and value < least:
         raise UsageError(f"--{option} is {value}; it must be a whole number of at least {least}"
@@ -157,7 +159,7 @@ def _train(
                   callbacks=_console(quiet), **options)
     _report(run_dir)
 
-# %% ../../nbs/runs/cli.ipynb #409cf64a
+# %% ../../nbs/runs/cli.ipynb #edac3c5b
 @_command
 def _resume(
     run_dir: str,  # a run that was stopped, or has been trained too little
@@ -178,7 +180,7 @@ def _resume(
         resume_run(run_dir, epochs, allow, _console(quiet))
     _report(run_dir)
 
-# %% ../../nbs/runs/cli.ipynb #d04f59d8
+# %% ../../nbs/runs/cli.ipynb #ae38cb07
 @_command
 def _evaluate(
     run_dir: str,  # a run
@@ -212,7 +214,7 @@ def _rerun(
     _report(new_dir)
     say(found)
 
-# %% ../../nbs/runs/cli.ipynb #88e34992
+# %% ../../nbs/runs/cli.ipynb #3e5aab0c
 @_command
 def _scores(
     folder: str,  # with runs in it
@@ -237,7 +239,7 @@ def _scores(
         for option, path in paths.items(): getattr(found, f"to_{option}")(path)
     say("\n".join([str(found), *(f"written: {path}" for path in paths.values())]))
 
-# %% ../../nbs/runs/cli.ipynb #b79a9a99
+# %% ../../nbs/runs/cli.ipynb #4997c166
 @_command
 def _compare(
     run_a: str,  # a run
@@ -332,7 +334,7 @@ def main(words: Sequence[str] | None = None) -> int:
             say(f"{command}: {line}".replace("\n", " "), error=True)
             return 2 if isinstance(error, _BAD_INPUT) else 1
 
-# %% ../../nbs/runs/cli.ipynb #7bb6be6f
+# %% ../../nbs/runs/cli.ipynb #93e088dd
 def _run(words: list[str]) -> int:
     "Do what the words ask for."
     name = words[0] if words else ""

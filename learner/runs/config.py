@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from ..base.files import FileError, read_text
 from ..base.words import check_number, check_whole, did_you_mean
 from .registry import ConfigError, Entry, find_config, import_allowed
 from .registry import register_config, register_model, registered
@@ -38,7 +39,7 @@ _COMMON = (
     Setting("seed", int, 0, "decides the initial weights and all that is random"),
 )
 
-# %% ../../nbs/runs/config.ipynb #464ba069
+# %% ../../nbs/runs/config.ipynb #1e7967f2
 class _Written:
     "Settings as they are written down."
 
@@ -76,7 +77,7 @@ def _rows(part: Part, indent: str) -> Iterator[tuple[str, str]]:
             yield from _rows(inner, f"{indent}  ")
         else: yield f"{indent}{write_yaml(name)}: {write_yaml(value, flow=True)}", help
 
-# %% ../../nbs/runs/config.ipynb #64fd791f
+# %% ../../nbs/runs/config.ipynb #032b2ab3
 _settings: WeakKeyDictionary[Any, "Settings"] = WeakKeyDictionary()
 
 class Settings(_Written):
@@ -116,12 +117,12 @@ class Settings(_Written):
         _settings[learn] = self
         return learn
 
-# %% ../../nbs/runs/config.ipynb #65645ba5
+# %% ../../nbs/runs/config.ipynb #34c334fc
 def settings_of(learn: "Learner") -> Settings | None:
     "The settings that a learner was built with; None if it was made by hand."
     return _settings.get(learn)
 
-# %% ../../nbs/runs/config.ipynb #b1f92773
+# %% ../../nbs/runs/config.ipynb #e1ae9c50
 def _as_learner(config: str, made: Any) -> "Learner":
     "What a config has returned: a learner, or a dict of its arguments."
     from learner.loop.learner import Learner
@@ -150,6 +151,9 @@ Config = str | Path | Callable[..., Any]
 def read_settings(path: str | Path) -> dict[str, Any]:
     """Read the settings in a file of YAML or JSON.
 
+    Args:
+        path: a regular file of at most a megabyte.
+
     Raises:
         ConfigError: the file cannot be read, or does not hold names with values.
     """
@@ -162,14 +166,14 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     raise ConfigError(f"{path}: it holds {show_value(value)}; it must be names with values")
 
 def _file_text(path: Path) -> str:
-    try: return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError: raise ConfigError("it is not text in UTF-8") from None
+    try: return read_text(path.resolve(), 2**20).removeprefix("\ufeff")  # follows links
+    except FileError as error: raise ConfigError(f"it {error.what}") from None
     except FileNotFoundError:
         beside = [other.name for other in path.parent.glob("*") if other.suffix in _SUFFIXES]
         raise ConfigError(f"there is no such file{did_you_mean(path.name, beside)}") from None
     except OSError as error: raise ConfigError(f"it cannot be read: {error.strerror}") from None
 
-# %% ../../nbs/runs/config.ipynb #b9eeb7a4
+# %% ../../nbs/runs/config.ipynb #9c8db36f
 def _file_of(config: Config) -> str:
     "The path of a file or folder that is meant; empty for a name or a function."
     if not isinstance(config, str): return str(config) if isinstance(config, Path) else ""
@@ -182,7 +186,7 @@ def _run_record(folder: str) -> Mapping[str, Any]:
     try: return read_run(folder).config
     except RunError as error: raise ConfigError(str(error)) from None
 
-# %% ../../nbs/runs/config.ipynb #2dc6c9e3
+# %% ../../nbs/runs/config.ipynb #a057764e
 def resolve(config: Config, *layers: Mapping[str, Any], allow: Allow = None) -> Settings:
     """Find all settings of a learner.
 
@@ -213,7 +217,7 @@ def resolve(config: Config, *layers: Mapping[str, Any], allow: Allow = None) -> 
     if folder not in sys.path: sys.path.append(folder)
     return _settings_from(find_config(f"{source}: ", config, allow), [(source, given), *own], allow)
 
-# %% ../../nbs/runs/config.ipynb #412e4a48
+# %% ../../nbs/runs/config.ipynb #c5d2cc0f
 def from_record(
     record: Mapping[str, Any], *layers: Mapping[str, Any], allow: Collection[str] = (),
 ) -> Settings:
@@ -239,7 +243,7 @@ def from_record(
     all_layers = [("", nested(layer)) for layer in (settings, *layers)]
     return _settings_from(find_config("config ", config, allow), all_layers, allow)
 
-# %% ../../nbs/runs/config.ipynb #8b4c3f6e
+# %% ../../nbs/runs/config.ipynb #72119358
 def build(config: Config, /, **settings: Any) -> "Learner":
     """Build a learner from settings, ready to be trained: the same as the command line builds.
 
@@ -255,7 +259,7 @@ def build(config: Config, /, **settings: Any) -> "Learner":
     """
     return resolve(config, settings).build()
 
-# %% ../../nbs/runs/config.ipynb #dd484d35
+# %% ../../nbs/runs/config.ipynb #258f5660
 def _settings_from(entry: Entry, layers: Sequence[Layer], allow: Allow) -> Settings:
     function, name = entry.load(), entry.recorded
     own = read_signature(function, entry.defaults, "config")

@@ -6,7 +6,7 @@
 __all__ = ['NOTHING', 'plain_hint', 'members', 'describe', 'Setting', 'make_setting', 'comments', 'read_signature', 'Text',
            'without_text', 'refusal', 'Form', 'add_to', 'Model', 'Optimiser', 'Callbacks']
 
-# %% ../../nbs/runs/signature.ipynb #49bbf604
+# %% ../../nbs/runs/signature.ipynb #ff782e0e
 import ast
 import inspect
 import io
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from learner.loop.stages import Callback
 
-# %% ../../nbs/runs/signature.ipynb #48359e4b
+# %% ../../nbs/runs/signature.ipynb #5b15fe8a
 if TYPE_CHECKING:
     Model = nn.Module
     Optimiser = Callable[..., Optimizer]
@@ -41,7 +41,7 @@ else:
 
 _all_ = ["Model", "Optimiser", "Callbacks"]
 
-# %% ../../nbs/runs/signature.ipynb #8ac06973
+# %% ../../nbs/runs/signature.ipynb #5da81f26
 _PLAIN = (Any, int, float, str, bool, NoneType, Path)
 _COLLECTIONS = (list, tuple, dict, set, frozenset, Sequence, Mapping, Iterable, Collection)
 _UNIONS = (Union, UnionType)
@@ -81,7 +81,7 @@ def describe(hint: Any) -> str:
         return f"a list of {describe(args[0])}" if args else "a list"
     return _WORDS.get(hint, "any value")
 
-# %% ../../nbs/runs/signature.ipynb #217caf27
+# %% ../../nbs/runs/signature.ipynb #52f7d455
 NOTHING: Any = object()  # the default of a setting that has none
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def make_setting(name: str, hint: Any, default: Any = NOTHING, help: str = "") -
     kind = _kind(hint)
     return Setting(name, hint if kind else plain_hint(hint), default, help, kind)
 
-# %% ../../nbs/runs/signature.ipynb #0f2b9cb8
+# %% ../../nbs/runs/signature.ipynb #78658cfa
 @cache
 def comments(function: Any) -> dict[str, str]:
     "What the comments behind the parameters of a function, or the fields of a dataclass, say."
@@ -139,11 +139,11 @@ def _sentence(doc: str | None) -> str:
     words = re.sub(r"\s*\([Dd]efaults?:?.*?\)+(?=[\s.]|$)", "", " ".join((doc or "").split()))
     return re.split(r"(?<=[a-z)])\.(?:\s|$)", re.sub(r"`+([^`]*)`+_?", r"\1", words))[0]
 
-# %% ../../nbs/runs/signature.ipynb #4bc30573
+# %% ../../nbs/runs/signature.ipynb #13c0cc5a
 _FROM_ELSEWHERE = {"optimiser": {"lr"}, "config": {"splits"}}  # not given by the settings of a part
 _EMPTY = inspect.Parameter.empty
 
-# %% ../../nbs/runs/signature.ipynb #d9207313
+# %% ../../nbs/runs/signature.ipynb #b8a99eee
 def read_signature(
     function: Any, defaults: Mapping[str, Any] | None = None, kind: str = "",
 ) -> "Form":
@@ -173,7 +173,7 @@ def read_signature(
     keywords = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
     return Form(found, takes_any=keywords and {setting.name for setting in found} <= own.keys())
 
-# %% ../../nbs/runs/signature.ipynb #f5ade711
+# %% ../../nbs/runs/signature.ipynb #fdfa1eb8
 class Text(str):
     "A word of a command line: the type of its setting decides what it means."
 
@@ -206,7 +206,7 @@ def refusal(where: str, value: Any, hint: Any) -> ConfigError:
     shown = quoted(without_text(value))
     return ConfigError(f"{where} is {shown}; it must be {describe(hint)}{near}")
 
-# %% ../../nbs/runs/signature.ipynb #e8aedd18
+# %% ../../nbs/runs/signature.ipynb #4ff79344
 class Form:
     "The settings that a function asks for, and the parser that types them."
 
@@ -242,7 +242,7 @@ class Form:
             if isinstance(given, Text) and str in allowed: return str(given)
             raise refusal(where, given, hint) from error
 
-# %% ../../nbs/runs/signature.ipynb #2b0a67c2
+# %% ../../nbs/runs/signature.ipynb #01db44c5
 def add_to(form: Form, name: str, where: str, value: Any, more: Any) -> Any:
     "A list with more in it, for `--names+=x`; raises ConfigError that begins with `where`."
     from learner.runs.text import read_word
