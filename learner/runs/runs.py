@@ -36,7 +36,8 @@ from ..base.history import History
 from .loggers import STEP_COLUMNS, StepValues, describe_settings
 from ..watch.look import show_predictions
 from ..base.words import mode_of, split_column
-from ..base.provenance import data_hash, git_state
+from ..base.hashing import data_hash
+from ..base.provenance import git_state
 from .rundir import FORMAT, VERSION, RunError, RunExistsError, RunFiles, RunLock
 from .rundir import as_plain, check_name, create_run, is_locked, is_run, iter_rows, move_aside, now
 from .rundir import read_json, read_run, run_path, write_json, write_rows, write_text
