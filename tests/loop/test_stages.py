@@ -7,6 +7,7 @@ from functools import partial, partialmethod
 
 import pytest
 
+from learner.loop.explain import Timed
 from learner.loop.stages import (
     STAGES,
     TREE,
@@ -18,7 +19,6 @@ from learner.loop.stages import (
     CancelStepException,
     CancelTrainException,
     Stage,
-    Staged,
     StageTree,
     provides,
 )
@@ -26,7 +26,10 @@ from learner.loop.stages import (
 OPENED = [name for name, stage in TREE.stages.items() if not stage.rare]  # by every run
 
 
-class Routine(Staged):
+def live(routine): return {name for name in ("batch", "data", "labels", "batch_size", "predictions", "loss") if hasattr(routine, name)}
+
+
+class Routine(Timed):
     "Two epochs of two batches that do nothing."
     fixtures = ("model",)
 
@@ -159,7 +162,7 @@ def test_an_error_passes_through_once_and_everything_is_cleaned_up(kind, stage):
     for name in TREE.stages: assert log.count(f"cleanup_{name}") == log.count(f"before_{name}")
     assert not any(line.startswith("cancelled") for line in log)
     assert len(routine.callbacks) == 2 and not routine.is_running
-    assert not {"batch", "data", "labels", "predictions", "loss"} & vars(routine).keys()
+    assert not {"batch", "data", "labels", "predictions", "loss"} & live(routine)
     routine.remove(broken)
     routine.log.clear()
     routine.train()
@@ -523,7 +526,7 @@ def test_times_belong_to_a_pass_and_every_kind_of_hook_has_one(capsys):
     routine.explain()
     lines = capsys.readouterr().out.splitlines()
     assert all(line.endswith("s") for line in lines if "cancelled" not in line), lines
-    assert routine._path == []
+    assert routine._timing.path == []
 
 
 # Groups
@@ -936,7 +939,7 @@ OTHERS = {
                               "Own.after_batch would never be called: hooks belong to a Callback; give it to callbacks, "
                               "or use learn.on"),
     "a hook that is a number": (lambda r: r.add(attribute(after_batch=3)),
-                                "Callback.after_batch is 3; a hook is a function, None for none"),
+                                "Callback.after_batch is 3; a hook is a function, or None for no hook"),
     "an attribute that names no stage": (lambda r: r.add(attribute(after_bacth=print)),
                                          "Callback.after_bacth names no stage; did you mean after_batch?"),
     "a cancel that ends nothing": (lambda r: r.train(define(after_batch=lambda self: cancel_nothing())()),
@@ -945,11 +948,11 @@ OTHERS = {
     "a value returned": (lambda r: r.train(define(loss=lambda self, predictions: predictions)()),
                          "Loud.loss returned a value; assign learn.loss instead"),
     "stage": (lambda r: r.stage("bach"), "no stage is called bach; did you mean batch?"),
-    "act": (lambda r: r.act("epoch"), "act: epoch is no action; open it with learn.stage(...)"),
+    "act": (lambda r: r.act("epoch"), "act: epoch is not an action; open it with learn.stage(...)"),
     "nested train": (lambda r: r.train(define(before_batch=lambda self, learn: learn.train())()),
                      "train() was called inside train(); call it afterwards"),
     "stage before its place": (lambda r: StageTree([Stage("a", inside="b"), Stage("b")]),
-                               "stage a names b, which no stage before it is called"),
+                               "stage a names b, and no stage before it is called that"),
     "a part alone": (lambda r: with_whole(r).remove(same), "remove: Gives() is a part of Whole() and leaves with it; "
                      "remove that"),
     "a group called like a stage": (lambda r: StageTree([Stage("a", group="b"), Stage("b")]),
