@@ -95,7 +95,7 @@ def learner_shown(batches):
 
 WATCHERS = {  # callbacks by class: the module, and what to make of it; left out where the module does not have it
     "Recorder": ("watch.recorder", lambda module: module.Recorder("loss", "learning_rate")),
-    "NaNGuard": ("check.checks", lambda module: module.NaNGuard()),
+    "NaNGuard": ("check.nan_guard", lambda module: module.NaNGuard()),
     "ActivationStats": ("watch.activations", lambda module: module.ActivationStats()),
 }
 

@@ -11,10 +11,9 @@ __all__ = ['Accumulate', 'ActivationStats', 'BatchError', 'BatchSchedule', 'Batc
            'Learner', 'Logger', 'LossError', 'Mean', 'MetricError', 'Metrics', 'MixedPrecision', 'Mixup',
            'MulticlassAccuracy', 'NaNGuard', 'Optimisers', 'PiecewiseSchedule', 'Profiler', 'Progress', 'Recorder',
            'ResumeError', 'Run', 'Schedule', 'Stage', 'Staged', 'TTA', 'TensorBoard', 'TensorLoader', 'build',
-           'check_batch_leakage', 'check_callback', 'check_data', 'check_gradient_flow', 'check_initial_loss',
-           'check_overfit_one_batch', 'combine', 'compare_runs', 'confusion_matrix', 'cosine', 'data_hash', 'digits',
-           'doctor', 'evaluate_run', 'fashion_mnist', 'flip', 'git_state', 'kaiming', 'kept_rng', 'linear', 'load_run',
-           'lr_find', 'map_tensors', 'normalise', 'plot_curves', 'predict', 'predictions', 'provides', 'random_crop',
+           'check_callback', 'combine', 'compare_runs', 'confusion_matrix', 'cosine', 'data_hash', 'digits', 'doctor',
+           'evaluate_run', 'fashion_mnist', 'flip', 'git_state', 'kaiming', 'kept_rng', 'linear', 'load_run', 'lr_find',
+           'map_tensors', 'normalise', 'plot_curves', 'predict', 'predictions', 'provides', 'random_crop',
            'random_erase', 'random_flip', 'register_config', 'register_model', 'rerun', 'resume_run', 'rng_state',
            'seed_everything', 'set_rng_state', 'show_batch', 'show_image', 'show_images', 'show_predictions',
            'show_top_losses', 'split', 'summary', 'to_device', 'top_losses', 'train_run', 'warm_up']
@@ -23,8 +22,7 @@ __all__ = ['Accumulate', 'ActivationStats', 'BatchError', 'BatchSchedule', 'Batc
 from .watch.activations import ActivationStats, GradientStats
 from .steer.augment import TTA, BatchTransform, CutMix, Mixup, flip
 from .steer.augment import normalise, random_crop, random_erase, random_flip
-from .check.checks import NaNGuard, check_batch_leakage, check_data, check_gradient_flow
-from .check.checks import check_initial_loss, check_overfit_one_batch
+from .check.nan_guard import NaNGuard
 from .keep.checkpoint import Checkpoint, CheckpointError
 from .runs.compare import compare_runs
 from .check.conformance import check_callback
@@ -67,8 +65,8 @@ _all_ = [
     "Fingerprints", "FreezeUntil", "GradientStats", "History", "HistoryError", "JSONLinesLogger", "LSUV", "Learner",
     "Logger", "LossError", "Mean", "MetricError", "Metrics", "MixedPrecision", "Mixup", "MulticlassAccuracy",
     "NaNGuard", "Optimisers", "PiecewiseSchedule", "Profiler", "Progress", "Recorder", "ResumeError", "Run",
-    "Schedule", "Stage", "Staged", "TTA", "TensorBoard", "TensorLoader", "build", "check_batch_leakage",
-    "check_callback", "check_data", "check_gradient_flow", "check_initial_loss", "check_overfit_one_batch",
+    "Schedule", "Stage", "Staged", "TTA", "TensorBoard", "TensorLoader", "build",
+    "check_callback",
     "combine", "compare_runs", "confusion_matrix", "cosine", "data_hash", "digits", "doctor", "evaluate_run",
     "fashion_mnist", "flip", "git_state", "kaiming", "kept_rng", "linear", "load_run", "lr_find", "map_tensors",
     "normalise", "plot_curves", "predict", "predictions", "provides", "random_crop", "random_erase", "random_flip",

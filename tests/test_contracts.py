@@ -16,8 +16,10 @@ import learner
 from learner.watch.activations import ActivationStats, GradientStats
 from learner.steer.augment import TTA, BatchTransform, CutMix, Mixup
 from learner.keep.checkpoint import Checkpoint
-from learner.check.checks import NaNGuard
-from learner.check.conformance import RULES, Bystander, check_callback, example_learner
+from learner.check.bench import example_learner
+from learner.check.conformance import check_callback
+from learner.check.nan_guard import NaNGuard
+from learner.check.rules import RULES, Bystander
 from learner.loop.learner import Learner
 from learner.loop.resume import Rewind
 from learner.keep.fingerprints import Fingerprints

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..base.history import History
+from ..base.batch import LABELS
 from ..base.parts import is_optimiser, kept_order
 from ..base.provenance import kept_rng, rng_state
 from ..base.store import hash_state, save_state
@@ -29,9 +30,10 @@ from ..base.words import check_number
 from .loop import Loop
 from .resume import Cursor, begin, lengths, read_checkpoint, state_to_resume
 from .stages import Callback
-from .state import Place, check_state, gather, order_state, put, set_groups
+from .state import Place, check_state, gather, loaders_of, modules_beside, order_state, put
+from .state import set_groups
 
-# %% ../../nbs/loop/learner.ipynb #8dd8e5b4
+# %% ../../nbs/loop/learner.ipynb #1d4dab33
 class Resumable(Loop):
     "A loop whose training can be put aside and taken up again."
     cursor: Cursor
@@ -52,7 +54,8 @@ class Resumable(Loop):
         beside = gather(self) if self.is_running or saved is None else saved
         if beside is self.cursor.copy: return dict(beside)  # with the model and the optimiser of then
         if "groups" in beside: set_groups(optimiser, beside["groups"])  # as they were when training stopped
-        return {"model": self.model.state_dict(), "optimiser": optimiser,
+        modules = {name: module.state_dict() for name, module in modules_beside(self).items()}
+        return {"model": self.model.state_dict(), "modules": modules, "optimiser": optimiser,
                 "callbacks": beside["callbacks"], "loop": beside["loop"]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -61,7 +64,7 @@ class Resumable(Loop):
         put(self, state)
         self.cursor.saved = dict(state)
 
-# %% ../../nbs/loop/learner.ipynb #108ea33a
+# %% ../../nbs/loop/learner.ipynb #6508bc74
 class Files(Resumable):
     "A training in files."
 
@@ -95,7 +98,7 @@ class Files(Resumable):
         self.check_idle("load")
         self.load_state_dict(read_checkpoint(path))
 
-# %% ../../nbs/loop/learner.ipynb #2a2709ae
+# %% ../../nbs/loop/learner.ipynb #ad48e4fd
 class Trainer(Files):
     "The frame of a call, and training itself."
     _failed = False  # the last public call
@@ -122,7 +125,8 @@ class Trainer(Files):
     def train(
         self, epochs: int | None = None, learning_rate: float | None = None, validation_epochs: int | None = None,
         callbacks: Callback | Iterable[Callback] | None = None,
-        resume: bool | str | PathLike[str] | Mapping[str, Any] | None = None, test: bool = True,
+        resume: bool | str | PathLike[str] | Mapping[str, Any] | None = None,
+        validate: bool = True, test: bool = True,
     ) -> None:
         """Train, validate on the way, and test once at the end if there is a test loader.
 
@@ -135,6 +139,7 @@ class Trainer(Files):
             callbacks: Callbacks for this call only.
             resume: True to go on where training was stopped in this process; or the path of a checkpoint, or of
                 a folder of checkpoints; or a state from `state_dict`.
+            validate: False to leave out validations.
             test: False to leave out the test at the end.
 
         Raises:
@@ -154,11 +159,12 @@ class Trainer(Files):
             warnings.warn(f"learning_rate={rate:g} is left aside: the training that is resumed began with "
                           f"{began:g}, and keeps what it has now", stacklevel=2)
         with self._call("train", callbacks, "train", *self.dataloaders):
-            cursor.num_epochs, cursor.validation_epochs, cursor.test = *plan, test
+            cursor.num_epochs, cursor.validation_epochs = plan
+            cursor.validates, cursor.tests = validate, test
             begin(cursor, self, state, rate)
             with cursor.kept(self): self._train(cursor)
 
-# %% ../../nbs/loop/learner.ipynb #fcd593d5
+# %% ../../nbs/loop/learner.ipynb #fdf7d4ad
 class Trials(Trainer):
     "Copies, hashes and tidying up."
 
@@ -176,7 +182,7 @@ class Trials(Trainer):
         watchers, cursor = self.watchers(), Cursor()
         shared: dict[int, Any] = {id(part): part for part in (self.dataloaders, *watchers)}
         shared |= {id(self.history): History(), id(self.cursor): cursor}
-        with kept_rng(), kept_order(self.dataloaders.values()):
+        with kept_rng(), kept_order(loaders_of(self).values()):
             trial = deepcopy(self, shared)
             trial.remove_watchers()
             yield trial
@@ -192,10 +198,12 @@ class Trials(Trainer):
         loader: Any = self.dataloaders.get("train")
         order |= order_state(loader)
         if hasattr(loader, "order"): order["order"] = loader.order(len(self.history))
-        parts = {"model": self.model.state_dict(), "optimiser": optimiser, "order": order, "rng": rng_state()}
+        modules = {name: module.state_dict() for name, module in modules_beside(self).items()}
+        model = {**self.model.state_dict(), **modules}
+        parts = {"model": model, "optimiser": optimiser, "order": order, "rng": rng_state()}
         return {name: hash_state({name: part}) for name, part in parts.items()}
 
-# %% ../../nbs/loop/learner.ipynb #6cbedb58
+# %% ../../nbs/loop/learner.ipynb #7919f298
 class Learner(Trials):
     """Trains a model, with callbacks that can read and change anything here.
 
@@ -203,11 +211,17 @@ class Learner(Trials):
         model: A torch module. It is moved to the device.
         optimiser: A torch Optimizer, or a factory that is called as `optimiser(model.parameters(),
             lr=learning_rate)` when training begins, such as `torch.optim.AdamW`.
-        loss_func: A function of predictions and labels that gives a scalar tensor. None: the output of the model
-            has the loss as its attribute `.loss`.
-        dataloaders: A mapping with any of "train", "validation" and "test" to iterables of batches.
+            None for a learner that only evaluates.
+        loss_func: A function of predictions and labels that gives a scalar tensor; further parameters without a
+            default are fixtures by name, such as `data`. A module with parameters is trained too. None: the
+            output of the model has the loss, as `.loss`, as `["loss"]`, or as the first scalar of a tuple.
+        dataloaders: A mapping with any of "train", "validation" and "test" to iterables of batches. That of
+            "validation" or "test" may be a mapping of named loaders.
         callbacks: One callback, several, or none.
         device: Where the model and the batches go; the best accelerator, else the CPU, if nothing is said.
+        labels: Which key, attribute or position of a batch holds the labels; None: it has none. As a rule they
+            are under "labels" or "label", or come last.
+        inputs: Which key, attribute or position goes to the model, or a list of them; all but the labels as a rule.
 
     Example:
         >>> learn = Learner(model, torch.optim.AdamW, F.cross_entropy, digits(), [Progress()])
@@ -217,9 +231,10 @@ class Learner(Trials):
     def __init__(
         self, model: nn.Module, optimiser: Any, loss_func: Callable[..., Tensor] | None,
         dataloaders: Mapping[str, Iterable[Any]], callbacks: Callback | Iterable[Callback] | None = None,
-        device: str | torch.device | None = None,
+        device: str | torch.device | None = None, *, labels: Any = LABELS, inputs: Any = None,
     ):
         super().__init__(model, optimiser, loss_func, dataloaders, callbacks, device)
+        self.labels_at, self.inputs_at = labels, inputs
         self.cursor = self.plan = Cursor()
 
     def quiet_copy(self) -> Self:
@@ -237,7 +252,7 @@ class Learner(Trials):
         rows = "".join(f"<tr><th>{name}</th><td>{escape(value)}</td></tr>" for name, value in summary_of(self).items())
         return f"<table><caption>{type(self).__name__}</caption>{rows}</table>"
 
-# %% ../../nbs/loop/learner.ipynb #c79ef979
+# %% ../../nbs/loop/learner.ipynb #32901f32
 def clear_traceback(error: BaseException | None) -> None:
     "Let go of what the frames of an exception, and of those behind it, hold."
     seen: set[int] = set()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STOPPING', 'AGAIN', 'COUNTED', 'checkpoint_name', 'list_checkpoints', 'newest_checkpoint', 'read_checkpoint',
-           'Signals', 'stop_error', 'Arriving', 'set_random', 'Standing', 'loader_of', 'Batches', 'Keeping',
+           'Signals', 'stop_error', 'Arriving', 'set_random', 'Standing', 'tell_epoch', 'Batches', 'Keeping',
            'kept_state', 'Cursor', 'begin', 'state_to_resume', 'lengths', 'Rewind']
 
 # %% ../../nbs/loop/resume.ipynb #7467fc4f
@@ -28,10 +28,10 @@ from ..base.provenance import rng_state, set_rng_state
 from ..base.store import DamagedError, list_states, load_state, snapshot
 from ..base.tree import to_device
 from ..base.words import PHASES, check_whole, split_column
-from .loop import Plan
+from .loop import Pass, Plan, passes_of
 from .stages import Callback, CancelException, CancelTrainException
 from .state import Place, ResumeError, batches_from, check_state, gather, groups_of
-from .state import order_state, put, set_order_state
+from .state import loaders_of, order_state, put, set_order_state
 
 # %% ../../nbs/loop/resume.ipynb #228a6aee
 _NAME = re.compile(r"epoch-(\d{4,})(?:-batch-(\d{5,}))?")
@@ -116,7 +116,7 @@ class Signals:
         "What stops the run, with what a notebook shows of it."
         return stop_error(self.noted, notice)
 
-# %% ../../nbs/loop/resume.ipynb #b3555d63
+# %% ../../nbs/loop/resume.ipynb #a1717642
 STOPPING = b"stopping after this batch; Ctrl-C again stops at once"
 
 def stop_error(number: int, notice: str) -> BaseException:
@@ -126,7 +126,7 @@ def stop_error(number: int, notice: str) -> BaseException:
     error._render_traceback_ = lambda: [notice]  # type: ignore[attr-defined]
     return error
 
-# %% ../../nbs/loop/resume.ipynb #2b6cf87e
+# %% ../../nbs/loop/resume.ipynb #8815e0f8
 class Arriving(Plan):
     "Where a training stands, and how one that goes on gets back to its place."
 
@@ -156,15 +156,18 @@ class Arriving(Plan):
     def begin_again(self, learn: Any, phase: str) -> None:
         "Note how a validation or a test begins: one that is stopped starts over."
         if self.arriving: self.arrive(learn)
-        self.began = {"rng": rng_state(), "order": order_state(learn.dataloaders[phase])}
+        passes = passes_of(learn.dataloaders, phase)
+        orders = {each.prefix: order_state(loader) for each, loader in passes.items()}
+        self.began = {"rng": rng_state(), "orders": orders}
 
 def set_random(learn: Any, loop: Mapping[str, Any]) -> None:
     "Put random numbers and the orders of the loaders as they were."
+    loaders = loaders_of(learn)
     for name, order in loop["orders"].items():
-        if name in learn.dataloaders: set_order_state(learn.dataloaders[name], order)
+        if name in loaders: set_order_state(loaders[name], order)
     set_rng_state(to_device(loop["rng"], torch.device("cpu")))
 
-# %% ../../nbs/loop/resume.ipynb #bc59191a
+# %% ../../nbs/loop/resume.ipynb #3bb4c6ca
 class Standing(Arriving):
     "The epochs and passes that are left of a training."
 
@@ -178,36 +181,38 @@ class Standing(Arriving):
             learn.results["epoch"] = len(learn.history)
             yield epoch
 
-    def passes(self, learn: Any) -> Iterator[str]:
+    def passes(self, learn: Any) -> Iterator[Pass]:
         "The passes of an epoch from this place on."
-        for phase in super().passes(learn):
-            if self.arriving and self.place.phase != phase: continue
-            if phase != "train": self.begin_again(learn, phase)
-            yield phase
+        yield from self.from_here(learn, super().passes(learn))
         if self.arriving: self.arrive(learn)  # nothing was left to do in this epoch
 
-    def tests(self, learn: Any) -> Iterator[str]:
-        "The pass after training; when it is over, all is done."
+    def from_here(self, learn: Any, passes: Iterable[Pass]) -> Iterator[Pass]:
+        "Passes without those that are done; how a validation or a test begins is noted."
+        begun = "train"
+        for each in passes:
+            if self.arriving and self.place.phase != each.phase: continue
+            if each.phase != begun: self.begin_again(learn, each.phase)
+            begun = each.phase
+            yield each
+
+    def last(self, learn: Any) -> Iterator[Pass]:
+        "The passes after training; when they are over, all is done."
         self.under_way = True
         if self.arriving: self.arrive(learn)
         if len(learn.history) > self.first_row: learn.results = learn.history[-1]  # where its results go
         self.place, self.began = Place(self.num_epochs, "test"), {}
-        for phase in super().tests(learn):
-            self.begin_again(learn, phase)
-            yield phase
+        yield from self.from_here(learn, super().last(learn))
         self.place = Place(self.num_epochs)
 
     def end_epoch(self, learn: Any) -> None: self.place = Place(learn.epoch + 1)
 
-def loader_of(learn: Any, phase: str) -> Iterable[Any]:
-    "The loader of a phase; one that shuffles by epoch learns which epoch it is."
-    loader = learn.dataloaders[phase]
-    if phase == "train":
-        for part in samplers_of(loader):
-            if hasattr(part, "set_epoch"): part.set_epoch(len(learn.history))
+def tell_epoch(learn: Any, loader: Any) -> Any:
+    "A training loader; whatever shuffles by epoch in it learns which epoch it is."
+    for part in samplers_of(loader):
+        if hasattr(part, "set_epoch"): part.set_epoch(len(learn.history))
     return loader
 
-# %% ../../nbs/loop/resume.ipynb #49ba9cf4
+# %% ../../nbs/loop/resume.ipynb #5e1b0c10
 class Batches(Standing):
     "The batches of a pass from a place on."
 
@@ -237,7 +242,7 @@ class Batches(Standing):
     def training_batches(self, learn: Any) -> Iterator[tuple[int, Any]]:
         "The batches of training, or those that are left to a training that goes on."
         loop = self.arrive(learn) if self.arriving else None
-        loader, first = loader_of(learn, "train"), self.place.batch
+        loader, first = tell_epoch(learn, learn.dataloaders["train"]), self.place.batch
         if loop is None or not first:
             self.place = Place(learn.epoch, "train")
             self.began = {"rng": rng_state(), "order": order_state(loader)}
@@ -256,7 +261,7 @@ class Batches(Standing):
         goes_on = "; train(resume=True) goes on from there" if learn._running == "train" else ""
         return f"stopped after {learn.position()}{goes_on}"
 
-# %% ../../nbs/loop/resume.ipynb #494bae7e
+# %% ../../nbs/loop/resume.ipynb #43eeb637
 AGAIN = ("the batch that failed is done again, and what its first half drew from the random numbers, "
          "added to batch statistics or told callbacks stays")
 COUNTED = ("the batch that failed had taken its step and counts as done, without the hooks that had not "
@@ -297,7 +302,7 @@ class Keeping(Batches):
         if between and self.place.phase != "test":
             with learn.stage("interrupt"): pass
 
-# %% ../../nbs/loop/resume.ipynb #41f3f148
+# %% ../../nbs/loop/resume.ipynb #b89a218b
 def kept_state(learn: Any, half: str) -> dict[str, Any]:
     "What a training that is stopped keeps beside the model and the optimiser, which stay as they are."
     groups = [{key: deepcopy(value) for key, value in group.items() if key != "params"}
@@ -315,15 +320,16 @@ class Cursor(Keeping):
         return self.place._replace(batch=max(learn.batches_done, learn.batches_stepped))
 
     @contextmanager
-    def open(self, learn: Any, phase: str) -> Iterator[Iterator[tuple[int, Any]]]:
+    def open(self, learn: Any, each: Pass) -> Iterator[Iterator[tuple[int, Any]]]:
         "The batches of a pass from this place on, for a `with`."
         try:
-            if learn.evaluating: yield self.batches(learn, loader_of(learn, phase))
+            if learn.evaluating:
+                yield self.batches(learn, passes_of(learn.dataloaders, each.phase)[each])
             else:
                 with self.kept(learn): yield self.training_batches(learn)
                 self._trained(learn)
         except CancelException:
-            if phase == "train": self._trained(learn)
+            if each.phase == "train": self._trained(learn)
             raise
         finally:
             learn.batches_done = learn.batch_num + 1
@@ -332,15 +338,15 @@ class Cursor(Keeping):
     def _trained(self, learn: Any) -> None:
         self.place, self.began = Place(learn.epoch, "validation", learn.batch_num + 1), {}
 
-    def tests(self, learn: Any) -> Iterator[str]:
-        yield from super().tests(learn)
+    def last(self, learn: Any) -> Iterator[Pass]:
+        yield from super().last(learn)
         self.saved = None
 
     def arrive(self, learn: Any) -> Mapping[str, Any]:
         self.saved = None
         return super().arrive(learn)
 
-# %% ../../nbs/loop/resume.ipynb #7c7a2284
+# %% ../../nbs/loop/resume.ipynb #2ae0acb4
 def begin(cursor: Cursor, learn: Any, state: Any, learning_rate: float | None) -> None:
     "Get ready to train from the beginning, or to go on from a state."
     if state: put(learn, state)  # or it raises, and nothing has changed
@@ -376,7 +382,7 @@ def state_to_resume(cursor: Cursor, resume: Any) -> Mapping[str, Any] | None:
                       "so is a copy in memory, with the callback Rewind", stacklevel=3)
     return state
 
-# %% ../../nbs/loop/resume.ipynb #e24959fa
+# %% ../../nbs/loop/resume.ipynb #f3502fd7
 def lengths(
     state: Mapping[str, Any] | None, epochs: int | None, validation_epochs: int | None,
 ) -> tuple[int, int]:
@@ -392,7 +398,7 @@ def lengths(
                          "from its beginning: ask for more, or leave epochs out")
     return epochs, every
 
-# %% ../../nbs/loop/resume.ipynb #bc7f84f2
+# %% ../../nbs/loop/resume.ipynb #00b3980d
 class Rewind(Callback):
     """Keep copies of the state in memory, so that training can go back to one when a batch fails.
 

@@ -13,27 +13,19 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from learner.check.checks import (
-    Finding,
-    Findings,
-    NaNGuard,
-    NonFiniteError,
-    check_batch_leakage,
-    check_data,
-    check_gradient_flow,
-    check_initial_loss,
-    check_overfit_one_batch,
-    found,
-    loss_kind,
-    skip,
-    tensors_in,
-    well,
-)
-from learner.loop.learner import Learner
+from learner.check.checks import gradient_flow, initial_loss, overfit_one_batch
+from learner.check.diagnosis import doctor
+from learner.check.findings import Finding, Findings, fault, in_one_line, passed, skipped
+from learner.check.forward import forward_pass
+from learner.check.leakage import batch_leakage
+from learner.check.looking import loss_kind, tensors_in
+from learner.check.nan_guard import NaNGuard, NonFiniteError
+from learner.check.survey import data as survey
+from learner.check.trials import short_trainings
 from learner.loop.data import DataLoaders
-from learner.check.diagnosis import check_forward, check_function, check_training, doctor
-from learner.steer.precision import MixedPrecision
+from learner.loop.learner import Learner
 from learner.loop.stages import Callback
+from learner.steer.precision import MixedPrecision
 from learner.steer.update import Accumulate, ClipGradients
 
 
@@ -51,15 +43,22 @@ def learner(model, batches=None, loss_func=F.cross_entropy, **loaders):
 # Findings
 
 def test_findings_are_true_if_all_is_well():
-    one, two, three = well("a", "fine"), found("b", "bad; mend it", count=3), skip("c", "skipped: no")
+    one, two, three = passed("a", "fine"), fault("b", "bad; repair it", count=3), skipped("c", "no")
     assert one and not two and three and three.skipped
     assert Findings([one, three]) and not Findings([one, two]) and Findings()
     assert Findings([one, two, three]).problems == (two,)
     assert Findings([one, two])["b"] is two and Findings([one, two])[0] is one
-    assert repr(Findings([one, two, three])) == "✓ a: fine\n✗ b: bad; mend it\n? c: skipped: no"
+    assert repr(Findings([one, two, three])) == "✓ a: fine\n✗ b: bad; repair it\n? c: skipped: no"
     with pytest.raises(KeyError, match="no finding is called 'd'"): Findings([one])["d"]
     with pytest.raises(AttributeError): one.ok = False  # frozen
     assert one == Finding("a", True, "fine")
+    assert Findings([one, two]).names == ["a", "b"]
+
+
+def test_an_error_in_one_line():
+    error = ValueError("bad\nand more")
+    error.add_note("in Metrics.after_loss\n(more)")
+    assert in_one_line(error) == "ValueError: bad, in Metrics.after_loss" and in_one_line(KeyError()) == "KeyError: no message"
 
 
 def test_tensors_are_found_by_their_place():
@@ -147,7 +146,7 @@ LEAKS = {
 def test_leaks(name):
     make, modes, place = LEAKS[name]
     torch.manual_seed(0)
-    finding = check_batch_leakage(learner(make(), [batch()]))["batch leak"]
+    finding = batch_leakage(learner(make(), [batch()]))["batch leak"]
     assert not finding.skipped, finding
     assert finding.ok == (not modes), finding
     if modes:
@@ -178,7 +177,7 @@ class GruOf(Embedded):
 def test_leaks_through_whole_numbers(name):
     make, leaks = INTEGER_LEAKS[name]
     torch.manual_seed(0)
-    assert check_batch_leakage(learner(make(), [token_batch()]))["batch leak"].ok == (not leaks)
+    assert batch_leakage(learner(make(), [token_batch()]))["batch leak"].ok == (not leaks)
 
 
 def test_leaks_with_several_inputs_and_mappings():
@@ -191,8 +190,8 @@ def test_leaks_with_several_inputs_and_mappings():
 
     x, y = batch()
     for mix, ok in ((lambda b: b, True), (lambda b: b - b.mean(0), False), (lambda b: b.flip(0), False)):
-        assert check_batch_leakage(learner(Two(mix), [(x, x + 1, y)]))["batch leak"].ok == ok
-        assert check_batch_leakage(learner(Two(mix), [{"a": x, "b": x + 1, "labels": y}]))["batch leak"].ok == ok
+        assert batch_leakage(learner(Two(mix), [(x, x + 1, y)]))["batch leak"].ok == ok
+        assert batch_leakage(learner(Two(mix), [{"a": x, "b": x + 1, "labels": y}]))["batch leak"].ok == ok
 
     class Output(nn.Module):
         def __init__(self):
@@ -202,20 +201,20 @@ def test_leaks_with_several_inputs_and_mappings():
         def forward(self, x, labels):
             logits = self.layer(x - x.mean(0))
             return SimpleNamespace(logits=logits, loss=F.cross_entropy(logits, labels))
-    assert not check_batch_leakage(learner(Output(), [{"x": x, "labels": y}], None))
+    assert not batch_leakage(learner(Output(), [{"x": x, "labels": y}], None))
 
 
 def test_which_examples_leak_and_in_which_direction():
-    assert check_batch_leakage(learner(Fn(lambda x: x.roll(1, 0)), [batch()]))[0].values["pairs"] == [
+    assert batch_leakage(learner(Fn(lambda x: x.roll(1, 0)), [batch()]))[0].values["pairs"] == [
         (0, 15), (1, 0), (8, 7), (14, 13), (15, 14)]
-    message = check_batch_leakage(learner(Fn(lambda x: x.cumsum(0)), [batch()]))[0].message
+    message = batch_leakage(learner(Fn(lambda x: x.cumsum(0)), [batch()]))[0].message
     assert "only examples before it count" in message
     assert "before `layer` (Linear)" in message
-    assert "batch_first=True" in check_batch_leakage(learner(LEAKS["lstm, batch second"][0](), [batch()]))[0].message
+    assert "batch_first=True" in batch_leakage(learner(LEAKS["lstm, batch second"][0](), [batch()]))[0].message
 
 
 def test_batch_norm_is_named_as_allowed():
-    finding = check_batch_leakage(learner(LEAKS["batch norm"][0](), [batch()]))[0]
+    finding = batch_leakage(learner(LEAKS["batch norm"][0](), [batch()]))[0]
     assert finding.ok and "as it is meant to: 1" in finding.message and finding.values["norms"] == ["1"]
 
     class Functional(nn.Module):
@@ -226,16 +225,16 @@ def test_batch_norm_is_named_as_allowed():
             self.register_buffer("v", torch.ones(6))
 
         def forward(self, x): return self.layer(F.batch_norm(x, self.m, self.v, training=self.training))
-    assert check_batch_leakage(learner(Functional(), [batch()]))
+    assert batch_leakage(learner(Functional(), [batch()]))
 
 
 def test_leaks_that_cannot_be_looked_for():
     for model, data, why in (
         (Fn(lambda x: x), [batch(1)], "a single example"),
-        (Fn(lambda x: x.sum(0, keepdim=True).expand(4, -1), after=True), [(batch()[0], batch(4)[1])], "one row for each"),
+        (Fn(lambda x: x.sum(0, keepdim=True).expand(4, -1), after=True), [batch()], "one row for each"),
         (Fn(lambda x: x * torch.nan), [batch()], "not finite"),
     ):
-        finding = check_batch_leakage(learner(model, data))[0]
+        finding = batch_leakage(learner(model, data))[0]
         assert finding.skipped and finding.ok and why in finding.message
 
 
@@ -244,13 +243,13 @@ def test_leaks_that_cannot_be_looked_for():
 def test_overfit_one_batch():
     torch.manual_seed(0)
     def net(*more): return nn.Sequential(nn.Linear(6, 30), nn.ReLU(), *more, nn.Linear(30, 3))
-    finding = check_overfit_one_batch(learner(net(nn.Dropout(0.9))), steps=300, learning_rate=0.5)[0]
+    finding = overfit_one_batch(learner(net(nn.Dropout(0.9))), steps=300, learning_rate=0.5)[0]
     assert finding.ok and len(finding.values["losses"]) == 300 and finding.values["losses"][-1] < 0.2
-    assert not check_overfit_one_batch(learner(net()), steps=20, learning_rate=1e-6)
-    wild = check_overfit_one_batch(learner(net(), loss_func=lambda p, y: F.cross_entropy(p, y) * torch.inf), steps=5)[0]
+    assert not overfit_one_batch(learner(net()), steps=20, learning_rate=1e-6)
+    wild = overfit_one_batch(learner(net(), loss_func=lambda p, y: F.cross_entropy(p, y) * torch.inf), steps=5)[0]
     assert not wild and "NaN" in wild.message
     for wrong in (0, 2.5, "a"):
-        with pytest.raises(ValueError, match="steps is"): check_overfit_one_batch(learner(net()), steps=wrong)
+        with pytest.raises(ValueError, match="steps is"): overfit_one_batch(learner(net()), steps=wrong)
 
 
 KINDS = [
@@ -276,15 +275,15 @@ def test_first_loss():
     torch.manual_seed(0)
     net, sure = nn.Linear(6, 3), nn.Linear(6, 3)
     nn.init.normal_(sure.weight, std=20)
-    finding = check_initial_loss(learner(net))[0]
+    finding = initial_loss(learner(net))[0]
     x, y = zip(*[batch(seed=i) for i in range(3)], strict=True)
     assert finding.ok and finding.values["expected"] == pytest.approx(math.log(3))
     assert finding.values["loss"] == pytest.approx(F.cross_entropy(net(torch.cat(x)), torch.cat(y)).item(), rel=1e-5)
-    assert not check_initial_loss(learner(sure))
+    assert not initial_loss(learner(sure))
     binary = [(x, (y > 0).float()[:, None]) for x, y in (batch(), batch(seed=1))]
-    assert check_initial_loss(learner(nn.Linear(6, 1), binary, F.binary_cross_entropy_with_logits))[0].values["expected"] == pytest.approx(math.log(2))
-    assert check_initial_loss(learner(nn.Linear(6, 1), binary, F.mse_loss))[0].skipped
-    assert not check_initial_loss(learner(nn.Linear(6, 1), [(batch()[0], torch.zeros(16, dtype=torch.int64))]))
+    assert initial_loss(learner(nn.Linear(6, 1), binary, F.binary_cross_entropy_with_logits))[0].values["expected"] == pytest.approx(math.log(2))
+    assert initial_loss(learner(nn.Linear(6, 1), binary, F.mse_loss))[0].skipped
+    assert not initial_loss(learner(nn.Linear(6, 1), [(batch()[0], torch.zeros(16, dtype=torch.int64))]))
 
 
 # Gradients
@@ -304,7 +303,7 @@ def test_gradient_flow_tells_the_reasons_apart():
     model.b.requires_grad_(False)
     learn = learner(model)
     learn.optimiser = torch.optim.SGD([*model.a.parameters(), *model.b.parameters(), *model.unused.parameters(), model.c.weight], lr=0.1)
-    findings = check_gradient_flow(learn)
+    findings = gradient_flow(learn)
     parameters = {finding.name: finding.values.get("parameters") for finding in findings.problems}
     assert parameters == {"frozen": ["b.weight", "b.bias", "c.bias"], "unused parameters": ["unused.weight", "unused.bias"],
                           "no gradient": ["a.weight", "a.bias"]}
@@ -314,23 +313,23 @@ def test_gradient_flow_tells_the_reasons_apart():
 def test_zero_gradients_are_those_that_stay_zero():
     dead = Parts(lambda m, x: m.c(m.b(m.a(x)).relu()))
     nn.init.constant_(dead.b.bias, -100.0)
-    zero = check_gradient_flow(learner(dead))["zero gradient"]
+    zero = gradient_flow(learner(dead))["zero gradient"]
     assert zero.values["parameters"] == ["a.weight", "a.bias", "b.weight", "b.bias"]
     begins = Parts(lambda m, x: m.c(m.b(m.a(x)).tanh()))  # a last layer of zeros gives no gradient in the first step only
     nn.init.zeros_(begins.c.weight)
-    assert check_gradient_flow(learner(begins))["zero gradient"]
+    assert gradient_flow(learner(begins))["zero gradient"]
 
 
 def test_vanishing_gradients():
     torch.manual_seed(0)
     def deep(act, n): return nn.Sequential(*(layer for _ in range(n) for layer in (nn.Linear(6, 6), act())), nn.Linear(6, 3))
-    assert not check_gradient_flow(learner(deep(nn.Sigmoid, 12)))["vanishing gradient"]
-    assert check_gradient_flow(learner(deep(nn.ReLU, 2)))["vanishing gradient"]
-    assert check_gradient_flow(learner(nn.Linear(6, 3)))["vanishing gradient"].skipped
+    assert not gradient_flow(learner(deep(nn.Sigmoid, 12)))["vanishing gradient"]
+    assert gradient_flow(learner(deep(nn.ReLU, 2)))["vanishing gradient"]
+    assert gradient_flow(learner(nn.Linear(6, 3)))["vanishing gradient"].skipped
 
 
 def test_attention_is_not_called_unused():
-    findings = check_gradient_flow(learner(Sequence(nn.MultiheadAttention(6, 2, batch_first=True))))
+    findings = gradient_flow(learner(Sequence(nn.MultiheadAttention(6, 2, batch_first=True))))
     assert findings["unused parameters"] and findings["no gradient"] and findings["zero gradient"]
 
 
@@ -345,7 +344,7 @@ def changed(change, n=96): return [change(x.clone(), y.clone()) for x, y in data
 def problem(name, train=None, validation=None, model=None, loss=F.cross_entropy, **kwargs):
     torch.manual_seed(0)
     learn = learner(model or nn.Linear(6, 3), train or data(), loss, validation=validation or data(64, 1), **kwargs)
-    return check_data(learn)[name]
+    return survey(learn)[name]
 
 
 def with_nan(x, y):
@@ -387,7 +386,7 @@ def test_what_is_no_fault_of_the_data():
     repeated = [(x.sign().clamp(min=0), y) for x, y in data()]  # 64 different inputs at most
     assert problem("overlap", train=repeated, validation=repeated)
     assert not problem("contradictions", train=[*data(), *((x, (y + 1) % 3) for x, y in data()[:2])])
-    assert check_data(learner(nn.Linear(6, 3)))  # a single loader
+    assert survey(learner(nn.Linear(6, 3)))  # a single loader
 
 
 def test_data_is_seen_as_callbacks_leave_it():
@@ -395,21 +394,21 @@ def test_data_is_seen_as_callbacks_leave_it():
         def after_prepare(self, learn): learn.data = learn.data / 50
 
     learn = learner(nn.Linear(6, 3), changed(lambda x, y: (x * 50, y)))
-    assert not check_data(learn)["input scale"]
+    assert not survey(learn)["input scale"]
     learn.add(Normalise())
-    assert check_data(learn)["input scale"]
-    with pytest.raises(ValueError, match="examples is 0"): check_data(learn, examples=0)
+    assert survey(learn)["input scale"]
+    with pytest.raises(ValueError, match="examples is 0"): survey(learn, examples=0)
 
 
 def test_a_part_of_the_data_is_enough():
-    finding = check_data(learner(nn.Linear(6, 3)), examples=20)
+    finding = survey(learner(nn.Linear(6, 3)), examples=20)
     assert finding["outputs"].skipped  # not all was seen
 
 
 # No trace: every check and the doctor
 
-CHECKS = [check_batch_leakage, check_overfit_one_batch, check_initial_loss, check_gradient_flow, check_data, check_forward,
-          check_function, functools.partial(check_training, steps=15), functools.partial(doctor, steps=15, report=False)]
+CHECKS = [batch_leakage, overfit_one_batch, initial_loss, gradient_flow, survey, forward_pass,
+          functools.partial(short_trainings, steps=15), functools.partial(doctor, steps=15, report=False)]
 
 
 class Counts(Callback):
@@ -484,7 +483,7 @@ def test_a_check_says_the_same_again():
 def test_iterators_are_not_used_up():
     loader = iter(data())
     with pytest.raises(TypeError, match=r'dataloaders\["train"\] is an iterator, which a check would use up'):
-        check_data(learner(nn.Linear(6, 3), loader))
+        survey(learner(nn.Linear(6, 3), loader))
     assert len(list(loader)) == 6
 
 
@@ -528,7 +527,7 @@ def test_the_guard_names_the_first(every):
     assert guarded(net(At(7, torch.nan, backward=True)), every).startswith("the gradient of 0.weight is NaN in epoch 0, batch 7;")
     bad = [batch(seed=i) for i in range(12)]
     bad[2][0][3, 1] = torch.inf
-    assert guarded(net(nn.Identity()), every, bad).startswith("the input is infinite in epoch 0, batch 2; drop")
+    assert guarded(net(nn.Identity()), every, bad).startswith("the input is infinite in epoch 0, batch 2; remove or repair")
     calls = []
 
     def loss(predictions, labels):
@@ -646,7 +645,7 @@ def test_the_guard_leaves_nothing_behind():
     guard, learn = NaNGuard(), learner(net(nn.Identity()))
     learn.add(guard)
     learn.train(1)
-    assert guard.seen == guard.names == guard.starts == guard.handles == guard.parameters == []
+    assert guard.trace.values == guard.trace.names == guard.trace.starts == guard.handles == guard.parameters == guard.names == []
     gone = weakref.ref(learn)
     del learn
     gc.collect()

@@ -13,23 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from learner.check.conformance import (
-    RULES,
-    Bench,
-    ConformanceError,
-    changed,
-    check_callback,
-    condition,
-    differing,
-    example_learner,
-    judge,
-    misfit,
-    reachable,
-    same,
-    values,
-)
-from learner.loop.learner import Learner
 from learner.base.provenance import rng_state
+from learner.check.bench import Bench, example_learner
+from learner.check.condition import changed, condition, differing, reachable, same, values
+from learner.check.conformance import ConformanceError, check_callback, judge
+from learner.check.rules import RULES, misfit
+from learner.loop.learner import Learner
 from learner.loop.stages import (
     Callback,
     CancelBatchException,
@@ -178,7 +167,7 @@ class LendsOtherWeights(Callback):
         self.own = {}
 
 
-@breaks("interrupts", "came out in its place")
+@breaks("interrupts", "was raised in its place")
 class CleansUpWhatIsNotThere(Watcher):
     def before_epoch(self): self.file = []
     def cleanup_epoch(self): self.__dict__.pop("file").clear()
@@ -449,7 +438,7 @@ class ForgetsMomentum(Watcher):
         for state in optimiser.state.values(): state["momentum_buffer"].mul_(0.5)
 
 
-@breaks("watches", "is not there")
+@breaks("watches", "is missing")
 class SkipsBatches(Watcher):
     def before_batch(self, batch_num):
         if batch_num == 1: raise CancelBatchException
@@ -458,8 +447,8 @@ class SkipsBatches(Watcher):
 @pytest.mark.parametrize("rule, cls, text", BAD)
 def test_a_bad_callback_is_found_by_its_rule(rule, cls, text):
     verdict = judge(RULE[rule], Bench(cls))
-    assert not verdict.ok
-    assert text in " ".join(finding.problem for finding in verdict.findings), verdict
+    assert not verdict.ok and verdict.name == rule
+    assert text in " ".join(finding.message for finding in verdict.values["findings"]), verdict
 
 
 FEW = [case for i, case in enumerate(BAD) if [other.values[0] for other in BAD[:i]].count(case.values[0]) < 2]
@@ -599,9 +588,9 @@ def test_a_callback_that_changes_nothing_gets_a_hint_and_passes():
     class Silent(Callback):
         def after_batch(self): pass
     report = check_callback(Silent(), strict=True)
-    assert report["watches"].ok and report["watches"].findings[0].hint
-    assert "hint: it changed nothing" in repr(report)
-    assert not check_callback(DecayWithState())["watches"].findings
+    assert report["watches"].ok and len(report["watches"].values["findings"]) == 1
+    assert "✓ watches: hint: it changed nothing" in repr(report)
+    assert len(check_callback(DecayWithState())["watches"].values["findings"]) == 0
 
 
 # Learners that are given
@@ -703,20 +692,20 @@ def test_ctrl_c_of_a_person_stops_the_check():
 # The report
 
 def test_strict_raises_with_the_report_as_its_message():
-    with pytest.raises(ConformanceError, match=r"(?s)KeepsGraphs breaks 1 of 8 rules.*failed +leaks"): check_callback(KeepsGraphs(), strict=True)
+    with pytest.raises(ConformanceError, match=r"(?s)KeepsGraphs breaks 1 of 8 rules.*✗ leaks: "): check_callback(KeepsGraphs(), strict=True)
     check_callback(KeepsGraphs())  # otherwise it says so, and raises nothing
 
 
 def test_the_report_has_one_line_for_each_rule():
     for cls in (KeepsGraphs, Raises):
         lines = repr(check_callback(cls)).splitlines()
-        assert [line[13:23].strip() for line in lines[1:]] == list(RULE)
+        assert [line.split(":")[0][4:] for line in lines[1:]] == list(RULE)
 
 
 def test_what_does_not_run_is_not_judged_further():
     report = check_callback(Raises)
     assert not report.ok and report.broken == ["runs"]
-    assert [verdict.tried for verdict in report.verdicts.values()] == [True] + [False] * 7
+    assert [finding.skipped for finding in report.findings] == [False] + [True] * 7
 
 
 class NoCopy(Watcher):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from learner.check.conformance import example_learner
+from learner.check.bench import example_learner
 from learner.loop.learner import Learner
 from learner.loop.data import DataLoaders
 from learner.base.history import History

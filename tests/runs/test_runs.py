@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import learner.runs.runs as runs
-from learner.check.conformance import example_learner
+from learner.check.bench import example_learner
 from learner.loop.learner import Learner
 from learner.loop.data import DataLoaders
 from learner.watch.progress import Progress
@@ -464,7 +464,7 @@ def test_a_process_that_is_stopped_is_shown_so_and_goes_on_to_the_same_end(tmp_p
 def test_a_script_keeps_itself_and_its_command(tmp_path):
     (tmp_path / "mine.py").write_text("""
 import torch
-from learner.check.conformance import example_learner
+from learner.check.bench import example_learner
 from learner.runs.runs import Run
 learn = example_learner()
 learn.train(1, callbacks=Run("run", plots=False))
@@ -478,7 +478,7 @@ learn.train(1, callbacks=Run("run", plots=False))
 
 def test_a_notebook_keeps_its_cells(tmp_path):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    cells = ["from learner.check.conformance import example_learner\nfrom learner.runs.runs import Run", "learn = example_learner()\nrun = Run('run', plots=False)",
+    cells = ["from learner.check.bench import example_learner\nfrom learner.runs.runs import Run", "learn = example_learner()\nrun = Run('run', plots=False)",
              "learn.train(1, callbacks=run)", "print('between')", "learn.train(1, callbacks=run)"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     with warnings.catch_warnings():

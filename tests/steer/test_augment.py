@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from learner.steer.augment import TTA, BatchTransform, CutMix, Mixup, flip, normalise, random_crop, random_erase, random_flip
-from learner.check.conformance import ReadBacks
+from learner.check.reads import ReadBacks
 from learner.loop.learner import Learner
 from learner.loop.data import TensorLoader
 from learner.watch.look import predictions
