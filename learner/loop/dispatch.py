@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['define', 'compile_hooks', 'OpenStage', 'WholeStage', 'Compiled', 'Frame', 'Staged']
 
-# %% ../../nbs/loop/dispatch.ipynb #e05dbc35
+# %% ../../nbs/loop/dispatch.ipynb #60f71998
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -15,7 +15,7 @@ from ..base.words import did_you_mean
 from .resolution import Hook, WithCallbacks
 from .stages import Callback, CallbackError, CancelException, Stage, as_callbacks
 
-# %% ../../nbs/loop/dispatch.ipynb #b6f35edd
+# %% ../../nbs/loop/dispatch.ipynb #0fb95902
 def define(name: str, lines: Iterable[str], scope: dict[str, Any]) -> Callable[[], Any]:
     "Make a function from the lines of its body; IPython leaves it out of tracebacks."
     source = "\n ".join([f"def {name}(__tracebackhide__=True):", *lines])
@@ -40,7 +40,7 @@ def compile_hooks(learn: Any, hooks: Sequence[Hook]) -> Callable[[], Any] | None
     scope: dict[str, Any] = {f"hook{i}": hook.function for i, hook in enumerate(hooks)}
     return define("hooks", lines, {**scope, "learn": learn, "blame": blame, "present": present})
 
-# %% ../../nbs/loop/dispatch.ipynb #7072f431
+# %% ../../nbs/loop/dispatch.ipynb #9b388b27
 class OpenStage:
     "A stage of one learner with its hooks: the context manager behind `learn.stage(name)`."
 
@@ -75,7 +75,7 @@ class OpenStage:
         "Take away the fixtures whose life is over."
         self.learn.drop_fixtures(self.drops)
 
-# %% ../../nbs/loop/dispatch.ipynb #b5dbbb48
+# %% ../../nbs/loop/dispatch.ipynb #712eb660
 def _replacement(learn: Any, stage: Stage, hooks: Sequence[Hook]) -> Callable[[], None] | None:
     "The action of a callback in place of the learner's own; None if there is none."
     act = compile_hooks(learn, hooks)
@@ -87,7 +87,7 @@ def _replacement(learn: Any, stage: Stage, hooks: Sequence[Hook]) -> Callable[[]
             raise CallbackError(f"{hooks[0].label} returned a value; assign {leaves} instead")
     return action
 
-# %% ../../nbs/loop/dispatch.ipynb #003e4c35
+# %% ../../nbs/loop/dispatch.ipynb #e242f0a6
 def _plain_source(stage: OpenStage, i: int, scope: dict[str, Any]) -> list[str]:
     "A stage that is an action, as lines of source; `i` tells its names in the scope from those of others."
     calls = {f"before{i}": stage.before, f"action{i}": stage.action, f"after{i}": stage.after}
@@ -104,7 +104,7 @@ def _whole_source(stage: OpenStage, i: int, scope: dict[str, Any]) -> list[str]:
     scope |= {f"action{i}": stage.action, f"stage{i}": stage}
     return [f"with stage{i}: action{i}()"]
 
-# %% ../../nbs/loop/dispatch.ipynb #74d90c09
+# %% ../../nbs/loop/dispatch.ipynb #d6e5474e
 class _Wrapper:
     "An around hook, or the maker of a fixture: what a stage enters, and leaves at its end."
 
@@ -128,7 +128,7 @@ class _Wrapper:
         stack.push(leave)
         return value
 
-# %% ../../nbs/loop/dispatch.ipynb #8b19105f
+# %% ../../nbs/loop/dispatch.ipynb #12dce565
 def _clean_up(label: str, hook: Callable[[], Any]) -> None:
     "Call a cleanup hook."
     try: hook()
@@ -136,7 +136,7 @@ def _clean_up(label: str, hook: Callable[[], Any]) -> None:
         raise CallbackError(f"{label} raised {type(error).__name__}; its stage has ended: a cleanup_ "
                             "hook cannot cancel") from None
 
-# %% ../../nbs/loop/dispatch.ipynb #8ce3d66e
+# %% ../../nbs/loop/dispatch.ipynb #8f9f5415
 class WholeStage(OpenStage):
     "A stage with hooks of every kind."
 
@@ -184,7 +184,7 @@ class WholeStage(OpenStage):
                 f"an around_{self.stage.name} hook swallowed what another raised before the stage had "
                 "run; let it pass, or raise a Cancel exception")
 
-# %% ../../nbs/loop/dispatch.ipynb #3a37c989
+# %% ../../nbs/loop/dispatch.ipynb #9e191648
 class _Blaming(WithCallbacks):
     "Notes on exceptions: which hook raised them, and how far the routine had got."
     _frame: "Frame"
@@ -220,7 +220,7 @@ class _Blaming(WithCallbacks):
         frame, label = getattr(error, "blamed", (None, ""))
         return label if frame is self._frame else ""
 
-# %% ../../nbs/loop/dispatch.ipynb #725ad70b
+# %% ../../nbs/loop/dispatch.ipynb #8a523a6c
 def _source_of(stage: OpenStage, i: int, scope: dict[str, Any]) -> list[str]:
     "A stage that is an action, and the exception that ends it, as lines of source."
     lines = (_plain_source if type(stage) is OpenStage else _whole_source)(stage, i, scope)
@@ -228,7 +228,7 @@ def _source_of(stage: OpenStage, i: int, scope: dict[str, Any]) -> list[str]:
     scope[f"cancel{i}"] = stage.stage.cancel
     return ["try:", *(f" {line}" for line in lines), f"except cancel{i}: pass"]
 
-# %% ../../nbs/loop/dispatch.ipynb #398d76e8
+# %% ../../nbs/loop/dispatch.ipynb #97b830ae
 def _open_stage(
     learn: Any, stage: Stage, hooks: Mapping[str, list[Hook]], providers: Mapping[str, Hook],
 ) -> OpenStage:
@@ -263,7 +263,7 @@ class Compiled(dict[tuple[str, ...], Callable[[], Any]]):
         act = self[names] = define("act", lines, scope)
         return act
 
-# %% ../../nbs/loop/dispatch.ipynb #13028d6f
+# %% ../../nbs/loop/dispatch.ipynb #7df78c6d
 class _Opening(_Blaming):
     "Opening stages, and doing actions in theirs."
     _compiled: Compiled
@@ -311,7 +311,7 @@ class _Opening(_Blaming):
 
     def _forget(self) -> None: self._compiled = Compiled(self)
 
-# %% ../../nbs/loop/dispatch.ipynb #417495bc
+# %% ../../nbs/loop/dispatch.ipynb #2f93bd7d
 class Frame:
     "A public call of a routine that is under way."
 
@@ -358,7 +358,7 @@ class _Running(_Opening):
             if not self._blamed_for(error): self.blame(error, call)
             raise
 
-# %% ../../nbs/loop/dispatch.ipynb #f7e22475
+# %% ../../nbs/loop/dispatch.ipynb #414821da
 class _Framed(_Running):
     "What a public call does at its beginning and at its end."
 
@@ -395,7 +395,7 @@ class _Framed(_Running):
                 with suppress(CallbackError):  # one that stays needs one that goes
                     self._set_callbacks([c for c in now.added if not any(c is g for g in guests)])
 
-# %% ../../nbs/loop/dispatch.ipynb #7c63869f
+# %% ../../nbs/loop/dispatch.ipynb #11fdcbba
 class Staged(_Framed):
     """A routine in stages, with callbacks.
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Times', 'Stopwatch', 'TimedStage', 'format_seconds', 'Timed']
 
-# %% ../../nbs/loop/explain.ipynb #bd58eccb
+# %% ../../nbs/loop/explain.ipynb #590e0159
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -17,7 +17,7 @@ from .dispatch import Compiled, Staged, WholeStage
 from .resolution import Hook, Resolution
 from .stages import Callback, Stage
 
-# %% ../../nbs/loop/explain.ipynb #2c68fd70
+# %% ../../nbs/loop/explain.ipynb #cb5cd5ba
 Times = dict[tuple[str, ...], list[float]]  # by path, such as ("train", "epoch"): how often, seconds in all
 
 class Stopwatch:
@@ -37,7 +37,7 @@ class Stopwatch:
         entry[1] += seconds
         self.path.pop()
 
-# %% ../../nbs/loop/explain.ipynb #dc96eedf
+# %% ../../nbs/loop/explain.ipynb #99baf688
 class _TimedContext:
     "A context, its opening and its closing measured."
 
@@ -68,7 +68,7 @@ def _timed_maker(learn: "Timed", hook: Hook) -> Hook:
         return _TimedContext(watch, lambda: hook.function(*args, **kwargs))
     return replace(hook, function=function)
 
-# %% ../../nbs/loop/explain.ipynb #b80500dd
+# %% ../../nbs/loop/explain.ipynb #f93ac00e
 class TimedStage(WholeStage):
     "A stage that measures itself and its hooks."
 
@@ -93,7 +93,7 @@ class TimedStage(WholeStage):
         try: return super().__exit__(*raised)
         finally: self.watch.__exit__()
 
-# %% ../../nbs/loop/explain.ipynb #1d064e01
+# %% ../../nbs/loop/explain.ipynb #9afe4af3
 def format_seconds(seconds: float) -> str:
     "A time in three digits and the unit that suits it."
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
@@ -142,7 +142,7 @@ class _Explanation:
         found = next((self.times[path[i:]] for i in range(len(path)) if path[i:] in self.times), None)
         return format_seconds(found[1] / found[0]) if found else ""
 
-# %% ../../nbs/loop/explain.ipynb #385cf346
+# %% ../../nbs/loop/explain.ipynb #818e2229
 class _Timing:
     "Whether a routine measures, the stages that are being measured, and what was compiled for either case."
 

@@ -6,7 +6,7 @@
 __all__ = ['Hook', 'as_context', 'Scope', 'Asked', 'Resolution', 'in_order', 'with_parts', 'needs_of', 'only_watches',
            'without_watchers', 'Attached', 'Removing', 'WithCallbacks']
 
-# %% ../../nbs/loop/resolution.ipynb #1d544bce
+# %% ../../nbs/loop/resolution.ipynb #45351c17
 import inspect
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,7 +20,7 @@ from .stages import KINDS, STAGES, TREE, Callback, CallbackError, FunctionCallba
 from .stages import StageTree, absent_in, as_callbacks, check_kind, hooks_of, label_of, lives_in
 from .stages import providers_of, required
 
-# %% ../../nbs/loop/resolution.ipynb #1629fa88
+# %% ../../nbs/loop/resolution.ipynb #8276a670
 @dataclass(frozen=True)
 class Hook:
     "A callback's method and the arguments that it asks for."
@@ -36,7 +36,7 @@ def as_context(function: Callable[..., Any]) -> Callable[..., Any]:
     def made(*args: Any, **kwargs: Any) -> Any: return nullcontext(function(*args, **kwargs))
     return made
 
-# %% ../../nbs/loop/resolution.ipynb #59e4008e
+# %% ../../nbs/loop/resolution.ipynb #ae7f06de
 class Scope:
     "Which fixtures a hook can ask for: those of the routine, and those that callbacks provide."
 
@@ -70,7 +70,7 @@ class Scope:
         "When a fixture that a callback provides lives, in words; nothing for any other."
         return lives_in([stage for stage, _ in self.owners.get(fixture, ())])
 
-# %% ../../nbs/loop/resolution.ipynb #b9f8045b
+# %% ../../nbs/loop/resolution.ipynb #125d13ef
 class Asked:
     "What the function of a hook asks for, in each stage that the hook stands for."
 
@@ -108,7 +108,7 @@ class Asked:
         known = ["learn", *self.scope.kind.fixtures, *self.scope.owners, *self.scope.tree.fixtures()]
         return f"a fixture that nobody provides{did_you_mean(name, known)}"
 
-# %% ../../nbs/loop/resolution.ipynb #8a07df6d
+# %% ../../nbs/loop/resolution.ipynb #61f168ba
 class Resolution:
     "The hooks and providers of some callbacks, resolved; raises CallbackError for what cannot work."
 
@@ -153,7 +153,7 @@ class Resolution:
             numbered = f"{label} ({twins + 1})" if twins else label
             same.append(Hook(numbered, called, asked.arguments(stage)))
 
-# %% ../../nbs/loop/resolution.ipynb #9317bbc5
+# %% ../../nbs/loop/resolution.ipynb #d04ce86c
 def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
     "Callbacks in firing order: by priority, ties as given."
     return sorted(callbacks, key=lambda callback: callback.priority)
@@ -170,7 +170,7 @@ def with_parts(callbacks: Iterable[Callback]) -> list[Callback]:
     for callback in callbacks: visit(callback)
     return list(found.values())
 
-# %% ../../nbs/loop/resolution.ipynb #9cf3f9fc
+# %% ../../nbs/loop/resolution.ipynb #ff325315
 def needs_of(callback: Callback, tree: StageTree) -> set[str]:
     "The fixtures without which a callback cannot be added."
     functions = [function for _, function in hooks_of(callback, tree)]
@@ -182,21 +182,26 @@ def only_watches(callback: Callback) -> bool:
     return all(each.watches for each in with_parts([callback]))
 
 def without_watchers(callbacks: Sequence[Callback], tree: StageTree) -> list[Callback]:
-    "The callbacks that steer; in place of a watcher that provides what they ask for, one that only does that."
-    steering = [callback for callback in callbacks if not only_watches(callback)]
-    watchers = with_parts(callback for callback in callbacks if only_watches(callback))
-    needed = {fixture for callback in with_parts(steering) for fixture in needs_of(callback, tree)}
+    "The callbacks that steer; a watcher that provides what they ask for leaves one that only does that."
+    own = {id(callback) for callback in callbacks if not only_watches(callback)}
+    steering = with_parts(callback for callback in callbacks if id(callback) in own)
+    everyone, staying = with_parts(callbacks), {id(callback) for callback in steering}
+    needed = {fixture for callback in steering for fixture in needs_of(callback, tree)}
     while True:  # what provides may ask for what another provides
-        makers = [{fixture: maker for fixture, _, maker in providers_of(watcher) if fixture in needed}
-                  for watcher in watchers]
-        asked = {name for each in makers for maker in each.values() for name in required(maker)}
+        makers = [maker for each in everyone for fixture, _, maker in providers_of(each) if fixture in needed]
+        asked = {name for maker in makers for name in required(maker)}
         if asked <= needed: break
         needed |= asked
-    return steering + [
-        type(type(watcher).__name__, (Callback,), {"watches": True, "priority": watcher.priority, **each})()
-        for watcher, each in zip(watchers, makers, strict=True) if each]
+    found = []
+    for callback in everyone:
+        if id(callback) in own: found.append(callback)
+        if id(callback) in staying: continue
+        made = {fixture: maker for fixture, _, maker in providers_of(callback) if fixture in needed}
+        body = {"watches": True, "priority": callback.priority, **made}
+        if made: found.append(type(type(callback).__name__, (Callback,), body)())
+    return found
 
-# %% ../../nbs/loop/resolution.ipynb #798b31af
+# %% ../../nbs/loop/resolution.ipynb #81528a21
 class Attached:
     "A routine's callbacks, resolved against its stages."
     stages: ClassVar[tuple[Stage, ...]] = STAGES  # a subclass adds its own to them
@@ -244,7 +249,7 @@ class Attached:
     def _forget(self) -> None:
         "Callbacks have changed, or a run has ended: what was made of the callbacks has no use any more."
 
-# %% ../../nbs/loop/resolution.ipynb #20940cb1
+# %% ../../nbs/loop/resolution.ipynb #8c5c1153
 def _is_it(callback: Callback, given: Any) -> bool:
     "Whether a callback is the one that is meant, or was made of the function that is meant."
     return callback is given or (
@@ -289,7 +294,7 @@ class Removing(Attached):
             raise CallbackError(f"remove: {given!r} {fault}")
         self._set_callbacks([c for c in added if not any(_is_it(c, given) for given in callbacks)])
 
-# %% ../../nbs/loop/resolution.ipynb #35324c75
+# %% ../../nbs/loop/resolution.ipynb #1f71b6a0
 class WithCallbacks(Removing):
     "A routine's callbacks; plain functions can be among them."
 

@@ -147,7 +147,7 @@ class _Nesting:
         parents = self.stages[name].inside
         return {each for parent in parents for each in (parent, *self.ancestors(parent))}
 
-# %% ../../nbs/loop/stages.ipynb #994c92ce
+# %% ../../nbs/loop/stages.ipynb #823dab5b
 class _Ways(_Nesting):
     "The ways through the stages of a routine."
 
@@ -172,7 +172,7 @@ class _Ways(_Nesting):
             yield depth, stage
             yield from self.outline(stage.name, depth + 1)
 
-# %% ../../nbs/loop/stages.ipynb #1570cd25
+# %% ../../nbs/loop/stages.ipynb #86df98ea
 class _Lifetimes(_Ways):
     "How long the fixtures of a routine live."
 
@@ -210,7 +210,7 @@ class _Lifetimes(_Ways):
         stages = self.stages.values()
         return lives_in([s.name for s in stages if fixture in (*s.counts, *s.holds)])
 
-# %% ../../nbs/loop/stages.ipynb #89daa505
+# %% ../../nbs/loop/stages.ipynb #99f5db49
 def listed(names: Iterable[str]) -> str:
     "Names as a sentence has them: `training, validation and test`."
     *first, last = ("", *names)
@@ -227,7 +227,7 @@ def absent_in(fixture: str, alive: Mapping[str, Collection[str]]) -> str:
     if len(dead) == len(alive): return ""
     return f", and not in {listed(dead)}; give it a default: {fixture}=None"
 
-# %% ../../nbs/loop/stages.ipynb #99a7bfbb
+# %% ../../nbs/loop/stages.ipynb #126023e0
 KINDS = ("before", "around", "after", "cancelled", "cleanup")
 _HOOK = re.compile(rf"({'|'.join(KINDS)})_(\w+)")
 
@@ -265,7 +265,7 @@ class _Names(_Lifetimes):
         "The fixtures that are gone when their stage has ended."
         return self.fixtures() - self.counters()
 
-# %% ../../nbs/loop/stages.ipynb #09053c55
+# %% ../../nbs/loop/stages.ipynb #484ceced
 _ELSEWHERE = {  # what other libraries call a stage
     "fit": "train", "forward": "predict", "pred": "predict", "validate": "validation",
     "eval": "validation", "optimizer_step": "step", "optimiser_step": "step",
@@ -307,7 +307,7 @@ class StageTree(_Names):
 
 TREE = StageTree(STAGES)
 
-# %% ../../nbs/loop/stages.ipynb #7c43b854
+# %% ../../nbs/loop/stages.ipynb #3b8c3b21
 def _table(rows: Iterable[tuple[str, str]], width: int) -> str:
     return "\n".join(f"    {name:<{width}}{text}".rstrip() for name, text in rows)
 
@@ -361,7 +361,7 @@ Example:
 
     def __repr__(self) -> str: return f"{type(self).__name__}()"
 
-# %% ../../nbs/loop/stages.ipynb #f5065785
+# %% ../../nbs/loop/stages.ipynb #18540644
 def check_kind(label: str, kind: str, function: Callable[..., Any]) -> None:
     "Raise CallbackError unless around_ hooks, and they alone, yield, and none is asynchronous."
     if not (inspect.isroutine(function) or isinstance(function, partial)):
@@ -383,7 +383,7 @@ def required(function: Callable[..., Any]) -> list[str]:
     parameters = inspect.signature(function).parameters.items()
     return [name for name, parameter in parameters if parameter.default is parameter.empty]
 
-# %% ../../nbs/loop/stages.ipynb #238f8d3f
+# %% ../../nbs/loop/stages.ipynb #a50041aa
 def _check_definition(cls: type, name: str, static: Any) -> None:
     "What can be said of a callback's attribute before it is known which learner it will meet."
     function = getattr(static, "__func__", static)  # of a static or class method
@@ -412,7 +412,7 @@ def _check_definition(cls: type, name: str, static: Any) -> None:
             raise CallbackError(
                 f"{label} asks for {fixture}, which {lifetime}{absent_in(fixture, alive)}")
 
-# %% ../../nbs/loop/stages.ipynb #b8f5ebf2
+# %% ../../nbs/loop/stages.ipynb #02726045
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 def provides(stage: str) -> Callable[[_Function], _Function]:
@@ -442,7 +442,7 @@ def provides(stage: str) -> Callable[[_Function], _Function]:
         return method
     return mark
 
-# %% ../../nbs/loop/stages.ipynb #98a7a440
+# %% ../../nbs/loop/stages.ipynb #390c608b
 class FunctionCallback(Callback):
     "A plain function as a callback with one hook: what `learn.on` makes."
 
@@ -456,7 +456,7 @@ def label_of(callback: Callback, hook: str) -> str:
     if not isinstance(callback, FunctionCallback): return f"{type(callback).__name__}.{hook}"
     return f"{getattr(callback.function, '__name__', callback.function)} on {hook}"
 
-# %% ../../nbs/loop/stages.ipynb #a17c1e4d
+# %% ../../nbs/loop/stages.ipynb #bae1300d
 def hooks_of(callback: Callback, tree: StageTree) -> Iterator[tuple[str, Callable[..., Any]]]:
     "Name and function of each hook of a callback; raises CallbackError for one that cannot be called."
     if isinstance(callback, FunctionCallback):
@@ -481,7 +481,7 @@ def providers_of(callback: Callback) -> Iterator[tuple[str, str, Callable[..., A
         where = getattr(inspect.getattr_static(type(callback), name), "provided_at", None)
         if where is not None: yield name, where, getattr(callback, name)
 
-# %% ../../nbs/loop/stages.ipynb #0d52808a
+# %% ../../nbs/loop/stages.ipynb #125e251a
 def as_callbacks(callbacks: Any, what: str = "callbacks") -> list[Callback]:
     "One callback, several or none as a list; raises TypeError for what is not a callback."
     if callbacks is None: return []

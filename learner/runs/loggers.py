@@ -89,7 +89,7 @@ class StepValues:
         "A training batch has ended."
         step, self.num_steps = self.num_steps, self.num_steps + 1
         if step % self.every: return False
-        loss = vars(learn).get("loss")
+        loss = getattr(learn, "loss", None)
         if isinstance(loss, Tensor): loss = loss.detach()
         self.points.append((step, learn.results.get("epoch", learn.epoch), learn.batch_num, loss, self.learning_rate))
         return len(self.points) >= BLOCK

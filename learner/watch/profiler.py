@@ -14,7 +14,8 @@ from ..loop.learner import Learner
 from ..loop.loop import PASSES
 from ..base.words import did_you_mean
 from ..base.history import History
-from ..loop.stages import Callback, Times
+from ..loop.explain import Times
+from ..loop.stages import Callback
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
