@@ -102,7 +102,7 @@ def check_parts(
         if isinstance(model, type): hint = f"; pass an instance: {model.__name__}(...)"
         raise TypeError(f"model is {model!r}{hint}")
     if is_optimiser(optimiser): check_optimiser(optimiser, model)
-    else: _check_factory(optimiser, model)
+    elif optimiser is not None: _check_factory(optimiser, model)
     _check_loss_func(loss_func)
     _check_mapping(dataloaders)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['define', 'compile_hooks', 'OpenStage', 'WholeStage', 'Compiled', 'Frame', 'Staged']
 
-# %% ../../nbs/loop/dispatch.ipynb #4a0375ab
+# %% ../../nbs/loop/dispatch.ipynb #3d250668
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -15,7 +15,7 @@ from ..base.words import did_you_mean
 from .resolution import Hook, WithCallbacks
 from .stages import Callback, CallbackError, CancelException, Stage, as_callbacks
 
-# %% ../../nbs/loop/dispatch.ipynb #cecd838a
+# %% ../../nbs/loop/dispatch.ipynb #76b45e44
 def define(name: str, lines: Iterable[str], scope: dict[str, Any]) -> Callable[[], Any]:
     "Make a function from the lines of its body; IPython leaves it out of tracebacks."
     source = "\n ".join([f"def {name}(__tracebackhide__=True):", *lines])
@@ -35,12 +35,13 @@ def compile_hooks(learn: Any, hooks: Sequence[Hook]) -> Callable[[], Any] | None
         learn.blame(error, hooks[line - first].label)
 
     def present(name: str) -> dict[str, Any]:
-        return {name: getattr(learn, name)} if hasattr(learn, name) else {}
+        try: return {name: object.__getattribute__(learn, name)}
+        except AttributeError: return {}
 
     scope: dict[str, Any] = {f"hook{i}": hook.function for i, hook in enumerate(hooks)}
     return define("hooks", lines, {**scope, "learn": learn, "blame": blame, "present": present})
 
-# %% ../../nbs/loop/dispatch.ipynb #3fb01e88
+# %% ../../nbs/loop/dispatch.ipynb #f583a263
 class OpenStage:
     "A stage of one learner with its hooks: the context manager behind `learn.stage(name)`."
 
@@ -75,7 +76,7 @@ class OpenStage:
         "Take away the fixtures whose life is over."
         self.learn.drop_fixtures(self.drops)
 
-# %% ../../nbs/loop/dispatch.ipynb #029a7573
+# %% ../../nbs/loop/dispatch.ipynb #c7296c6f
 def _replacement(learn: Any, stage: Stage, hooks: Sequence[Hook]) -> Callable[[], None] | None:
     "The action of a callback in place of the learner's own; None if there is none."
     act = compile_hooks(learn, hooks)
@@ -88,7 +89,7 @@ def _replacement(learn: Any, stage: Stage, hooks: Sequence[Hook]) -> Callable[[]
             raise CallbackError(f"{hooks[0].label} returned a value; assign {leaves} instead")
     return action
 
-# %% ../../nbs/loop/dispatch.ipynb #924711f9
+# %% ../../nbs/loop/dispatch.ipynb #67072186
 def _plain_source(stage: OpenStage, i: int, scope: dict[str, Any]) -> list[str]:
     "A stage that is an action as source; `i` tells its names in the scope from those of others."
     calls = {f"before{i}": stage.before, f"action{i}": stage.action, f"after{i}": stage.after}
@@ -105,7 +106,7 @@ def _whole_source(stage: OpenStage, i: int, scope: dict[str, Any]) -> list[str]:
     scope |= {f"action{i}": stage.action, f"stage{i}": stage}
     return [f"with stage{i}: action{i}()"]
 
-# %% ../../nbs/loop/dispatch.ipynb #954c4b65
+# %% ../../nbs/loop/dispatch.ipynb #18e31508
 class _Wrapper:
     "An around hook, or the maker of a fixture: what a stage enters, and leaves at its end."
 
@@ -129,7 +130,7 @@ class _Wrapper:
         stack.push(leave)
         return value
 
-# %% ../../nbs/loop/dispatch.ipynb #5a4f7475
+# %% ../../nbs/loop/dispatch.ipynb #fb946147
 def _clean_up(label: str, hook: Callable[[], Any]) -> None:
     "Call a cleanup hook."
     try: hook()
@@ -149,7 +150,7 @@ def _wrapped(name: str, around: Iterable[_Wrapper]) -> Generator[None, None, Non
             f"an around_{name} hook swallowed what another raised before the stage had run; let it "
             "pass, or raise a Cancel exception")
 
-# %% ../../nbs/loop/dispatch.ipynb #383fa1e1
+# %% ../../nbs/loop/dispatch.ipynb #deec7097
 class WholeStage(OpenStage):
     "A stage with hooks of every kind."
 
@@ -186,7 +187,7 @@ class WholeStage(OpenStage):
                 if self.cancelled: self.cancelled()
                 raise
 
-# %% ../../nbs/loop/dispatch.ipynb #9f1958c8
+# %% ../../nbs/loop/dispatch.ipynb #2d57a15c
 class _Blaming(WithCallbacks):
     "Notes on exceptions: which hook raised them, and how far the routine had got."
     _frame: "Frame"
@@ -223,7 +224,7 @@ class _Blaming(WithCallbacks):
         frame, label = getattr(error, "blamed", (None, ""))
         return label if frame is self._frame else ""
 
-# %% ../../nbs/loop/dispatch.ipynb #b95f40bd
+# %% ../../nbs/loop/dispatch.ipynb #f0b44003
 def _source_of(stage: OpenStage, i: int, scope: dict[str, Any]) -> list[str]:
     "A stage that is an action, and the exception that ends it, as lines of source."
     lines = (_plain_source if type(stage) is OpenStage else _whole_source)(stage, i, scope)
@@ -231,7 +232,7 @@ def _source_of(stage: OpenStage, i: int, scope: dict[str, Any]) -> list[str]:
     scope[f"cancel{i}"] = stage.stage.cancel
     return ["try:", *(f" {line}" for line in lines), f"except cancel{i}: pass"]
 
-# %% ../../nbs/loop/dispatch.ipynb #3db5c1d9
+# %% ../../nbs/loop/dispatch.ipynb #21cc4125
 def _open_stage(
     learn: Any, stage: Stage, hooks: Mapping[str, list[Hook]], providers: Mapping[str, Hook],
 ) -> OpenStage:
@@ -266,7 +267,7 @@ class Compiled(dict[tuple[str, ...], Callable[[], Any]]):
         act = self[names] = define("act", lines, scope)
         return act
 
-# %% ../../nbs/loop/dispatch.ipynb #146a2ed9
+# %% ../../nbs/loop/dispatch.ipynb #fb4ab895
 class _Opening(_Blaming):
     "Opening stages, and doing actions in theirs."
     _compiled: Compiled
@@ -308,7 +309,7 @@ class _Opening(_Blaming):
         __tracebackhide__ = True
         self._compiled[names]()
 
-# %% ../../nbs/loop/dispatch.ipynb #425be79d
+# %% ../../nbs/loop/dispatch.ipynb #8d4f2415
 class Frame:
     "A public call of a routine that is under way."
 
@@ -321,7 +322,7 @@ class Frame:
         while self.entered:
             with suppress(Exception): self.entered.popitem()[1].close()
 
-# %% ../../nbs/loop/dispatch.ipynb #62f4b239
+# %% ../../nbs/loop/dispatch.ipynb #14368b19
 class _Running(_Opening):
     "The frame of a public call."
 
@@ -362,7 +363,7 @@ class _Running(_Opening):
             if not self._blamed_for(error): self.blame(error, call)
             raise
 
-# %% ../../nbs/loop/dispatch.ipynb #92ca19f4
+# %% ../../nbs/loop/dispatch.ipynb #bcbaf941
 class _Framed(_Running):
     "What a public call does at its beginning and at its end."
 
@@ -399,7 +400,7 @@ class _Framed(_Running):
                 with suppress(CallbackError):  # one that stays needs one that goes
                     self._set_callbacks([c for c in now.added if not any(c is g for g in guests)])
 
-# %% ../../nbs/loop/dispatch.ipynb #c8313a71
+# %% ../../nbs/loop/dispatch.ipynb #4beffafa
 class Staged(_Framed):
     """A routine in stages, with callbacks.
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PASSES', 'LossError', 'asked_by', 'check_asked', 'Evaluation', 'Training', 'Columns', 'scalar', 'Values', 'Pass',
-           'passes_of', 'Plan', 'Rows', 'by_class', 'attached_modules', 'Modes', 'Frames', 'Walk', 'Calls', 'Loop']
+           'passes_of', 'Stream', 'Plan', 'Rows', 'by_class', 'attached_modules', 'Modes', 'Frames', 'Walk', 'Calls',
+           'Loop']
 
 # %% ../../nbs/loop/loop.ipynb #1736bce4
 import inspect
@@ -14,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
+from itertools import islice
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -178,6 +180,8 @@ class Values(Training):
     results: dict[str, Any]  # the row in the making: this epoch's, or that of `validate` and `test`
     columns: Columns  # of the pass that is under way
     batches_done: int  # of the pass that is under way: those whose routine has come to its end
+    keep_last: bool = False  # leave the values of the last batch on the learner when a call has ended
+    last: dict[str, Any]  # with `keep_last`: the values of the last batch
 
     def log(self, **values: Any) -> None:
         """Add values to the row of the epoch.
@@ -211,6 +215,7 @@ class Values(Training):
     def _end_batch(self, values: Mapping[str, Any] | None) -> None:
         "The routine of a batch is done: take its loss into the mean, and whatever was logged or returned."
         self.batches_done = self.batch_num + 1
+        if self.keep_last: self.last = self.live_fixtures()
         if self.columns.waiting: self.columns.batch_done(self.batch_num, self._size())
         if values is not None:
             if not isinstance(values, Mapping):
@@ -244,6 +249,30 @@ def passes_of(dataloaders: Mapping[str, Any], phase: str) -> dict[Pass, Any]:
     if not isinstance(loader, Mapping): return {Pass(phase): loader}
     return {Pass(phase, name): each for name, each in loader.items()}
 
+# %% ../../nbs/loop/loop.ipynb #72d16ef3
+class Stream:
+    "The batches of a loader, pass after pass, without end."
+
+    def __init__(self, loader: Iterable[Any], begin: Callable[["Stream"], Any] = lambda stream: None):
+        self.loader, self.begin = loader, begin  # `begin` is called before each pass over the loader
+        self.passes, self.given = 0, 0  # that are done; batches of the one under way that are given
+        self.batches: Iterator[Any] | None = None
+
+    def __iter__(self) -> "Stream": return self
+
+    def __next__(self) -> Any:
+        while True:
+            if self.batches is None:
+                self.begin(self)
+                self.batches = iter(self.loader)
+            for batch in self.batches:
+                self.given += 1
+                return batch
+            if not self.given:
+                raise ValueError("dataloaders[\"train\"] yielded no batch; an iterator can be read only "
+                                 "once, so give a list or a DataLoader")
+            self.batches, self.passes, self.given = None, self.passes + 1, 0
+
 # %% ../../nbs/loop/loop.ipynb #30218404
 class Plan:
     "What comes next in a training: all of it, from the beginning."
@@ -251,6 +280,9 @@ class Plan:
     def __init__(self, num_epochs: int = 1, validation_epochs: int = 1):
         self.num_epochs, self.validation_epochs = num_epochs, validation_epochs
         self.trains = self.validates = self.tests = True
+        self.steps: int | None = None  # batches in all; None: whole passes over the training loader
+        self.validation_steps = 1  # with `steps`: batches to an epoch
+        self.stream: Stream | None = None  # with `steps`: the training batches, across epochs
 
     def kept(self, loop: Any) -> AbstractContextManager[Any]:
         "Keep what is needed to go on, where what runs in the `with` does not come to its end."
@@ -276,7 +308,14 @@ class Plan:
 
     def open(self, loop: Any, each: Pass) -> AbstractContextManager[Iterable[tuple[int, Any]]]:
         "The batches that are left of a pass, with their numbers, for a `with`."
-        return nullcontext(self.batches(loop, passes_of(loop.dataloaders, each.phase)[each]))
+        return nullcontext(self.batches(loop, self.loader(loop, each)))
+
+    def loader(self, loop: Any, each: Pass) -> Iterable[Any]:
+        "What a pass reads."
+        loader = passes_of(loop.dataloaders, each.phase)[each]
+        if self.steps is None or each.phase != "train": return loader
+        if self.stream is None: self.stream = Stream(loader)
+        return islice(self.stream, self.length(loop))
 
     def batches(self, loop: Any, loader: Iterable[Any], first: int = 0) -> Iterator[tuple[int, Any]]:
         "Number the batches; of `measure_every` batches one is measured for `explain`."
@@ -288,6 +327,17 @@ class Plan:
 
     def end_epoch(self, loop: Any) -> None:
         "The row of an epoch is written."
+
+    def length(self, loop: Any) -> int | None:
+        "The batches of the training pass that is under way, where that is known."
+        if self.steps is None: return length_of(loop.dataloaders.get("train"))
+        return min(self.validation_steps, self.steps - loop.epoch * self.validation_steps)
+
+    def total(self, loop: Any) -> int | None:
+        "The training batches of this call of `train`, where that is known."
+        if self.steps is not None: return self.steps
+        length = length_of(loop.dataloaders.get("train"))
+        return None if length is None else length * self.num_epochs
 
 # %% ../../nbs/loop/loop.ipynb #e1dfe172
 class Rows(Values):
@@ -468,6 +518,8 @@ class Calls(Walk):
             finally:  # also where an interrupt hit between a pass and its end
                 torch.set_grad_enabled(grad)
                 self._modes.restore()
+        if self.keep_last:
+            for name, value in self.last.items(): setattr(self, name, value)
 
     def _guard(self) -> AbstractContextManager[Any]: return nullcontext()
 
@@ -514,6 +566,7 @@ class Loop(Calls):
         self.model, self.optimiser = model, optimiser
         self.loss_func, self.dataloaders = loss_func, dataloaders
         self.history, self.results, self.plan, self.columns = History(), {}, Plan(), Columns("")
+        self.last = {}
         self.phase, self.num_epochs, self.epoch = "", 0, 0
         self.batch_num = self.batches_done = self.batches_stepped = 0
         super().__init__(callbacks)

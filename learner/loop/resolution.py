@@ -6,10 +6,10 @@
 __all__ = ['Hook', 'as_context', 'Scope', 'Asked', 'Resolution', 'in_order', 'with_parts', 'needs_of', 'only_watches',
            'without_watchers', 'WithCallbacks']
 
-# %% ../../nbs/loop/resolution.ipynb #c31ab888
+# %% ../../nbs/loop/resolution.ipynb #e710638f
 import inspect
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import wraps
 from itertools import product
@@ -20,7 +20,7 @@ from .stages import KINDS, STAGES, TREE, Callback, CallbackError, FunctionCallba
 from .stages import Stage, StageTree, absent_in, as_callbacks, check_kind, hooks_of
 from .stages import label_of, lives_in, providers_of, required
 
-# %% ../../nbs/loop/resolution.ipynb #bc49201e
+# %% ../../nbs/loop/resolution.ipynb #71134c2f
 @dataclass(frozen=True)
 class Hook:
     "A callback's method and the arguments that it asks for."
@@ -36,7 +36,7 @@ def as_context(function: Callable[..., Any]) -> Callable[..., Any]:
     def made(*args: Any, **kwargs: Any) -> Any: return nullcontext(function(*args, **kwargs))
     return made
 
-# %% ../../nbs/loop/resolution.ipynb #4fbf33fe
+# %% ../../nbs/loop/resolution.ipynb #de6ee948
 class Scope:
     "Which fixtures a hook can ask for: those of the routine, and those that callbacks provide."
 
@@ -70,7 +70,7 @@ class Scope:
         "When a fixture that a callback provides lives, in words; nothing for any other."
         return lives_in([stage for stage, _ in self.owners.get(fixture, ())])
 
-# %% ../../nbs/loop/resolution.ipynb #1d723c96
+# %% ../../nbs/loop/resolution.ipynb #5ac979ae
 class Asked:
     "What the function of a hook asks for, in each stage that the hook stands for."
 
@@ -111,7 +111,7 @@ class Asked:
         known = ["learn", *scope.kind.fixtures, *scope.owners, *scope.tree.fixtures()]
         return f"a fixture that nobody provides{did_you_mean(name, known)}"
 
-# %% ../../nbs/loop/resolution.ipynb #d5c988ba
+# %% ../../nbs/loop/resolution.ipynb #7d27bf20
 class _Provided:
     "The callbacks that are there, and the fixtures that they provide."
 
@@ -138,7 +138,7 @@ class _Provided:
             self.providers.setdefault(stage, {})[fixture] = hook
         self.scope.owners.setdefault(fixture, []).extend((stage, label) for stage in asked.alive)
 
-# %% ../../nbs/loop/resolution.ipynb #e53235e6
+# %% ../../nbs/loop/resolution.ipynb #f652f969
 class Resolution(_Provided):
     "The hooks and providers of some callbacks; raises CallbackError for what cannot work."
 
@@ -165,7 +165,7 @@ class Resolution(_Provided):
             numbered = f"{label} ({twins + 1})" if twins else label
             same.append(Hook(numbered, called, asked.arguments(stage)))
 
-# %% ../../nbs/loop/resolution.ipynb #8811fa73
+# %% ../../nbs/loop/resolution.ipynb #994849d4
 def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
     "Callbacks in firing order: by priority, ties as given."
     return sorted(callbacks, key=lambda callback: callback.priority)
@@ -182,7 +182,7 @@ def with_parts(callbacks: Iterable[Callback]) -> list[Callback]:
     for callback in callbacks: visit(callback)
     return list(found.values())
 
-# %% ../../nbs/loop/resolution.ipynb #5b16be3b
+# %% ../../nbs/loop/resolution.ipynb #4654de4d
 def needs_of(callback: Callback, tree: StageTree) -> set[str]:
     "The fixtures without which a callback cannot be added."
     functions = [function for _, function in hooks_of(callback, tree)]
@@ -214,7 +214,7 @@ def without_watchers(callbacks: Sequence[Callback], tree: StageTree) -> list[Cal
         if made: found.append(type(type(callback).__name__, (Callback,), body)())
     return found
 
-# %% ../../nbs/loop/resolution.ipynb #5ffe31b0
+# %% ../../nbs/loop/resolution.ipynb #3d7c226f
 class _Attached:
     "A routine's callbacks, resolved against its stages."
     stages: ClassVar[tuple[Stage, ...]] = STAGES  # a subclass adds its own to them
@@ -240,9 +240,16 @@ class _Attached:
     def drop_fixtures(self, names: Iterable[str] | None = None) -> None:
         "Take away fixtures that are there: these, or all that pass."
         for name in self.tree.passing() if names is None else names:
-            if hasattr(self, name): delattr(self, name)
+            with suppress(AttributeError): delattr(self, name)
 
-# %% ../../nbs/loop/resolution.ipynb #65dfad0e
+    def live_fixtures(self) -> dict[str, Any]:
+        "The values that live in a stage which is open just now, by name."
+        found = {}
+        for name in self.tree.passing():
+            with suppress(AttributeError): found[name] = object.__getattribute__(self, name)
+        return found
+
+# %% ../../nbs/loop/resolution.ipynb #f74fc91a
 class _Resolved(_Attached):
     "A routine's callbacks, resolved anew whenever they change."
 
@@ -266,13 +273,13 @@ class _Resolved(_Attached):
     def _forget(self) -> None:
         "Callbacks have changed, or a run has ended: what was made of them has no use any more."
 
-# %% ../../nbs/loop/resolution.ipynb #47031e9f
+# %% ../../nbs/loop/resolution.ipynb #b21d3169
 def _is_it(callback: Callback, given: Any) -> bool:
     "Whether a callback is the one that is meant, or was made of the function that is meant."
     return callback is given or (
         isinstance(callback, FunctionCallback) and callback.function == given)
 
-# %% ../../nbs/loop/resolution.ipynb #b64bea6d
+# %% ../../nbs/loop/resolution.ipynb #9bdcc68a
 class _Changing(_Resolved):
     "Adding and removing callbacks."
 
@@ -313,7 +320,7 @@ class _Changing(_Resolved):
             raise CallbackError(f"remove: {given!r} {fault}")
         self._set_callbacks([c for c in added if not any(_is_it(c, given) for given in callbacks)])
 
-# %% ../../nbs/loop/resolution.ipynb #5b424fce
+# %% ../../nbs/loop/resolution.ipynb #ff22ef4b
 class WithCallbacks(_Changing):
     "A routine's callbacks; plain functions can be among them."
 

@@ -7,7 +7,7 @@ __all__ = ['ResumeError', 'Place', 'order_state', 'set_order_state', 'batches_fr
            'check_state', 'check_loop_state', 'has_state', 'with_state', 'modules_beside', 'loaders_of', 'packed',
            'gather', 'put', 'groups_of', 'set_groups', 'fitting_optimiser']
 
-# %% ../../nbs/loop/state.ipynb #e927d52a
+# %% ../../nbs/loop/state.ipynb #a5a8bd58
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -82,7 +82,7 @@ def batches_from(
                               f"batch {first}; give it the data that it had") from None
     return batches
 
-# %% ../../nbs/loop/state.ipynb #71be136a
+# %% ../../nbs/loop/state.ipynb #1b3a2f04
 def _from_own(batches: Iterator[Any], loader: Any, order: Mapping[str, Any]) -> Iterator[Any]:
     "What a loader with a state of its own gives; its generators are put back after it has begun."
     first = next(batches, None)
@@ -114,7 +114,7 @@ def check_model_state(model: nn.Module, state: Any, kind: str = "model") -> None
 def _form(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
-# %% ../../nbs/loop/state.ipynb #7dc00442
+# %% ../../nbs/loop/state.ipynb #8b5fe1d1
 def check_optimiser_state(optimiser: Any, state: Any) -> None:
     "Raise ResumeError unless a state has the groups and the shapes of an optimiser."
     if isinstance(optimiser, Mapping):
@@ -154,7 +154,7 @@ def _check_moments(optimiser: Any, values: Mapping[Any, Any]) -> None:
                 raise ResumeError(f"{name} of parameter {index} is {_form(value)} in the state of the "
                                   f"optimiser, and the parameter is {_form(parameters[index])}")
 
-# %% ../../nbs/loop/state.ipynb #1900aa8d
+# %% ../../nbs/loop/state.ipynb #f1b8a9d1
 def check_state(state: Any) -> None:
     "Raise ResumeError for a value that is not the state of a training."
     for name in ("model", "optimiser", "callbacks", "loop"):
@@ -165,6 +165,11 @@ def check_state(state: Any) -> None:
     if not isinstance(state.get("modules", {}), Mapping):
         raise ResumeError("the state's modules are not a mapping of names to states")
     check_loop_state(state["loop"])
+
+def _check_stream(stream: Mapping[str, Any]) -> None:
+    for name in ("passes", "given"):
+        if type(stream[name]) is not int or stream[name] < 0: raise ValueError(name)
+    if stream["given"]: stream["began"]["rng"], stream["began"]["order"], stream["loader"]
 
 def check_loop_state(loop: Any) -> None:
     "Raise ResumeError unless a value says where a training stands."
@@ -188,10 +193,13 @@ def check_loop_state(loop: Any) -> None:
         with kept_rng(): set_rng_state(to_device(rng, torch.device("cpu")))
         for order in loop["orders"].values(): order["generators"], order["epochs"]
         if place[1] == "train" and place[2]: loop["began"]["rng"], loop["began"]["order"]
+        if loop.get("stream"): _check_stream(loop["stream"])
+        for name in ("steps", "validation_steps"):
+            if not isinstance(loop.get("plan", {}).get(name), int | None): raise TypeError(name)
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         raise ResumeError(f"the means, steps or random numbers in the state are damaged: {error!r:.100}") from error
 
-# %% ../../nbs/loop/state.ipynb #388fd8a6
+# %% ../../nbs/loop/state.ipynb #59e43be8
 def has_state(part: Any) -> bool:
     "Whether a part keeps something that a checkpoint must hold."
     return hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
@@ -235,11 +243,13 @@ def gather(learn: Any) -> dict[str, Any]:
         "rng": again["rng"] if again else rng_state(), "orders": orders,
         "optimiser": type(learn.optimiser).__name__, "began": dict(began) if within else None,
         "loader": loader.state_dict() if within and has_state(loader) else None,
+        "plan": {"steps": cursor.steps, "validation_steps": cursor.validation_steps},
+        "stream": cursor.stream_state(loader),
     }
     callbacks = {name: callback.state_dict() for name, callback in with_state(learn.callbacks).items()}
     return {"callbacks": callbacks, "loop": loop}
 
-# %% ../../nbs/loop/state.ipynb #e2553a35
+# %% ../../nbs/loop/state.ipynb #d5406456
 def put(learn: Any, state: Mapping[str, Any]) -> None:
     "Put a state into a learner, or raise ResumeError and change nothing."
     loop = state["loop"]
@@ -277,7 +287,7 @@ def _put_loop(learn: Any, loop: Mapping[str, Any]) -> None:
     if cursor.place.phase: learn.results = dict(loop["results"])
     learn._steps = {name: values.tolist() for name, values in loop["row_steps"].items()}
 
-# %% ../../nbs/loop/state.ipynb #3ee19b70
+# %% ../../nbs/loop/state.ipynb #479ca595
 def _put_module(name: str, module: nn.Module, state: Mapping[str, Any]) -> None:
     try: module.load_state_dict(state)
     except Exception as error:  # names and shapes fit, so a module has its own way of loading

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LrSchedule']
 
-# %% ../../nbs/runs/configs.ipynb #5ea6ede5
+# %% ../../nbs/runs/configs.ipynb #e6fbfa3c
 from collections.abc import Collection
 from typing import Any, Literal
 
@@ -13,10 +13,10 @@ from ..base.words import check_whole
 from .registry import register_config, register_model
 from .signature import Callbacks, Model, Optimiser
 
-# %% ../../nbs/runs/configs.ipynb #15b1a80b
+# %% ../../nbs/runs/configs.ipynb #1c1e57f9
 @register_model(name="ConvNet")
 def _conv_net(width: int = 32, classes: int = 10, dropout: float = 0.2) -> Any:
-    """Three convolutions with batch normalisation and an average over the image: for grey images of any size.
+    """Three convolutions with batch normalisation and an average: for grey images of any size.
 
     Args:
         width: channels of the first layer; the second has twice as many, the third four times.
@@ -27,9 +27,11 @@ def _conv_net(width: int = 32, classes: int = 10, dropout: float = 0.2) -> Any:
     check_whole("width", width)
 
     def conv(inputs: int, outputs: int, stride: int) -> nn.Module:
-        return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
-    return nn.Sequential(conv(1, width, 1), conv(width, 2 * width, 2), conv(2 * width, 4 * width, 2),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(4 * width, classes))
+        layer = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        return nn.Sequential(layer, nn.BatchNorm2d(outputs), nn.ReLU())
+    return nn.Sequential(
+        conv(1, width, 1), conv(width, 2 * width, 2), conv(2 * width, 4 * width, 2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(4 * width, classes))
 
 @register_model(name="LeNet")
 def _lenet(classes: int = 10) -> Any:
@@ -40,16 +42,18 @@ def _lenet(classes: int = 10) -> Any:
     """
     from torch import nn
     return nn.Sequential(
-        nn.Upsample(size=(28, 28), mode="bilinear"), nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Upsample(size=(28, 28), mode="bilinear"),
+        nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Linear(16 * 5 * 5, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, classes))
+        nn.Linear(16 * 5 * 5, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(),
+        nn.Linear(84, classes))
 
-# %% ../../nbs/runs/configs.ipynb #e1251396
+# %% ../../nbs/runs/configs.ipynb #a9ec4616
 LrSchedule = Literal["constant", "linear", "cosine"] | list[tuple[int, float]]
 
 def _classifier(
-    model: Any, optimiser: Any, loaders: Any, schedule: LrSchedule, learning_rate: float, callbacks: Any,
-    device: str | None,
+    model: Any, optimiser: Any, loaders: Any, schedule: LrSchedule, learning_rate: float,
+    callbacks: Any, device: str | None,
 ) -> Any:
     "What both configs have in common."
     from torch.nn import functional as F
@@ -59,17 +63,18 @@ def _classifier(
 
     steering: list[Any] = []
     if not isinstance(schedule, str): steering = [PiecewiseSchedule(schedule)]
-    elif schedule != "constant": steering = [Schedule({"linear": linear, "cosine": cosine}[schedule](learning_rate, 0.0))]
-    measuring = Metrics(accuracy=MulticlassAccuracy())
-    return Learner(model, optimiser, F.cross_entropy, loaders, [measuring, *steering, *callbacks], device)
+    elif schedule == "linear": steering = [Schedule(linear(learning_rate, 0.0))]
+    elif schedule == "cosine": steering = [Schedule(cosine(learning_rate, 0.0))]
+    callbacks = [Metrics(accuracy=MulticlassAccuracy()), *steering, *callbacks]
+    return Learner(model, optimiser, F.cross_entropy, loaders, callbacks, device)
 
-# %% ../../nbs/runs/configs.ipynb #8f9031e1
+# %% ../../nbs/runs/configs.ipynb #1b954268
 @register_config(name="digits", model="ConvNet", optimiser="AdamW", learning_rate=3e-3, epochs=12)
 def _digits(
     model: Model,
     optimiser: Optimiser,
     learning_rate: float,  # the highest; pairs in lr_schedule take its place
-    lr_schedule: LrSchedule = "constant",  # or pairs: [[3, 0.1], [100, 0.01]] is 0.1 before epoch 3, then 0.01
+    lr_schedule: LrSchedule = "constant",  # [[3, 0.1], [9, 0.01]] is 0.1 before epoch 3, then 0.01
     callbacks: Callbacks = (),  # such as {EMA: {decay: 0.99}}
     batch_size: int = 32,  # examples
     validation: float | int = 0.1,  # share or number of the training images
@@ -82,16 +87,17 @@ def _digits(
     loaders = digits(batch_size, validation, seed, test="test" in splits)
     return _classifier(model, optimiser, loaders, lr_schedule, learning_rate, callbacks, device)
 
-@register_config(name="fashion_mnist", model="ConvNet", optimiser="AdamW", learning_rate=3e-3, epochs=5)
+@register_config(
+    name="fashion_mnist", model="ConvNet", optimiser="AdamW", learning_rate=3e-3, epochs=5)
 def _fashion_mnist(
     model: Model,
     optimiser: Optimiser,
     learning_rate: float,  # the highest; pairs in lr_schedule take its place
-    lr_schedule: LrSchedule = "constant",  # or pairs: [[3, 0.1], [100, 0.01]] is 0.1 before epoch 3, then 0.01
+    lr_schedule: LrSchedule = "constant",  # [[3, 0.1], [9, 0.01]] is 0.1 before epoch 3, then 0.01
     callbacks: Callbacks = (),  # such as {EMA: {decay: 0.99}}
     batch_size: int = 256,  # examples
     validation: float | int = 0.1,  # share or number of the training images
-    root: str | None = None,  # folder of the files; null: LEARNER_DATA, or where the system has them
+    root: str | None = None,  # folder of the files; null: LEARNER_DATA, or the system's
     seed: int = 0,  # decides the initial weights, the validation set and the order of the examples
     device: str | None = None,  # null: the best there is
     splits: Collection[str] = ("train", "validation"),

@@ -6,7 +6,7 @@
 __all__ = ['ConfigError', 'Entry', 'registered', 'register_model', 'register_config', 'import_named', 'find_code',
            'import_allowed', 'find_part', 'find_config']
 
-# %% ../../nbs/runs/registry.ipynb #91553268
+# %% ../../nbs/runs/registry.ipynb #43944b18
 import inspect
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -17,26 +17,27 @@ from typing import Any
 
 from ..base.words import did_you_mean
 
-# %% ../../nbs/runs/registry.ipynb #60abc670
+# %% ../../nbs/runs/registry.ipynb #c89dd1f5
 class ConfigError(ValueError):
     "Settings that make no sense: what is wrong, where, and the fix, in one line."
 
-# %% ../../nbs/runs/registry.ipynb #9dfc4ade
+# %% ../../nbs/runs/registry.ipynb #fbe57978
 @dataclass(frozen=True)
 class Entry:
     "What a name stands for."
     name: str
     factory: Any  # a class or function, or where it is: "module:name"
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # of settings, before those of the signature
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # they precede those of the signature
 
     @property
     def module(self) -> str:
         "The module that it is defined in."
-        return self.factory.partition(":")[0] if isinstance(self.factory, str) else str(self.factory.__module__)
+        if isinstance(self.factory, str): return self.factory.partition(":")[0]
+        return str(self.factory.__module__)
 
     @property
     def recorded(self) -> str:
-        "The name of a config in a record: its own if every copy of the package knows it, else module:function."
+        "The name of a config in a record: its own if the package has it, else module:function."
         known = self.name and (self.module == "__main__" or self.module.startswith("learner."))
         return self.name if known else f"{self.module}:{self.load().__qualname__}"
 
@@ -51,23 +52,25 @@ class Entry:
         "The first line of its docstring."
         return (inspect.getdoc(self.load()) or "").partition("\n")[0]
 
-_OPTIMISERS = ("Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop",
-               "Rprop", "SGD")
+_OPTIMISERS = ("Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam",
+               "RAdam", "RMSprop", "Rprop", "SGD")
 _CALLBACKS = {
-    "steer.update": ("EMA", "Accumulate", "ClipGradients"), "steer.schedule": ("EarlyStopping",),
-    "check.checks": ("NaNGuard",), "steer.precision": ("ChannelsLast", "Compile", "MixedPrecision"),
-    "steer.augment": ("CutMix", "Mixup"), "watch.activations": ("ActivationStats", "GradientStats"),
-    "steer.initialise": ("LSUV",),
+    "check.nan_guard": ("NaNGuard",), "steer.accumulate": ("Accumulate",),
+    "steer.augment": ("CutMix", "Mixup"), "steer.initialise": ("LSUV",),
+    "steer.precision": ("ChannelsLast", "Compile", "MixedPrecision"),
+    "steer.schedule": ("EarlyStopping",), "steer.update": ("EMA", "ClipGradients"),
+    "watch.activations": ("ActivationStats", "GradientStats"),
 }
 _registered: dict[str, dict[str, Entry]] = {
     "config": {},
     "model": {},
     "optimiser": {name: Entry(name, f"torch.optim:{name}") for name in _OPTIMISERS},
-    "callback": {name: Entry(name, f"learner.{module}:{name}") for module, names in _CALLBACKS.items() for name in names},
+    "callback": {name: Entry(name, f"learner.{module}:{name}")
+                 for module, names in _CALLBACKS.items() for name in names},
 }
 _BASES = {"model": "Module", "optimiser": "Optimizer", "callback": "Callback"}
 
-# %% ../../nbs/runs/registry.ipynb #61df854c
+# %% ../../nbs/runs/registry.ipynb #75bd1c51
 def registered(kind: str = "config") -> list[Entry]:
     """List what is registered.
 
@@ -83,9 +86,9 @@ def registered(kind: str = "config") -> list[Entry]:
     """
     return [_registered[kind][name] for name in sorted(_registered[kind], key=str.lower)]
 
-# %% ../../nbs/runs/registry.ipynb #bdc48548
+# %% ../../nbs/runs/registry.ipynb #2a5f2e0c
 def _places(factory: Any) -> set[tuple[str, str]]:
-    "Where it is defined: by module and by file. A cell that is run again has one of them in common."
+    "Where it is defined, by module and by file: a cell that is run again shares one of them."
     code = getattr(factory, "__code__", None)
     places = {(factory.__module__, factory.__qualname__)}
     return places | {(code.co_filename, factory.__qualname__)} if code else places
@@ -116,30 +119,33 @@ def register_model(factory: Callable[..., Any] | None = None, *, name: str | Non
 
     Example:
         >>> @register_model
-        ... def Perceptron(width: int = 32): return nn.Sequential(nn.Linear(2, width), nn.ReLU(), nn.Linear(width, 3))
+        ... def Perceptron(width: int = 32): return nn.Sequential(nn.Linear(2, width), nn.Tanh())
     """
     return _register("model", factory, name, {})
 
-def register_config(builder: Callable[..., Any] | None = None, *, name: str | None = None, **defaults: Any) -> Any:
+def register_config(
+    builder: Callable[..., Any] | None = None, *, name: str | None = None, **defaults: Any,
+) -> Any:
     """Make a config known by its name, for `learner train NAME` and `build("NAME")`.
 
     Args:
-        builder: a function with typed parameters that returns a Learner, or a dict of its arguments.
+        builder: a function with typed parameters that returns a Learner or a dict of its arguments.
         name: default: the builder's own.
-        **defaults: of its settings, before those of its signature, such as `model="ConvNet"` or `epochs=12`.
+        **defaults: of its settings, before those of its signature, such as `epochs=12`.
 
     Raises:
         ConfigError: the name belongs to something else.
 
     Example:
         >>> @register_config(model="Perceptron", optimiser="SGD", epochs=3)
-        ... def spirals(model: Model, optimiser: Optimiser): return Learner(model, optimiser, loss, loaders)
+        ... def spirals(model: Model, optimiser: Optimiser):
+        ...     return Learner(model, optimiser, F.cross_entropy, loaders)
     """
     return _register("config", builder, name, defaults)
 
-# %% ../../nbs/runs/registry.ipynb #857fc6f3
+# %% ../../nbs/runs/registry.ipynb #f3cf4021
 def import_named(module: str, where: str) -> Any:
-    "Import a module that `where` names; raises ConfigError that says whether it is missing or fails."
+    "Import a module that `where` names; raises ConfigError if it is missing or fails."
     try: return import_module(module)
     except ModuleNotFoundError as error:
         missing = error.name or module
@@ -152,24 +158,25 @@ def import_named(module: str, where: str) -> Any:
         raise ConfigError(f"{where}: importing {module} failed: {reason}") from error
 
 def find_code(where: str, module: str, name: str, allow: Collection[str] | None) -> Any:
-    "A class or function by its place, if `allow` has its module (None: the caller named it, and may)."
+    "A class or function by its place, if `allow` has its module (None: the user has named it)."
     path = f"{module}.{name}"
     if not all(part.isidentifier() for part in path.split(".")):
         raise ConfigError(f"{where} is {path!r}; it must be a name, or package.module.Class")
     if allow is not None and module not in allow:
         what = where if where.endswith(f"{module}:{name}") else f"{where}: {path}"
-        raise ConfigError(f"{what} is code that is not registered here; if you trust it, allow its module: "
-                          f"--allow={module}, or allow=[\"{module}\"]")
+        raise ConfigError(f"{what} is code that is not registered here; if you trust it, allow its "
+                          f"module: --allow={module}, or allow=[\"{module}\"]")
     found = getattr(import_named(module, where), name, None)
     if found is None:
-        names = [key for key, value in vars(sys.modules[module]).items() if callable(value) and not key.startswith("_")]
+        there = vars(sys.modules[module]).items()
+        names = [key for key, value in there if callable(value) and not key.startswith("_")]
         raise ConfigError(f"{where}: {module} has no {name}{did_you_mean(name, names)}")
     if not callable(found) or (allow is not None and getattr(found, "__module__", None) != module):
-        raise ConfigError(f"{where}: {path} is not a class or function that is defined in that module")
+        raise ConfigError(f"{where}: {path} is not a class or function defined in that module")
     return found
 
 def import_allowed(allow: Collection[str] | str) -> list[str]:
-    "Import the modules that a folder may name, so that what they register is known; raises ConfigError."
+    "Import the modules that a folder may name, so that what they register is known."
     modules = [allow] if isinstance(allow, str) else list(allow)
     for module in modules:
         if not all(part.isidentifier() for part in module.split(".")):
@@ -177,23 +184,24 @@ def import_allowed(allow: Collection[str] | str) -> list[str]:
         import_named(module, "allow")
     return modules
 
-# %% ../../nbs/runs/registry.ipynb #f9823c47
+# %% ../../nbs/runs/registry.ipynb #9a1b9982
 def find_part(kind: str, where: str, name: str, allow: Collection[str] | None) -> Entry:
-    "The entry of a model, an optimiser or a callback, registered or by its place; raises ConfigError."
-    if name in _registered[kind]: return _registered[kind][name]
+    "The entry of a model, an optimiser or a callback, registered or by its place."
+    known, base = _registered[kind], _BASES[kind]
+    if name in known: return known[name]
     if "." not in name:
         own = "package.module.Class"
         if kind == "callback": own = f"it a name of your own: --callbacks.NAME.name={own}"
-        fix = did_you_mean(name, _registered[kind]) or f"; there are {', '.join(_registered[kind])}, or give {own}"
+        fix = did_you_mean(name, known) or f"; there are {', '.join(known)}, or give {own}"
         raise ConfigError(f"{where}: no {kind} is called {name}{fix}")
     module, _, last = name.rpartition(".")
     factory = find_code(where, module, last, allow)
-    if isinstance(factory, type) and not any(base.__name__ == _BASES[kind] for base in factory.__mro__):
-        raise ConfigError(f"{where}: {name} is not a {kind}; it must be derived from {_BASES[kind]}")
+    if isinstance(factory, type) and base not in (parent.__name__ for parent in factory.__mro__):
+        raise ConfigError(f"{where}: {name} is not a {kind}; it must be derived from {base}")
     return Entry(name, factory)
 
 def find_config(where: str, config: Any, allow: Collection[str] | None) -> Entry:
-    "The entry of a config: a registered name, module:function, or a function; raises ConfigError."
+    "The entry of a config: a registered name, module:function, or a function."
     known = _registered["config"]
     if isinstance(config, str):
         if config in known: return known[config]
@@ -201,9 +209,11 @@ def find_config(where: str, config: Any, allow: Collection[str] | None) -> Entry
             if entry.recorded == config: return entry
         module, colon, name = config.partition(":")
         if not (module and colon and name):
-            fix = did_you_mean(config, known) or f"; there are {', '.join(known)}, or give a file or module:function"
+            others = f"; there are {', '.join(known)}, or give a file or module:function"
+            fix = did_you_mean(config, known) or others
             raise ConfigError(f"{where}no config is called \"{config[:80]}\"{fix}")
         config = find_code(f"{where}{config}", module, name, allow)
     if not callable(config) or not hasattr(config, "__qualname__"):
-        raise ConfigError(f"{where}{config!r} is not a config; give a name, a file, module:function or a function")
+        raise ConfigError(f"{where}{config!r} is not a config; give a name, a file, "
+                          "module:function or a function")
     return next((entry for entry in known.values() if entry.factory is config), Entry("", config))

@@ -6,7 +6,7 @@
 __all__ = ['NOTHING', 'plain_hint', 'members', 'describe', 'Setting', 'make_setting', 'comments', 'read_signature', 'Text',
            'without_text', 'refusal', 'Form', 'Model', 'Optimiser', 'Callbacks']
 
-# %% ../../nbs/runs/signature.ipynb #82a2bfa7
+# %% ../../nbs/runs/signature.ipynb #61a5543e
 import ast
 import inspect
 import io
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from learner.loop.stages import Callback
 
-# %% ../../nbs/runs/signature.ipynb #349239a1
+# %% ../../nbs/runs/signature.ipynb #24af395e
 if TYPE_CHECKING:
     Model = nn.Module
     Optimiser = Callable[..., Optimizer]
@@ -41,7 +41,7 @@ else:
 
 _all_ = ["Model", "Optimiser", "Callbacks"]
 
-# %% ../../nbs/runs/signature.ipynb #10593c8e
+# %% ../../nbs/runs/signature.ipynb #ffd0a401
 _PLAIN = (Any, int, float, str, bool, NoneType, Path)
 _COLLECTIONS = (list, tuple, dict, set, frozenset, Sequence, Mapping, Iterable, Collection)
 _UNIONS = (Union, UnionType)
@@ -55,29 +55,33 @@ def plain_hint(hint: Any) -> Any:
     if isinstance(hint, type) and issubclass(hint, Enum): return hint
     if origin in _UNIONS:
         members = [plain for plain in map(plain_hint, args) if plain is not None]
-        return None if set(members) <= {NoneType} else Union[tuple(members)]  # noqa: UP007 - made of a list
-    if origin in _COLLECTIONS and all(arg is ... or plain_hint(arg) is not None for arg in args): return hint
-    return None
+        return None if set(members) <= {NoneType} else Union[tuple(members)]  # noqa: UP007
+    whole = all(arg is ... or plain_hint(arg) is not None for arg in args)
+    return hint if origin in _COLLECTIONS and whole else None
 
 def members(hint: Any) -> tuple[Any, ...]:
     "The types that a value may have: the members of a union, or the annotation itself."
     if get_origin(hint) not in _UNIONS: return (hint,)
     return tuple(member for arg in get_args(hint) for member in members(arg))
 
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false",
+          NoneType: "null", Path: "a path"}
+
 def describe(hint: Any) -> str:
     "An annotation in words, for messages."
     origin, args = get_origin(hint), get_args(hint)
     if origin in _UNIONS: return " or ".join(map(describe, args))
     if origin is Literal: return "one of " + ", ".join(map(str, args))
-    if isinstance(hint, type) and issubclass(hint, Enum): return "one of " + ", ".join(member.name for member in hint)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return "one of " + ", ".join(hint.__members__)
     if dict in (hint, origin) or Mapping in (hint, origin):
         return f"names with {describe(args[1])}" if args else "names with values"
     if origin is tuple and args[-1] is not ...: return "[" + ", ".join(map(describe, args)) + "]"
-    if hint in _COLLECTIONS or origin in _COLLECTIONS: return f"a list of {describe(args[0])}" if args else "a list"
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null",
-            Path: "a path"}.get(hint, "any value")
+    if hint in _COLLECTIONS or origin in _COLLECTIONS:
+        return f"a list of {describe(args[0])}" if args else "a list"
+    return _WORDS.get(hint, "any value")
 
-# %% ../../nbs/runs/signature.ipynb #3262a220
+# %% ../../nbs/runs/signature.ipynb #148c196f
 NOTHING: Any = object()  # the default of a setting that has none
 
 @dataclass(frozen=True)
@@ -87,14 +91,15 @@ class Setting:
     hint: Any  # plain, or what it was
     default: Any = NOTHING
     help: str = ""
-    kind: str = ""  # "model", "optimiser", "callbacks"; "group" for a dataclass; "opaque" for what settings cannot give
+    kind: str = ""  # "model", "optimiser", "callbacks", "group": a dataclass, "opaque": not plain
 
 def _kind(hint: Any) -> str:
     for mark in getattr(hint, "__metadata__", ()):
         if mark in ("model", "optimiser", "callbacks"): return str(mark)
     if isinstance(hint, type):
         if is_dataclass(hint): return "group"
-        if any(base.__name__ == "Module" and base.__module__.startswith("torch.") for base in hint.__mro__): return "model"
+        bases = {base.__name__ for base in hint.__mro__ if base.__module__.startswith("torch.")}
+        if "Module" in bases: return "model"
     return "opaque" if plain_hint(hint) is None else ""
 
 def make_setting(name: str, hint: Any, default: Any = NOTHING, help: str = "") -> Setting:
@@ -102,7 +107,7 @@ def make_setting(name: str, hint: Any, default: Any = NOTHING, help: str = "") -
     kind = _kind(hint)
     return Setting(name, hint if kind else plain_hint(hint), default, help, kind)
 
-# %% ../../nbs/runs/signature.ipynb #eabda17e
+# %% ../../nbs/runs/signature.ipynb #7463ea46
 @cache
 def comments(function: Any) -> dict[str, str]:
     "What the comments behind the parameters of a function, or the fields of a dataclass, say."
@@ -114,27 +119,33 @@ def comments(function: Any) -> dict[str, str]:
     except (OSError, TypeError, SyntaxError, tokenize.TokenError): return {}
     names: dict[int, str] = {}  # the last name that begins on a line
     if isinstance(tree, ast.ClassDef):
-        names = {node.lineno: ast.unparse(node.target) for node in tree.body if isinstance(node, ast.AnnAssign)}
+        fields = [node for node in tree.body if isinstance(node, ast.AnnAssign)]
+        names = {node.lineno: ast.unparse(node.target) for node in fields}
     if isinstance(tree, ast.FunctionDef):
         tokens = [token for token in tokens if token.start[0] < tree.body[0].lineno]
         arguments = [node for node in ast.walk(tree.args) if isinstance(node, ast.arg)]
-        names = {node.lineno: node.arg for node in sorted(arguments, key=lambda node: node.col_offset)}
+        arguments.sort(key=lambda node: node.col_offset)
+        names = {node.lineno: node.arg for node in arguments}
     found: dict[str, str] = {}
     for token in tokens:
         lines = [line for line in names if line <= token.start[0]]
         if token.type == tokenize.COMMENT and lines:
-            found.setdefault(names[max(lines)], re.sub(r"#\s*(noqa|type:).*", "", token.string).strip("# "))
+            words = re.sub(r"#\s*(noqa|type:).*", "", token.string).strip("# ")
+            found.setdefault(names[max(lines)], words)
     return found
 
 def _sentence(doc: str | None) -> str:
-    "The first sentence of what a docstring says of a parameter, without the default, which stands beside it."
+    "The first sentence of what a docstring says of a parameter, without its default."
     words = re.sub(r"\s*\([Dd]efaults?:?.*?\)+(?=[\s.]|$)", "", " ".join((doc or "").split()))
     return re.split(r"(?<=[a-z)])\.(?:\s|$)", re.sub(r"`+([^`]*)`+_?", r"\1", words))[0]
 
-# %% ../../nbs/runs/signature.ipynb #b6b2679d
-_FROM_ELSEWHERE = {"optimiser": {"lr"}, "config": {"splits"}}  # what a part gets, but not from its settings
+# %% ../../nbs/runs/signature.ipynb #de55e1fb
+_FROM_ELSEWHERE = {"optimiser": {"lr"}, "config": {"splits"}}  # not given by the settings of a part
+_EMPTY = inspect.Parameter.empty
 
-def read_signature(function: Any, defaults: Mapping[str, Any] | None = None, kind: str = "") -> "Form":
+def read_signature(
+    function: Any, defaults: Mapping[str, Any] | None = None, kind: str = "",
+) -> "Form":
     """Read the settings of a function or class.
 
     Args:
@@ -151,15 +162,17 @@ def read_signature(function: Any, defaults: Mapping[str, Any] | None = None, kin
         if name in _FROM_ELSEWHERE.get(kind, ()) or (kind == "optimiser" and index == 0): continue
         if parameter.kind is inspect.Parameter.POSITIONAL_ONLY: continue
         if defaults and name in defaults: default = defaults[name]
-        elif default is inspect.Parameter.empty: default = NOTHING
-        elif is_dataclass(function) and callable(function.__dataclass_fields__[name].default_factory):
-            default = function.__dataclass_fields__[name].default_factory()
-        help = _sentence(parameter.doc) or comments(function).get(name) or comments(parameter.component).get(name, "")
-        found.append(make_setting(name, Any if hint is inspect.Parameter.empty else hint, default, help))
+        elif default is _EMPTY: default = NOTHING
+        elif is_dataclass(function):
+            factory = function.__dataclass_fields__[name].default_factory
+            default = factory() if callable(factory) else default
+        help = _sentence(parameter.doc) or comments(function).get(name)
+        help = help or comments(parameter.component).get(name, "")
+        found.append(make_setting(name, Any if hint is _EMPTY else hint, default, help))
     keywords = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
     return Form(found, takes_any=keywords and {setting.name for setting in found} <= own.keys())
 
-# %% ../../nbs/runs/signature.ipynb #0aaa647b
+# %% ../../nbs/runs/signature.ipynb #14c4e612
 class Text(str):
     "A word of a command line: the type of its setting decides what it means."
 
@@ -178,11 +191,13 @@ def _has_any(hint: Any) -> bool:
 def refusal(where: str, value: Any, hint: Any) -> ConfigError:
     "The error for a value that its annotation does not allow."
     from learner.runs.text import quoted
-    names = [str(arg) for member in members(hint) if get_origin(member) is Literal for arg in get_args(member)]
+    literals = [member for member in members(hint) if get_origin(member) is Literal]
+    names = [str(arg) for literal in literals for arg in get_args(literal)]
     near = did_you_mean(value, names) if isinstance(value, str) else ""
-    return ConfigError(f"{where} is {quoted(without_text(value))}; it must be {describe(hint)}{near}")
+    shown = quoted(without_text(value))
+    return ConfigError(f"{where} is {shown}; it must be {describe(hint)}{near}")
 
-# %% ../../nbs/runs/signature.ipynb #85af69c2
+# %% ../../nbs/runs/signature.ipynb #38e0717b
 class Form:
     "The settings that a function asks for, and the parser that types them."
 
@@ -193,25 +208,26 @@ class Form:
     @cached_property
     def parser(self) -> Any:
         "An ArgumentParser with the plain settings."
-        import jsonargparse
-
+        from jsonargparse import ArgumentParser, set_loader
         from learner.runs.text import read_scalar
-        jsonargparse.set_loader("learner", read_scalar)
-        parser = jsonargparse.ArgumentParser(exit_on_error=False, add_help=False, parser_mode="learner")
-        for setting in self.settings.values():
-            if not setting.kind: parser.add_argument(f"--{setting.name}", type=setting.hint, help=setting.help)
+        set_loader("learner", read_scalar)
+        parser = ArgumentParser(exit_on_error=False, add_help=False, parser_mode="learner")
+        for name, setting in self.settings.items():
+            if not setting.kind: parser.add_argument(f"--{name}", type=setting.hint)
         return parser
 
     def typed(self, name: str, where: str, value: Any) -> Any:
-        "The value as the annotation of a setting wants it; raises ConfigError that begins with `where`."
+        "The value as the annotation of a setting asks for it; raises ConfigError about `where`."
         hint = self.settings[name].hint
         allowed, given = members(hint), value
         value = self._read(value, hint, allowed)
         if value is None and not {NoneType, Any} & set(allowed): raise refusal(where, given, hint)
-        if value is None or Any in allowed or (isinstance(value, str) and str in allowed): return value
+        if value is None or Any in allowed: return value
         if isinstance(value, str):
-            if bool in allowed and value.lower() in ("yes", "no"): raise refusal(where, given, hint)
-            if float in allowed and value.lower().lstrip("+-") in ("nan", "inf"): return float(value)
+            word = value.lower().lstrip("+-")
+            if str in allowed: return value
+            if bool in allowed and word in ("yes", "no"): raise refusal(where, given, hint)
+            if float in allowed and word in ("nan", "inf"): return float(value)
         try: return self.parser.parse_object({name: value}, defaults=False)[name]
         except Exception as error:
             if isinstance(given, Text) and str in allowed: return str(given)
@@ -219,7 +235,7 @@ class Form:
 
     @staticmethod
     def _read(value: Any, hint: Any, allowed: Sequence[Any]) -> Any:
-        "A word of a command line as jsonargparse can take it: text stays text where text is asked for."
+        "A word of a command line: text where text is asked for, else as jsonargparse takes it."
         if not isinstance(value, Text): return without_text(value)
         from learner.runs.text import read_word
         if value in ("null", "~") and NoneType in allowed: return None
@@ -232,7 +248,9 @@ class Form:
         from learner.runs.text import read_word
         hint = self.settings[name].hint
         if not any((get_origin(member) or member) in _COLLECTIONS for member in members(hint)):
-            raise ConfigError(f"{where} is not a list, so nothing can be added to it; it must be {describe(hint)}")
+            raise ConfigError(f"{where} is {describe(hint)}, and nothing can be added to that")
+        if not isinstance(value, list | tuple): value = []  # null, or the name of a schedule
         items = more if isinstance(more, list | tuple) else [more]
-        read = [read_word(item, raw=not _has_any(hint)) if isinstance(item, Text) else item for item in items]
-        return self.typed(name, where, [*(value or ()), *read])
+        raw = not _has_any(hint)
+        read = [read_word(item, raw) if isinstance(item, Text) else item for item in items]
+        return self.typed(name, where, [*value, *read])

@@ -371,7 +371,7 @@ def test_a_caller_may_name_code_and_a_record_may_not(own_package):
 @pytest.mark.parametrize("path", ["own_package.nets.subprocess.Popen", "own_package.nets.os", "own_package.nets.nn", "own_package.nets.Learner", "own_package.nets.register_model", "own_package.nets.__builtins__"])
 def test_an_allowed_module_gives_only_what_is_defined_in_it(own_package, path):
     told = message(from_record, {"config": "digits", "settings": {"model": path}}, allow=["own_package.nets"])
-    assert "is not a class or function that is defined in that module" in told or "is code that is not registered here" in told or "has no" in told or "must be a name" in told
+    assert "is not a class or function defined in that module" in told or "is code that is not registered here" in told or "has no" in told or "must be a name" in told
 
 
 def test_a_config_of_ones_own_in_a_record(own_package):

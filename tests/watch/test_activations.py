@@ -215,7 +215,8 @@ def test_a_module_that_runs_several_times():
             return self.alias(self.again(x)[:5])
 
     stats, model = ActivationStats(), Model()
-    learner(stats, deepcopy(model), {"train": [(X, Y[:5])]}).train(1, 0.0)
+    with pytest.warns(UserWarning, match="disagree on the number of examples"):
+        learner(stats, deepcopy(model), {"train": [(X, Y[:5])]}).train(1, 0.0)
     with torch.no_grad():
         once = model.again(model.first(X.flatten(1)))
         values = torch.cat([once, model.again(once[:5])]).double()

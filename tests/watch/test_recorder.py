@@ -15,11 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from learner.loop.learner import Learner
 from learner.loop.stages import (
     Callback,
+    CallbackError,
     CancelBatchException,
     CancelEpochException,
     CancelStepException,
     CancelTrainException,
 )
+from learner.steer.accumulate import Accumulate
 from learner.watch.recorder import BLOCK, Recorder, RecorderError
 
 torch.manual_seed(0)
@@ -158,9 +160,20 @@ def test_gradient_norm_leaves_out_what_has_no_gradient_and_comes_before_clipping
     recorder, norms = Recorder("gradient_norm"), []
     learn = learner(recorder)
     learn.model[0].requires_grad_(False)
-    learn.on("after_backward", lambda model: norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01).item()))
+    learn.on("before_step", lambda model: norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01).item()))
     learn.train(1)
     assert recorder["gradient_norm"] == norms and min(norms) > 0.01
+
+
+def test_gradient_norm_of_accumulated_batches_is_that_of_the_large_one():
+    def norms(batches, *more):
+        recorder, model = Recorder("gradient_norm"), nn.Sequential(nn.Linear(6, 3))
+        torch.manual_seed(2)
+        model[0].reset_parameters()
+        Learner(model, torch.optim.SGD, F.cross_entropy, {"train": batches}, [recorder, *more], device="cpu").train(2, 0.1)
+        return recorder["gradient_norm"]
+    large = norms(list(zip(X[:200].split(80), Y[:200].split(80), strict=True)))
+    assert norms(BATCHES[:10], Accumulate(4)) == pytest.approx(large, rel=1e-5)
 
 
 @pytest.mark.parametrize("every, epochs", [(2, 1), (3, 2), (5, 15), (1000, 2)])
@@ -327,17 +340,21 @@ def test_a_routine_of_its_own():
         def train_batch(self): self.act("prepare", *["predict", "loss", "backward", "step"] * 2)
 
     loaders = {"train": BATCHES}
-    by_batch, by_step = Recorder("loss", "learning_rate", per="batch"), Recorder()
-    Own(net(), sgd, F.cross_entropy, loaders, [by_batch, by_step], device="cpu").train(1)
-    assert len(by_batch) == 11 and len(by_step) == 0
+    by_batch = Recorder("loss", "learning_rate", per="batch")
+    Own(net(), sgd, F.cross_entropy, loaders, by_batch, device="cpu").train(1)
+    assert len(by_batch) == 11
+    with pytest.raises(CallbackError, match=r"Recorder\.after_step would never be called: the routine of Own takes"):
+        Own(net(), sgd, F.cross_entropy, loaders, Recorder(), device="cpu").train(1)
     twice = Recorder("loss", "gradient_norm")
     Twice(net(), sgd, F.cross_entropy, loaders, twice, device="cpu").train(1)
     assert len(twice) == 22
-    with pytest.raises(RecorderError, match="no gradient norm, as no backward stage ran in this batch"):
+    with pytest.raises(CallbackError, match=r"GradientNorm\.after_backward would never be called"):
         Own(net(), sgd, F.cross_entropy, loaders, Recorder("gradient_norm", per="batch"), device="cpu").train(1)
 
     class NoLoss(Own):
         def train_batch(self): self.prepare()
+    with pytest.raises(RecorderError, match="no gradient norm, as no backward stage ran in this batch"):
+        NoLoss(net(), sgd, F.cross_entropy, loaders, Recorder("gradient_norm", per="batch"), device="cpu").train(1)
     with pytest.raises(RecorderError, match=r"finds no learn\.loss in this batch"):
         NoLoss(net(), sgd, F.cross_entropy, loaders, Recorder(per="batch"), device="cpu").train(1)
 
