@@ -52,7 +52,8 @@ from .steer.schedule import BatchSchedule, EarlyStopping, EpochSchedule, Piecewi
 from .steer.schedule import combine, cosine, linear, warm_up
 from .base.show import plot_curves, show_image, show_images
 from .loop.stages import Callback, CallbackError, CancelBatchException, CancelEpochException, CancelException
-from .loop.stages import CancelStepException, CancelTrainException, Stage, Staged, provides
+from .loop.dispatch import Staged
+from .loop.stages import CancelStepException, CancelTrainException, Stage, provides
 from .loop.state import ResumeError
 from .runs.tensorboard import TensorBoard
 from .watch.modules import summary

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..loop.learner import Learner
-from ..loop.stages import Staged
+from ..loop.dispatch import Staged
 
 # %% ../../nbs/check/condition.ipynb #a5e4ac8d
 def _attribute(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]:

@@ -71,7 +71,7 @@ class ReadBacks:
 
     def note_read(self, given: Any) -> None:
         "A value is read; if it is on the device, in which batch, hook and line?"
-        if "batch" not in vars(self.learn) or all(map(self.is_local, tensors_in(given).values())): return
+        if not hasattr(self.learn, "batch") or all(map(self.is_local, tensors_in(given).values())): return
         place = _caller(sys._getframe(2))
         if (place.file, place.function) == _MEAN: return  # it looks where the value is, and reads on the CPU alone
         batches = self.found.setdefault((self.learn.phase, self.hook or place.function), {})

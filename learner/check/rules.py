@@ -28,7 +28,8 @@ from .findings import Finding, fault, in_one_line, passed
 from .looking import tensors_in
 from .reads import check_syncs
 from ..loop.learner import Learner
-from ..loop.stages import Callback, CancelException, FunctionCallback, Staged, StageTree, hooks_of, providers_of
+from ..loop.stages import Callback, CancelException, FunctionCallback, StageTree, hooks_of, providers_of
+from ..loop.dispatch import Staged
 
 # %% ../../nbs/check/rules.ipynb #fc17c036
 def check_runs(bench: Bench) -> Iterator[Finding]:
@@ -309,7 +310,7 @@ class _Witness(Callback):
 
     def after_any_batch(self, learn: Learner) -> None:
         for name in ("data", "labels", "predictions"):
-            self.kept += [(name, tensor) for tensor in tensors_in(vars(learn).get(name)).values()]
+            self.kept += [(name, tensor) for tensor in tensors_in(getattr(learn, name, None)).values()]
 
     def memory(self) -> dict[int, str]:
         "What is kept, by address."
@@ -396,7 +397,7 @@ class Bystander(Callback):
 
     def look(self, learn: Learner, hook: str) -> None:
         for name in ("data", "labels", "predictions", "loss"):
-            seen = [tensor.detach().double().sum() for tensor in tensors_in(vars(learn).get(name)).values()
+            seen = [tensor.detach().double().sum() for tensor in tensors_in(getattr(learn, name, None)).values()
                     if not tensor.is_complex()]
             if seen: learn.log(**{f"bystander_{hook}_{name}": torch.stack(seen).sum()})
 
@@ -439,9 +440,9 @@ class _Protocol(Callback):
 
     def after_predict(self, learn: Learner) -> None:
         self.write(learn, "training mode", {name: module.training for name, module in learn.model.named_modules()})
-        self.write(learn, "predictions", list(tensors_in(vars(learn).get("predictions")).values()))
+        self.write(learn, "predictions", list(tensors_in(getattr(learn, "predictions", None)).values()))
 
-    def after_loss(self, learn: Learner) -> None: self.write(learn, "loss", vars(learn).get("loss"))
+    def after_loss(self, learn: Learner) -> None: self.write(learn, "loss", getattr(learn, "loss", None))
 
     def after_backward(self, learn: Learner) -> None:
         self.write(learn, "gradient", {name: part.grad for name, part in learn.model.named_parameters()})

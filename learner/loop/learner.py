@@ -144,7 +144,7 @@ class Trainer(Files):
         "Let go of the tensors that a failed call has left: in its traceback, as gradients, on the device."
         self.check_idle("release")
         clear_traceback(getattr(sys, "last_exc", None) or getattr(sys, "last_value", None))  # a notebook's
-        for name in self.tree.passing(): vars(self).pop(name, None)
+        self.drop_fixtures()
         if is_optimiser(self.optimiser): self.optimiser.zero_grad()
         gc.collect()
         if torch.cuda.is_available(): torch.cuda.empty_cache()

@@ -250,7 +250,7 @@ class Batches(Standing):
 
     def stopped(self, learn: Any) -> str:
         "What a notebook shows of a stop."
-        goes_on = "; train(resume=True) goes on from there" if learn._running == "train" else ""
+        goes_on = "; train(resume=True) goes on from there" if learn.call == "train" else ""
         return f"stopped after {learn.position()}{goes_on}"
 
 # %% ../../nbs/loop/resume.ipynb #b7bef73b

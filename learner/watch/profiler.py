@@ -15,7 +15,8 @@ from ..base.history import History
 from ..base.words import did_you_mean
 from ..loop.learner import Learner
 from ..loop.loop import PASSES
-from ..loop.stages import Callback, Times
+from ..loop.explain import Times
+from ..loop.stages import Callback
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
