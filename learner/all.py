@@ -34,7 +34,9 @@ from .keep.fingerprints import Fingerprints
 from .base.history import History, HistoryError, Mean
 from .steer.initialise import LSUV, kaiming
 from .runs.loggers import ConsoleTable, CSVLogger, JSONLinesLogger, Logger
-from .watch.look import confusion_matrix, predict, predictions, show_batch, show_predictions, show_top_losses, top_losses
+from .watch.confusion import confusion_matrix
+from .watch.look import show_batch, show_predictions, show_top_losses
+from .watch.outputs import predict, predictions, top_losses
 from .watch.metrics import MetricError, Metrics
 from .steer.multi import Optimisers
 from .steer.precision import ChannelsLast, Compile, MixedPrecision

@@ -128,7 +128,7 @@ def _chosen(batch: Any, inputs: Any) -> _Parts:
 
 def _split(batch: Any, form: str, labels: Any, inputs: Any, whole: bool) -> _Parts:
     "Tell data from labels; raises BatchError for what is not a batch."
-    parts, default = _parts_of(batch), labels is LABELS
+    parts, default = _parts_of(batch), labels == LABELS
     _check_form(batch, form, parts, inputs is not None or not default)
     if form == _POSITIONS and labels is None and inputs is None and _is_examples(batch):
         return _Parts((batch,), None, {0: batch})
@@ -329,7 +329,7 @@ def unpack(batch: Any, device: torch.device | None = None, labels: Any = LABELS,
         >>> list(data), size
         (['x'], 8)
     """
-    if (type(batch) is tuple or type(batch) is list) and labels is LABELS and inputs is None:
+    if (type(batch) is tuple or type(batch) is list) and labels == LABELS and inputs is None:
         try:
             data, target = batch
             if type(data) is type(target) is Tensor and data.device == target.device == device:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STOPPING', 'AGAIN', 'COUNTED', 'checkpoint_name', 'list_checkpoints', 'newest_checkpoint', 'read_checkpoint',
-           'Signals', 'stop_error', 'Arriving', 'set_random', 'Standing', 'loader_of', 'Batches', 'Keeping',
-           'kept_state', 'Cursor', 'begin', 'state_to_resume', 'lengths', 'Rewind']
+           'Signals', 'stop_error', 'Arriving', 'set_random', 'Standing', 'tell_epoch', 'Batches', 'Keeping',
+           'kept_state', 'Cursor', 'begin', 'state_to_resume', 'set_steps', 'lengths', 'Rewind']
 
 # %% ../../nbs/loop/resume.ipynb #7467fc4f
 import os
@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import deepcopy
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from types import FrameType
@@ -23,15 +24,15 @@ from typing import Any
 
 import torch
 
-from ..base.parts import is_optimiser, length_of, samplers_of
+from ..base.parts import is_optimiser, length_of, with_epochs
 from ..base.provenance import rng_state, set_rng_state
 from ..base.store import DamagedError, list_states, load_state, snapshot
 from ..base.tree import to_device
 from ..base.words import PHASES, check_whole, split_column
-from .loop import Plan
+from .loop import Pass, Plan, Stream, passes_of
 from .stages import Callback, CancelException, CancelTrainException
 from .state import Place, ResumeError, batches_from, check_state, gather, groups_of
-from .state import order_state, put, set_order_state
+from .state import has_state, loaders_of, order_state, put, set_order_state
 
 # %% ../../nbs/loop/resume.ipynb #228a6aee
 _NAME = re.compile(r"epoch-(\d{4,})(?:-batch-(\d{5,}))?")
@@ -116,7 +117,7 @@ class Signals:
         "What stops the run, with what a notebook shows of it."
         return stop_error(self.noted, notice)
 
-# %% ../../nbs/loop/resume.ipynb #b3555d63
+# %% ../../nbs/loop/resume.ipynb #9b3e31fc
 STOPPING = b"stopping after this batch; Ctrl-C again stops at once"
 
 def stop_error(number: int, notice: str) -> BaseException:
@@ -126,7 +127,7 @@ def stop_error(number: int, notice: str) -> BaseException:
     error._render_traceback_ = lambda: [notice]  # type: ignore[attr-defined]
     return error
 
-# %% ../../nbs/loop/resume.ipynb #2b6cf87e
+# %% ../../nbs/loop/resume.ipynb #b64d3783
 class Arriving(Plan):
     "Where a training stands, and how one that goes on gets back to its place."
 
@@ -138,6 +139,7 @@ class Arriving(Plan):
         self.under_way = False  # a training, with all its set-up done
         self.began: dict[str, Any] = {}  # random numbers and the loader's order when the pass began
         self.arriving: Mapping[str, Any] | None = None  # a state, while set-up is done again
+        self.streamed: Mapping[str, Any] | None = None  # with `steps`: where the stream of a state stood
 
     def arrive(self, learn: Any) -> Mapping[str, Any]:
         "Everything is set up: put it as it was, the random numbers last."
@@ -156,15 +158,18 @@ class Arriving(Plan):
     def begin_again(self, learn: Any, phase: str) -> None:
         "Note how a validation or a test begins: one that is stopped starts over."
         if self.arriving: self.arrive(learn)
-        self.began = {"rng": rng_state(), "order": order_state(learn.dataloaders[phase])}
+        passes = passes_of(learn.dataloaders, phase)
+        orders = {each.prefix: order_state(loader) for each, loader in passes.items()}
+        self.began = {"rng": rng_state(), "orders": orders}
 
 def set_random(learn: Any, loop: Mapping[str, Any]) -> None:
     "Put random numbers and the orders of the loaders as they were."
+    loaders = loaders_of(learn)
     for name, order in loop["orders"].items():
-        if name in learn.dataloaders: set_order_state(learn.dataloaders[name], order)
+        if name in loaders: set_order_state(loaders[name], order)
     set_rng_state(to_device(loop["rng"], torch.device("cpu")))
 
-# %% ../../nbs/loop/resume.ipynb #bc59191a
+# %% ../../nbs/loop/resume.ipynb #2ee52045
 class Standing(Arriving):
     "The epochs and passes that are left of a training."
 
@@ -178,36 +183,37 @@ class Standing(Arriving):
             learn.results["epoch"] = len(learn.history)
             yield epoch
 
-    def passes(self, learn: Any) -> Iterator[str]:
+    def passes(self, learn: Any) -> Iterator[Pass]:
         "The passes of an epoch from this place on."
-        for phase in super().passes(learn):
-            if self.arriving and self.place.phase != phase: continue
-            if phase != "train": self.begin_again(learn, phase)
-            yield phase
+        yield from self.from_here(learn, super().passes(learn))
         if self.arriving: self.arrive(learn)  # nothing was left to do in this epoch
 
-    def tests(self, learn: Any) -> Iterator[str]:
-        "The pass after training; when it is over, all is done."
+    def from_here(self, learn: Any, passes: Iterable[Pass]) -> Iterator[Pass]:
+        "Passes without those that are done; how a validation or a test begins is noted."
+        begun = "train"
+        for each in passes:
+            if self.arriving and self.place.phase != each.phase: continue
+            if each.phase != begun: self.begin_again(learn, each.phase)
+            begun = each.phase
+            yield each
+
+    def last(self, learn: Any) -> Iterator[Pass]:
+        "The passes after training; when they are over, all is done."
         self.under_way = True
         if self.arriving: self.arrive(learn)
         if len(learn.history) > self.first_row: learn.results = learn.history[-1]  # where its results go
         self.place, self.began = Place(self.num_epochs, "test"), {}
-        for phase in super().tests(learn):
-            self.begin_again(learn, phase)
-            yield phase
+        yield from self.from_here(learn, super().last(learn))
         self.place = Place(self.num_epochs)
 
     def end_epoch(self, learn: Any) -> None: self.place = Place(learn.epoch + 1)
 
-def loader_of(learn: Any, phase: str) -> Iterable[Any]:
-    "The loader of a phase; one that shuffles by epoch learns which epoch it is."
-    loader = learn.dataloaders[phase]
-    if phase == "train":
-        for part in samplers_of(loader):
-            if hasattr(part, "set_epoch"): part.set_epoch(len(learn.history))
+def tell_epoch(loader: Any, epoch: int) -> Any:
+    "A training loader; whatever shuffles by epoch in it learns which epoch it is."
+    for part in with_epochs(loader): part.set_epoch(epoch)
     return loader
 
-# %% ../../nbs/loop/resume.ipynb #49ba9cf4
+# %% ../../nbs/loop/resume.ipynb #932d471b
 class Batches(Standing):
     "The batches of a pass from a place on."
 
@@ -237,26 +243,58 @@ class Batches(Standing):
     def training_batches(self, learn: Any) -> Iterator[tuple[int, Any]]:
         "The batches of training, or those that are left to a training that goes on."
         loop = self.arrive(learn) if self.arriving else None
-        loader, first = loader_of(learn, "train"), self.place.batch
+        loader, first = learn.dataloaders["train"], self.place.batch
+        if loop is not None and first:
+            learn.batch_num, learn.batches_done = first - 1, first
+            for name, mean in loop["means"].items():
+                learn.columns.means[name].load_state_dict(mean, learn.device)
+        else: self.place, first = Place(learn.epoch, "train"), 0
+        if self.steps is not None:
+            left = (self.length(learn) or 0) - first
+            return self.batches(learn, islice(self.flow(learn, loader), left), first)
+        tell_epoch(loader, len(learn.history))
         if loop is None or not first:
-            self.place = Place(learn.epoch, "train")
             self.began = {"rng": rng_state(), "order": order_state(loader)}
             return self.batches(learn, loader)
         self.began = loop["began"]
         set_order_state(loader, self.began["order"])
-        learn.batch_num, learn.batches_done = first - 1, first
-        for name, mean in loop["means"].items():
-            learn.columns.means[name].load_state_dict(mean, learn.device)
-        left = batches_from(loader, first, self.began["rng"], loop["loader"], loop["orders"]["train"])
+        batches = batches_from(loader, first, self.began["rng"], loop["loader"], loop["orders"]["train"])
         set_rng_state(loop["rng"])
-        return self.batches(learn, left, first)
+        return self.batches(learn, batches, first)
+
+    def flow(self, learn: Any, loader: Any) -> Stream:
+        "The stream of a training that counts batches, where it stands."
+        def begin(stream: Stream) -> None:
+            tell_epoch(loader, stream.passes)
+            self.began = {"rng": rng_state(), "order": order_state(loader)}
+        if self.stream is None:
+            self.stream, was = Stream(loader, begin), self.streamed
+            if was is not None and was["given"]: self.go_on(self.stream, loader, was)
+            elif was is not None: self.stream.passes = was["passes"]
+            self.streamed = None
+        return self.stream
+
+    def go_on(self, stream: Stream, loader: Any, was: Mapping[str, Any]) -> None:
+        "Put a stream where it stood in a state."
+        rng, order = rng_state(), order_state(loader)
+        self.began, stream.passes, stream.given = was["began"], was["passes"], was["given"]
+        tell_epoch(loader, stream.passes)
+        set_order_state(loader, self.began["order"])
+        stream.batches = batches_from(loader, stream.given, self.began["rng"], was["loader"], order)
+        set_rng_state(rng)
+
+    def stream_state(self, loader: Any) -> dict[str, Any] | None:
+        "Where the stream stands, for a state."
+        if self.stream is None: return None if self.streamed is None else dict(self.streamed)
+        own = loader.state_dict() if has_state(loader) else None
+        return {"passes": self.stream.passes, "given": self.stream.given, "began": dict(self.began), "loader": own}
 
     def stopped(self, learn: Any) -> str:
         "What a notebook shows of a stop."
         goes_on = "; train(resume=True) goes on from there" if learn._running == "train" else ""
         return f"stopped after {learn.position()}{goes_on}"
 
-# %% ../../nbs/loop/resume.ipynb #494bae7e
+# %% ../../nbs/loop/resume.ipynb #a0f8a31e
 AGAIN = ("the batch that failed is done again, and what its first half drew from the random numbers, "
          "added to batch statistics or told callbacks stays")
 COUNTED = ("the batch that failed had taken its step and counts as done, without the hooks that had not "
@@ -297,7 +335,7 @@ class Keeping(Batches):
         if between and self.place.phase != "test":
             with learn.stage("interrupt"): pass
 
-# %% ../../nbs/loop/resume.ipynb #41f3f148
+# %% ../../nbs/loop/resume.ipynb #12f3c565
 def kept_state(learn: Any, half: str) -> dict[str, Any]:
     "What a training that is stopped keeps beside the model and the optimiser, which stay as they are."
     groups = [{key: deepcopy(value) for key, value in group.items() if key != "params"}
@@ -315,32 +353,34 @@ class Cursor(Keeping):
         return self.place._replace(batch=max(learn.batches_done, learn.batches_stepped))
 
     @contextmanager
-    def open(self, learn: Any, phase: str) -> Iterator[Iterator[tuple[int, Any]]]:
+    def open(self, learn: Any, each: Pass) -> Iterator[Iterator[tuple[int, Any]]]:
         "The batches of a pass from this place on, for a `with`."
         try:
-            if learn.evaluating: yield self.batches(learn, loader_of(learn, phase))
+            if learn.evaluating:
+                yield self.batches(learn, passes_of(learn.dataloaders, each.phase)[each])
             else:
                 with self.kept(learn): yield self.training_batches(learn)
                 self._trained(learn)
         except CancelException:
-            if phase == "train": self._trained(learn)
+            if each.phase == "train": self._trained(learn)
             raise
         finally:
             learn.batches_done = learn.batch_num + 1
             if self.saved is None: self.copy = None
 
     def _trained(self, learn: Any) -> None:
-        self.place, self.began = Place(learn.epoch, "validation", learn.batch_num + 1), {}
+        self.place = Place(learn.epoch, "validation", learn.batch_num + 1)
+        if self.steps is None: self.began = {}
 
-    def tests(self, learn: Any) -> Iterator[str]:
-        yield from super().tests(learn)
+    def last(self, learn: Any) -> Iterator[Pass]:
+        yield from super().last(learn)
         self.saved = None
 
     def arrive(self, learn: Any) -> Mapping[str, Any]:
         self.saved = None
         return super().arrive(learn)
 
-# %% ../../nbs/loop/resume.ipynb #7c7a2284
+# %% ../../nbs/loop/resume.ipynb #5b334226
 def begin(cursor: Cursor, learn: Any, state: Any, learning_rate: float | None) -> None:
     "Get ready to train from the beginning, or to go on from a state."
     if state: put(learn, state)  # or it raises, and nothing has changed
@@ -348,6 +388,7 @@ def begin(cursor: Cursor, learn: Any, state: Any, learning_rate: float | None) -
     if not state: cursor.place, cursor.first_row = Place(), len(learn.history)
     if not cursor.place.phase: learn.results = {}
     cursor.trains = cursor.place.phase != "test"
+    cursor.stream, cursor.streamed = None, state["loop"].get("stream") if state else None
     cursor.saved, cursor.arriving, cursor.under_way = state, state, False
     if state is not cursor.copy: cursor.copy = None  # it is of another training
     if state and not state["loop"]["under_way"]:  # nothing was stopped: set-up is part of what comes
@@ -376,7 +417,28 @@ def state_to_resume(cursor: Cursor, resume: Any) -> Mapping[str, Any] | None:
                       "so is a copy in memory, with the callback Rewind", stacklevel=3)
     return state
 
-# %% ../../nbs/loop/resume.ipynb #e24959fa
+# %% ../../nbs/loop/resume.ipynb #c80ec602
+def set_steps(
+    cursor: Cursor, state: Mapping[str, Any] | None, steps: int | None, every: int | None,
+    epochs: int | None,
+) -> int | None:
+    "Plan a training in batches; the epochs that it makes, or None for one that counts epochs."
+    loop: Any = state["loop"] if state else {}
+    was = (loop.get("plan") or {}).get("steps")
+    if steps is None and epochs is None: steps = was
+    if every is not None and steps is None:
+        raise ValueError("validation_steps goes with steps; with epochs it is validation_epochs")
+    if steps is not None and epochs is not None:
+        raise ValueError("train(epochs=..., steps=...) asks for two lengths; leave one out")
+    if state and (was is None) != (steps is None):
+        raise ValueError("the training to resume counts "
+                         f"{'epochs' if was is None else 'steps'}; say how many in all of those")
+    cursor.steps = None if steps is None else check_whole("steps", steps)
+    if cursor.steps is None: return None
+    if every is None: every = loop["plan"]["validation_steps"] if was is not None else steps
+    cursor.validation_steps = check_whole("validation_steps", every)
+    return -(-cursor.steps // cursor.validation_steps)
+
 def lengths(
     state: Mapping[str, Any] | None, epochs: int | None, validation_epochs: int | None,
 ) -> tuple[int, int]:
@@ -392,7 +454,7 @@ def lengths(
                          "from its beginning: ask for more, or leave epochs out")
     return epochs, every
 
-# %% ../../nbs/loop/resume.ipynb #bc7f84f2
+# %% ../../nbs/loop/resume.ipynb #55fbd5d3
 class Rewind(Callback):
     """Keep copies of the state in memory, so that training can go back to one when a batch fails.
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ResumeError', 'Place', 'order_state', 'set_order_state', 'batches_from', 'check_model_state', 'check_optimiser_state',
-           'check_state', 'check_loop_state', 'has_state', 'with_state', 'packed', 'gather', 'put', 'groups_of',
-           'set_groups', 'fitting_optimiser']
+           'check_state', 'check_loop_state', 'has_state', 'with_state', 'modules_beside', 'loaders_of', 'packed',
+           'gather', 'put', 'groups_of', 'set_groups', 'fitting_optimiser']
 
-# %% ../../nbs/loop/state.ipynb #9040c7c0
+# %% ../../nbs/loop/state.ipynb #a5a8bd58
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -23,6 +23,7 @@ from ..base.parts import generators_of, is_optimiser, make_optimiser, samplers_o
 from ..base.provenance import kept_rng, rng_state, set_rng_state
 from ..base.tree import to_device
 from ..base.words import PHASES, did_you_mean
+from .loop import attached_modules, by_class, passes_of
 from .stages import Callback
 
 # %% ../../nbs/loop/state.ipynb #d6929a95
@@ -81,7 +82,7 @@ def batches_from(
                               f"batch {first}; give it the data that it had") from None
     return batches
 
-# %% ../../nbs/loop/state.ipynb #d2689dac
+# %% ../../nbs/loop/state.ipynb #1b3a2f04
 def _from_own(batches: Iterator[Any], loader: Any, order: Mapping[str, Any]) -> Iterator[Any]:
     "What a loader with a state of its own gives; its generators are put back after it has begun."
     first = next(batches, None)
@@ -90,17 +91,17 @@ def _from_own(batches: Iterator[Any], loader: Any, order: Mapping[str, Any]) -> 
     yield from batches
 
 # %% ../../nbs/loop/state.ipynb #112e94d1
-def check_model_state(model: nn.Module, state: Any) -> None:
-    "Raise ResumeError unless a state has the names, shapes and dtypes of a model."
-    other = "it is of another model"
+def check_model_state(model: nn.Module, state: Any, kind: str = "model") -> None:
+    "Raise ResumeError unless a state has the names, shapes and dtypes of a module."
+    other = f"it is of another {kind}"
     if not isinstance(state, Mapping):
-        raise ResumeError(f"the model's state is a {type(state).__name__}, not a mapping of tensors")
+        raise ResumeError(f"the {kind}'s state is a {type(state).__name__}, not a mapping of tensors")
     own = model.state_dict()
     for name in own.keys() - state.keys():
-        raise ResumeError(f"the state has no {name}, which the model has; {other}")
+        raise ResumeError(f"the state has no {name}, which the {kind} has; {other}")
     for name in state.keys() - own.keys():
         hint = did_you_mean(name, own)
-        raise ResumeError(f"the state has {name}, which the model does not have{hint}; {other}")
+        raise ResumeError(f"the state has {name}, which the {kind} does not have{hint}; {other}")
     for name, tensor in own.items():
         if not isinstance(tensor, Tensor) or is_lazy(tensor): continue
         found = state[name]
@@ -108,12 +109,12 @@ def check_model_state(model: nn.Module, state: Any) -> None:
             raise ResumeError(f"{name} is a {type(found).__name__} in the state, not a tensor; {other}")
         if (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
             raise ResumeError(f"{name} is {_form(found)} in the state, and {_form(tensor)} in the "
-                              f"model; {other}")
+                              f"{kind}; {other}")
 
 def _form(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
-# %% ../../nbs/loop/state.ipynb #28815cf9
+# %% ../../nbs/loop/state.ipynb #8b5fe1d1
 def check_optimiser_state(optimiser: Any, state: Any) -> None:
     "Raise ResumeError unless a state has the groups and the shapes of an optimiser."
     if isinstance(optimiser, Mapping):
@@ -153,7 +154,7 @@ def _check_moments(optimiser: Any, values: Mapping[Any, Any]) -> None:
                 raise ResumeError(f"{name} of parameter {index} is {_form(value)} in the state of the "
                                   f"optimiser, and the parameter is {_form(parameters[index])}")
 
-# %% ../../nbs/loop/state.ipynb #1fb2d7a7
+# %% ../../nbs/loop/state.ipynb #f1b8a9d1
 def check_state(state: Any) -> None:
     "Raise ResumeError for a value that is not the state of a training."
     for name in ("model", "optimiser", "callbacks", "loop"):
@@ -161,7 +162,14 @@ def check_state(state: Any) -> None:
             raise ResumeError(f"the state has no {name}; save() and state_dict() make whole ones")
     if not isinstance(state["callbacks"], Mapping):
         raise ResumeError("the state's callbacks are not a mapping of names to states")
+    if not isinstance(state.get("modules", {}), Mapping):
+        raise ResumeError("the state's modules are not a mapping of names to states")
     check_loop_state(state["loop"])
+
+def _check_stream(stream: Mapping[str, Any]) -> None:
+    for name in ("passes", "given"):
+        if type(stream[name]) is not int or stream[name] < 0: raise ValueError(name)
+    if stream["given"]: stream["began"]["rng"], stream["began"]["order"], stream["loader"]
 
 def check_loop_state(loop: Any) -> None:
     "Raise ResumeError unless a value says where a training stands."
@@ -185,21 +193,32 @@ def check_loop_state(loop: Any) -> None:
         with kept_rng(): set_rng_state(to_device(rng, torch.device("cpu")))
         for order in loop["orders"].values(): order["generators"], order["epochs"]
         if place[1] == "train" and place[2]: loop["began"]["rng"], loop["began"]["order"]
+        if loop.get("stream"): _check_stream(loop["stream"])
+        for name in ("steps", "validation_steps"):
+            if not isinstance(loop.get("plan", {}).get(name), int | None): raise TypeError(name)
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         raise ResumeError(f"the means, steps or random numbers in the state are damaged: {error!r:.100}") from error
 
-# %% ../../nbs/loop/state.ipynb #b9d6c730
+# %% ../../nbs/loop/state.ipynb #59e43be8
 def has_state(part: Any) -> bool:
     "Whether a part keeps something that a checkpoint must hold."
     return hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
 
-def with_state(callbacks: Iterable[Callback]) -> Iterator[tuple[str, Any]]:
-    "The callbacks that have a state, by class; of several the second is called `EMA 2`."
-    counts: dict[str, int] = {}
-    for callback in callbacks:
-        kind = type(callback).__name__
-        counts[kind] = counts.get(kind, 0) + 1
-        if has_state(callback): yield f"{kind} {counts[kind]}" if counts[kind] > 1 else kind, callback
+def with_state(callbacks: Iterable[Callback]) -> dict[str, Any]:
+    "The callbacks that have a state, by class."
+    return {name: callback for name, callback in by_class(callbacks) if has_state(callback)}
+
+def modules_beside(learn: Any) -> dict[str, nn.Module]:
+    "The modules beside the model that a state holds: those with tensors whose callback does not keep them."
+    keep = with_state(learn.callbacks)
+    found = attached_modules(learn)
+    return {name: module for name, module in found.items()
+            if name.partition(".")[0] not in keep and module.state_dict()}
+
+def loaders_of(learn: Any) -> dict[str, Any]:
+    "Every loader by the prefix of its columns, such as \"train\" or \"validation_clean\"."
+    return {each.prefix: loader for phase in learn.dataloaders
+            for each, loader in passes_of(learn.dataloaders, phase).items()}
 
 def packed(steps: Mapping[str, list[float]]) -> dict[str, Tensor]:
     "Many numbers in the form that a file holds best."
@@ -210,9 +229,9 @@ def gather(learn: Any) -> dict[str, Any]:
     cursor, history = learn.cursor, learn.history
     place, began = learn.place, cursor.began
     within = place.phase == "train" and place.batch > 0
-    orders = {phase: order_state(loader) for phase, loader in learn.dataloaders.items()}
+    orders = {name: order_state(loader) for name, loader in loaders_of(learn).items()}
     again = began if place.phase in PHASES[1:] else {}  # such a pass starts over
-    if again: orders[place.phase] = again["order"]
+    if again: orders |= again["orders"]
     means, loader = learn.columns.means, learn.dataloaders.get("train")
     loop = {
         "place": list(place), "under_way": learn.is_running and cursor.under_way,
@@ -224,19 +243,25 @@ def gather(learn: Any) -> dict[str, Any]:
         "rng": again["rng"] if again else rng_state(), "orders": orders,
         "optimiser": type(learn.optimiser).__name__, "began": dict(began) if within else None,
         "loader": loader.state_dict() if within and has_state(loader) else None,
+        "plan": {"steps": cursor.steps, "validation_steps": cursor.validation_steps},
+        "stream": cursor.stream_state(loader),
     }
-    callbacks = {name: callback.state_dict() for name, callback in with_state(learn.callbacks)}
+    callbacks = {name: callback.state_dict() for name, callback in with_state(learn.callbacks).items()}
     return {"callbacks": callbacks, "loop": loop}
 
-# %% ../../nbs/loop/state.ipynb #f7c4657d
+# %% ../../nbs/loop/state.ipynb #d5406456
 def put(learn: Any, state: Mapping[str, Any]) -> None:
     "Put a state into a learner, or raise ResumeError and change nothing."
     loop = state["loop"]
-    if "model" in state: check_model_state(learn.model, state["model"])
+    modules = {"model": learn.model, **modules_beside(learn)} if "model" in state else {}
+    states = {"model": state.get("model"), **state.get("modules", {})}
+    for name, module in modules.items():
+        if name not in states: raise ResumeError(f"the state has no {name}, which this learner has")
+        check_model_state(module, states[name], name)
     optimiser = fitting_optimiser(learn, state)
     given, undo = to_device(state["callbacks"], learn.device), []
     try:
-        for name, callback in with_state(learn.callbacks):
+        for name, callback in with_state(learn.callbacks).items():
             if name not in given: continue
             undo.append((callback, deepcopy(callback.state_dict())))
             try: callback.load_state_dict(given[name])
@@ -245,7 +270,7 @@ def put(learn: Any, state: Mapping[str, Any]) -> None:
         if state.get("optimiser") is not None:
             if optimiser is learn.optimiser: undo.append((optimiser, optimiser.state_dict()))
             optimiser.load_state_dict(state["optimiser"])
-        if "model" in state: _put_model(learn.model, state["model"])
+        for name, module in modules.items(): _put_module(name, module, states[name])
     except BaseException:
         for part, before in undo:
             with suppress(Exception): part.load_state_dict(before)
@@ -262,11 +287,11 @@ def _put_loop(learn: Any, loop: Mapping[str, Any]) -> None:
     if cursor.place.phase: learn.results = dict(loop["results"])
     learn._steps = {name: values.tolist() for name, values in loop["row_steps"].items()}
 
-# %% ../../nbs/loop/state.ipynb #2c112c84
-def _put_model(model: nn.Module, state: Mapping[str, Any]) -> None:
-    try: model.load_state_dict(state)
+# %% ../../nbs/loop/state.ipynb #479ca595
+def _put_module(name: str, module: nn.Module, state: Mapping[str, Any]) -> None:
+    try: module.load_state_dict(state)
     except Exception as error:  # names and shapes fit, so a module has its own way of loading
-        raise ResumeError(f"the model does not take its state: {error}; "
+        raise ResumeError(f"the {name} does not take its state: {error}; "
                           "some of its weights may be new already") from error
 
 def groups_of(optimiser: Any) -> list[dict[str, Any]]:
@@ -286,7 +311,7 @@ def fitting_optimiser(learn: Any, state: Mapping[str, Any]) -> Any:
     if saved is None: return optimiser
     if not is_optimiser(optimiser):
         groups = saved.get("param_groups") or [{}]
-        optimiser = make_optimiser(optimiser, learn.model, groups[0].get("lr"))
+        optimiser = make_optimiser(optimiser, learn.trained(), groups[0].get("lr"))
     kind, own = state["loop"]["optimiser"], type(optimiser).__name__
     if kind != own: raise ResumeError(f"the state is of {kind}, and the optimiser is {own}; use {kind}")
     check_optimiser_state(optimiser, saved)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['trained_parameters', 'gradients_of', 'check_updates', 'guarded_updates']
 
-# %% ../../nbs/loop/updates.ipynb #53ba21ea
+# %% ../../nbs/loop/updates.ipynb #1e96f12d
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .stages import Callback, CallbackError, hooks_of, label_of
 
-# %% ../../nbs/loop/updates.ipynb #37165e76
+# %% ../../nbs/loop/updates.ipynb #4f5b334f
 def trained_parameters(optimiser: Any) -> list[Tensor]:
     """The parameters that an optimiser steps, in the order of its groups.
 
@@ -34,7 +34,7 @@ def gradients_of(optimiser: Any) -> list[Tensor]:
     "The gradients that the next step of an optimiser will use."
     return [p.grad for p in trained_parameters(optimiser) if p.grad is not None]
 
-# %% ../../nbs/loop/updates.ipynb #df120a50
+# %% ../../nbs/loop/updates.ipynb #f49f3d7e
 _FIXES = {
     "step": 'takes its own optimiser.step(); call self.act("step") in its place',
     "backward": 'computes its own gradients; call self.act("backward") in place of loss.backward()',
@@ -42,11 +42,11 @@ _FIXES = {
 
 def _callbacks_on(learn: Any, stage: str) -> Iterator[tuple[Callback, str]]:
     "The callbacks whose work is done in a stage, each with the name of a hook."
+    wanted = {stage, f"before_{stage}", f"around_{stage}", f"after_{stage}"}
     for callback in learn.callbacks:
         if stage not in getattr(callback, "needs_stages", _FIXES): continue
         for hook, _ in hooks_of(callback, learn.tree):
-            kind, _, name = hook.partition("_")
-            if hook == stage or (name == stage and kind in ("before", "around", "after")):
+            if wanted & {*learn.tree.expand(hook)}:
                 yield callback, hook
                 break
 

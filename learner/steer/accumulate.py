@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.parts import length_of
 from ..base.batch import unpack
+from ..base.parts import length_of
 from ..base.words import check_whole
 from ..loop.learner import Learner
 from ..loop.stages import Callback, CallbackError, CancelStepException
@@ -58,7 +58,7 @@ class _Group:
         self.divisor = (self.total + (self.total == 0)) / self.unit
         _scale(gradients, self.divisor, divide=True)
 
-# %% ../../nbs/steer/accumulate.ipynb #64765901
+# %% ../../nbs/steer/accumulate.ipynb #7bdeabc6
 def _check_weight(weight: Any) -> float | Tensor:
     "The weight of a batch in double precision; raises ValueError for anything else."
     if isinstance(weight, Tensor) and weight.ndim == 0:
@@ -71,7 +71,7 @@ def _check_weight(weight: Any) -> float | Tensor:
                          "or a scalar tensor")
     return float(weight)
 
-# %% ../../nbs/steer/accumulate.ipynb #e1070a96
+# %% ../../nbs/steer/accumulate.ipynb #03da1f2f
 def _packed(gradient: Tensor | None) -> Any:
     "A copy of a gradient for the state: of a sparse one its parts."
     if gradient is None: return None
@@ -150,7 +150,7 @@ class _Weighted(_WithState):
         if self._stepping == learn.batch_num and self.n > 1:
             raise CallbackError(
                 "Accumulate: a second backward pass within the step sees only the last batch of "
-                "the group; let train_batch do both passes before the step, or leave Accumulate out")
+                "the group; let train_batch do both before the step, or leave Accumulate out")
         self._in_batch = True
         if self._group.divisor is not None: self._go_on()
         if self._weighed != learn.batch_num:
@@ -179,7 +179,7 @@ class _Weighted(_WithState):
             _scale(gradients, self._group.divisor)
             self._group.batches, self._group.divisor = 0, None
 
-# %% ../../nbs/steer/accumulate.ipynb #8b724d91
+# %% ../../nbs/steer/accumulate.ipynb #ab8f413c
 class _Grouped(_Weighted):
     "Leaves out the steps within a group, and takes that of the last group of a pass."
     _length: int | None = None  # of the pass, where the loader tells it
@@ -229,7 +229,7 @@ class _Grouped(_Weighted):
         if self._group.unit is not None: learn.optimiser.zero_grad()  # a group that was cut short
         self._group, self._in_batch, self._optimiser, self._last_loss = _Group(), False, None, None
 
-# %% ../../nbs/steer/accumulate.ipynb #f85cb057
+# %% ../../nbs/steer/accumulate.ipynb #705a16f3
 class Accumulate(_Grouped):
     """Makes one step of the gradients of several batches: the step of one batch as large as all.
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Filter', 'pick', 'FreezeUntil']
 
-# %% ../../nbs/steer/freeze.ipynb #7e985477
+# %% ../../nbs/steer/freeze.ipynb #956b83fe
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -48,7 +48,7 @@ def _pick(model: nn.Module, filter: Any) -> set[int]:
 def _name_of(filter: Any) -> str:
     return repr(filter) if isinstance(filter, str) else getattr(filter, "__name__", repr(filter))
 
-# %% ../../nbs/steer/freeze.ipynb #64f3b6ef
+# %% ../../nbs/steer/freeze.ipynb #aadfee7b
 def pick(model: nn.Module, filter: Filter | Iterable[Filter]) -> dict[str, nn.Parameter]:
     """The parameters that a filter picks.
 
@@ -80,7 +80,7 @@ def pick(model: nn.Module, filter: Filter | Iterable[Filter]) -> dict[str, nn.Pa
         found |= picked
     return {name: p for name, p in model.named_parameters() if id(p) in found}
 
-# %% ../../nbs/steer/freeze.ipynb #c54a1c96
+# %% ../../nbs/steer/freeze.ipynb #475281f4
 def _with_statistics(model: nn.Module, picked: Mapping[str, nn.Parameter]) -> list[nn.Module]:
     "The modules that keep statistics in a part of the model that is picked as a whole."
     own, found = {id(parameter) for parameter in picked.values()}, []

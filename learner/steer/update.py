@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ClipGradients', 'EMA', 'Accumulate', 'FreezeUntil']
 
-# %% ../../nbs/steer/update.ipynb #2d039b79
+# %% ../../nbs/steer/update.ipynb #e3afc814
 from collections.abc import Mapping
 from copy import deepcopy
 from math import inf
@@ -24,7 +24,7 @@ from .freeze import FreezeUntil
 
 _all_ = ["Accumulate", "FreezeUntil"]  # the others that work around the step
 
-# %% ../../nbs/steer/update.ipynb #1252b1c7
+# %% ../../nbs/steer/update.ipynb #5998ec8c
 def _check_limit(name: str, value: Any) -> float:
     if check_number(name, value) == 0: raise ValueError(f"{name} is {value!r}; it must be above 0")
     return float(value)
@@ -46,7 +46,7 @@ def _real(parameter: Tensor) -> Tensor:
     if parameter.grad is None or not parameter.grad.is_complex(): return parameter
     return _stand_in(torch.view_as_real(parameter.grad))
 
-# %% ../../nbs/steer/update.ipynb #aaec34d3
+# %% ../../nbs/steer/update.ipynb #81398c5c
 class _Limits(Callback):
     "Clips the gradients of an optimiser, and refuses those that come too late for it."
     norm: float | None
@@ -154,7 +154,7 @@ def _precise(tensor: Tensor) -> torch.dtype:
     "The precision to average in: 32 bits at least, or small changes would be lost."
     return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
 
-# %% ../../nbs/steer/update.ipynb #2906c57c
+# %% ../../nbs/steer/update.ipynb #c5a3ba28
 class _Average:
     "A moving average of the tensors of a model."
 
@@ -217,22 +217,21 @@ class _Averaging(Callback):
         if self.warm_up: decay = min(decay, (1 + updates) / (10 + updates))
         self._average.add(learn.model, decay)
 
-    def cleanup_train(self) -> None:
+    def cleanup_train(self, learn: Learner) -> None:
         self._put_back()
         self._average.stores = []
+        if self._average.model is None and self.updates: self._average.model = learn.model
 
-    def before_validation(self, learn: Learner) -> None:
+    def before_pass(self, learn: Learner) -> None:
         average = self._average
-        if not self.validate or not average.values: return
+        if learn.phase == "train" or not self.validate or not average.values: return
         if average.model not in (None, learn.model): return
         average.bind(learn.model)
         tensors = average.tensors()
         self._weights = [(tensor, tensor.detach().clone()) for tensor in tensors]
         with torch.no_grad(): torch._foreach_copy_(tensors, list(average.values.values()))
 
-    def cleanup_validation(self) -> None: self._put_back()
-
-    before_test, cleanup_test = before_validation, cleanup_validation
+    def cleanup_pass(self) -> None: self._put_back()
 
     def _put_back(self) -> None:
         if not self._weights: return
@@ -240,7 +239,7 @@ class _Averaging(Callback):
         with torch.no_grad(): torch._foreach_copy_(tensors, weights)
         self._weights = []
 
-# %% ../../nbs/steer/update.ipynb #3c96ec56
+# %% ../../nbs/steer/update.ipynb #20827f57
 class _Kept(_Averaging):
     "Gives the averages away, and has them in its state."
 
@@ -283,7 +282,7 @@ class _Kept(_Averaging):
         average.updates = state["updates"]
         average.values = {name: value.detach().clone() for name, value in state["averages"].items()}
 
-# %% ../../nbs/steer/update.ipynb #e5869f02
+# %% ../../nbs/steer/update.ipynb #36e4f5a0
 class EMA(_Kept):
     """Keeps an exponential moving average of the weights: validation and test see it.
 

@@ -19,7 +19,7 @@ from learner.base.words import (
     format_value,
     mode_of,
     named_loaders,
-    number_of,
+    as_number,
     plain,
     read_column,
     split_column,
@@ -65,7 +65,7 @@ NUMPY = (np.float64, np.float32, np.float16, np.longdouble, np.int64, np.uint8)
 @pytest.mark.parametrize("kind", [*NUMPY, lambda v: np.array(v, np.float32), lambda v: np.array(v, np.int16), torch.tensor,
                                   lambda v: torch.tensor(v, dtype=torch.bfloat16), lambda v: torch.nn.Parameter(torch.tensor(float(v))), Fraction, float])
 def test_numbers_of_every_library_are_numbers(kind):
-    number = number_of(kind(1))
+    number = as_number(kind(1))
     assert type(number) in (int, float) and number == 1
     assert json.dumps(plain({"a": [kind(1)]})) in ('{"a": [1]}', '{"a": [1.0]}')
 
@@ -77,11 +77,11 @@ def test_numbers_of_numpy_pass_as_arguments(kind):
 
 
 @pytest.mark.parametrize("value", ["1", None, 1j, np.complex64(1), torch.tensor(1j), np.array([1.0]), torch.ones(1), [1], np.datetime64("2026-01-01"), object()])
-def test_what_is_not_a_number(value): assert number_of(value) is None
+def test_what_is_not_a_number(value): assert as_number(value) is None
 
 
 def test_nan_stays_a_number_and_becomes_text_only_when_it_is_written():
-    assert math.isnan(number_of(np.float32("nan"))) and plain(np.float32("nan")) == "nan" and plain(torch.tensor(-math.inf)) == "-inf"
+    assert math.isnan(as_number(np.float32("nan"))) and plain(np.float32("nan")) == "nan" and plain(torch.tensor(-math.inf)) == "-inf"
 
 
 class Colour(enum.IntEnum):

@@ -814,7 +814,7 @@ CONSTRUCTION = {
     "loss": (dict(loss_func="mse"), TypeError, "loss_func is 'mse'; pass a function of predictions and labels, or None"),
     "one loader": (dict(dataloaders=[1]), TypeError, "dataloaders is a list; pass a mapping such as {\"train\": loader}"),
     "loader name": (dict(dataloaders={"valid": []}), ValueError,
-                    "dataloaders: 'valid' is none of ['train', 'validation', 'test']; did you mean validation?"),
+                    "dataloaders: 'valid' is not one of ['train', 'validation', 'test']; did you mean validation?"),
     "no iterable": (dict(dataloaders={"train": 3}), TypeError, "dataloaders[\"train\"] is 3; pass an iterable of batches"),
     "callback class": (dict(callbacks=Callback), TypeError, "callbacks: Callback is a class; pass an instance: Callback()"),
     "device": (dict(device="abacus"), ValueError, "device is 'abacus', which cannot be used: *"),
@@ -858,7 +858,7 @@ TRAINING = {
                     "loss_func returned a tensor of shape (16,); the loss must be a scalar: take its .mean()"),
     "float loss": (dict(loss_func=lambda p, t: 1.0), {}, LossError, "loss_func returned a float; the loss must be a scalar tensor"),
     "no loss": (dict(loss_func=lambda p, t: None), {}, LossError, "loss_func returned a NoneType; the loss must be a scalar tensor"),
-    "no own loss": (dict(loss_func=None), {}, LossError, "loss_func is None and the model's output has no .loss; pass one"),
+    "no own loss": (dict(loss_func=None), {}, LossError, "loss_func is None and the model's output has no loss; pass a loss_func, or return the loss as .loss, as [\"loss\"] or as the first scalar of a tuple"),
     "no gradient": (dict(model=frozen()), {}, LossError, "the loss needs no gradient: it depends on no parameter that is trained; "
                     "is the model frozen, the loss detached, or inference mode on?"),
     "epochs 0": ({}, dict(epochs=0), ValueError, "epochs is 0; it must be a whole number of at least 1"),

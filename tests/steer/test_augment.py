@@ -8,13 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from learner.steer.augment import TTA, BatchTransform, CutMix, Mixup, flip, normalise, random_crop, random_erase, random_flip
 from learner.check.reads import ReadBacks
-from learner.loop.learner import Learner
 from learner.loop.data import TensorLoader
-from learner.watch.look import predictions
-from learner.watch.metrics import Metrics
+from learner.loop.learner import Learner
 from learner.loop.stages import Callback, CancelBatchException
+from learner.steer.augment import (
+    TTA,
+    BatchTransform,
+    CutMix,
+    Mixup,
+    flip,
+    normalise,
+    random_crop,
+    random_erase,
+    random_flip,
+)
+from learner.watch.outputs import predictions
+from learner.watch.metrics import Metrics
 
 IMAGES = torch.rand(12, 3, 9, 7, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(12) % 4

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from learner.loop.learner import Learner
-from learner.steer.initialise import LSUV, InitError, fan_in, gain, kaiming
 from learner.loop.stages import Callback
+from learner.steer.initialise import LSUV, InitError, fan_in, gain, kaiming
 
 
 def images(): return torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))

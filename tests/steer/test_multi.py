@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, lr_scheduler
 
-from learner.loop.learner import Learner
-from learner.steer.multi import Optimisers, check_optimisers
 from learner.base.parts import is_optimiser
 from learner.base.provenance import rng_state, set_rng_state
+from learner.loop.learner import Learner
 from learner.loop.stages import Callback, CallbackError, CancelBatchException, CancelStepException, Stage
+from learner.steer.multi import Optimisers, check_optimisers
 
 
 def networks(seed=0):

@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from learner.loop.learner import Learner
-from learner.steer.multi import Optimisers
-from learner.steer.precision import ChannelsLast, Compile, MixedPrecision, autocast_kept, check_autocast
 from learner.loop.stages import (
     Callback,
     CancelBatchException,
@@ -25,6 +23,8 @@ from learner.loop.stages import (
     FunctionCallback,
     Stage,
 )
+from learner.steer.multi import Optimisers
+from learner.steer.precision import ChannelsLast, Compile, MixedPrecision, autocast_kept, check_autocast
 
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 

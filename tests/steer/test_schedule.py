@@ -9,6 +9,7 @@ import warnings
 import weakref
 from functools import partial
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,14 @@ from torch.optim import lr_scheduler as lrs
 
 from learner.check.conformance import check_callback
 from learner.loop.learner import Learner
-from learner.watch.progress import Progress
+from learner.loop.stages import (
+    Callback,
+    CancelBatchException,
+    CancelEpochException,
+    CancelStepException,
+    CancelTrainException,
+)
+from learner.steer.curves import combine, constant, cosine, exponential, linear, warm_up
 from learner.steer.schedule import (
     BatchSchedule,
     EarlyStopping,
@@ -26,20 +34,9 @@ from learner.steer.schedule import (
     PiecewiseSchedule,
     Schedule,
     ScheduleError,
-    combine,
-    constant,
-    cosine,
-    exponential,
-    linear,
-    warm_up,
 )
-from learner.loop.stages import (
-    Callback,
-    CancelBatchException,
-    CancelEpochException,
-    CancelStepException,
-    CancelTrainException,
-)
+from learner.steer.update import EMA
+from learner.watch.progress import Progress
 
 torch.manual_seed(0)
 X, Y = torch.randn(70, 4), torch.randint(3, (70,))
@@ -508,7 +505,167 @@ def test_one_of_several_optimisers_by_name():
     assert [group[0] for group in watch.seen[0]] == [0.5, 0.5]
 
 
+# What a scheduler's step wants
+
+class Custom:
+    "A scheduler of somebody's own, whose step sets the rate from what it is given."
+    def __init__(self, optimiser): self.group, self.given = optimiser.param_groups[0], []
+    def state_dict(self): return {"given": [float(value) for value in self.given]}
+    def load_state_dict(self, state): self.given = state["given"]
+    def take(self, value):
+        self.given.append(value)
+        self.group["lr"] = 0.1 / (1 + value)
+
+
+class ByEpoch(Custom):
+    def step(self, epoch, metric=None): self.take(epoch)
+
+
+class ByUpdate(Custom):
+    def step(self, num_updates): self.take(num_updates)
+
+
+class ByMetric(Custom):
+    def step(self, metrics): self.take(metrics)
+
+
+class Timm(Custom):
+    "As those of timm: epochs and updates have a method each, and one of the two does nothing."
+    t_in_epochs = True
+    def step(self, epoch, metric=None):
+        if self.t_in_epochs: self.take(epoch)
+    def step_update(self, num_updates, metric=None):
+        if not self.t_in_epochs: self.take(num_updates)
+
+
+class TimmByUpdate(Timm): t_in_epochs = False
+
+
+class Unclear(Custom):
+    def step(self, t): self.take(t)
+
+
+class Many(Custom):
+    def step(self, epoch, temperature): self.take(epoch)
+
+
+@pytest.mark.parametrize(("make", "count"), [
+    (lambda: EpochSchedule(ByEpoch), "epochs"), (lambda: EpochSchedule(Timm), "epochs"), (lambda: EpochSchedule(Unclear, wants="epoch"), "epochs"),
+    (lambda: BatchSchedule(ByUpdate), "updates"), (lambda: BatchSchedule(TimmByUpdate), "updates"), (lambda: BatchSchedule(Unclear, wants="update"), "updates"),
+])
+def test_a_step_that_wants_to_know_where_training_is_gets_the_epochs_or_updates_that_are_done(make, count):
+    learn = learner([schedule := make(), watch := Watch()], validation=False)
+    learn.train(2)
+    learn.train(1)
+    each = 1 if count == "updates" else PER_EPOCH
+    assert [seen[0][0] for seen in watch.seen] == [0.1 / (1 + batch // each) for batch in range(TOTAL)]
+    assert schedule.state_dict()["scheduler"]["given"] == [1 + i for i in range(TOTAL // each)]
+
+
+def test_a_step_that_wants_a_value_gets_the_monitored_one():
+    for schedule in (EpochSchedule(ByMetric), EpochSchedule(ByMetric, "train_loss"), EpochSchedule(Unclear, wants="metric")):
+        learn = learner(schedule)
+        learn.train(3)
+        assert schedule.state_dict()["scheduler"]["given"] == pytest.approx([row[schedule.monitor] for row in learn.history])
+
+
+@pytest.mark.parametrize(("make", "text"), [
+    (lambda: EpochSchedule(Unclear), "EpochSchedule(Unclear): Unclear.step asks for t, which does not tell what it wants; pass wants=\"epoch\", wants=\"update\" or wants=\"metric\""),
+    (lambda: BatchSchedule(Unclear), "asks for t, which does not tell what it wants"), (lambda: EpochSchedule(Many), "asks for epoch and temperature"),
+    (lambda: EpochSchedule(ByUpdate), "EpochSchedule(ByUpdate): ByUpdate is stepped once an update; use BatchSchedule"),
+    (lambda: BatchSchedule(ByEpoch), "ByEpoch is stepped once an epoch; use EpochSchedule"), (lambda: BatchSchedule(ByMetric), "use EpochSchedule"),
+    (lambda: EpochSchedule(TimmByUpdate), "use BatchSchedule"), (lambda: BatchSchedule(Timm), "use EpochSchedule"),
+    (lambda: EpochSchedule(ByEpoch, wants="loss"), "wants is 'loss'; it must be \"epoch\", \"update\" or \"metric\""),
+])
+def test_what_a_step_wants_is_not_guessed(make, text):
+    learn = learner()
+    before = copy.deepcopy(learn.model.state_dict())
+    with pytest.raises(ScheduleError) as caught: learn.train(2, callbacks=make())
+    assert text in str(caught.value) and all(torch.equal(value, before[name]) for name, value in learn.model.state_dict().items())
+
+
+def started(model):
+    return torch.optim.SGD([{"params": model.parameters(), "lr": 0.05, "initial_lr": 0.1}])
+
+
+@pytest.mark.parametrize(("kind", "factory", "per"), [
+    (EpochSchedule, partial(lrs.StepLR, step_size=2, last_epoch=3), "epoch"), (EpochSchedule, partial(lrs.LambdaLR, lr_lambda=lambda e: 0.5 ** e, last_epoch=3), "epoch"),
+    (BatchSchedule, partial(lrs.CosineAnnealingLR, T_max=20, last_epoch=3), "update"), (BatchSchedule, lambda optimiser: lrs.ExponentialLR(optimiser, 0.9, last_epoch=5), "update"),
+])
+def test_last_epoch_goes_on_from_elsewhere(kind, factory, per):
+    learn = learner([kind(factory), watch := Watch()], started)
+    learn.train(2)
+    assert watch.seen == by_hand(factory, started, 2, per)[0]
+    learn.train(1)
+    assert watch.seen == by_hand(factory, started, 3, per)[0]
+
+
+def test_last_epoch_without_an_initial_rate_is_refused_and_changes_nothing():
+    learn = learner(EpochSchedule(partial(lrs.StepLR, step_size=2, last_epoch=3)))
+    before = values(learn.optimiser)
+    with pytest.raises(ScheduleError, match="last_epoch goes on from elsewhere, and the parameter groups have no initial_lr; add it to each"): learn.train(2)
+    assert values(learn.optimiser) == before
+
+
+@pytest.mark.parametrize("name", ["StepLR", "LambdaLR", "SequentialLR", "progress", "EpochSchedule"])
+def test_a_group_that_is_added_in_training_is_refused_and_one_between_trainings_is_scheduled(name):
+    def make(): return EpochSchedule(OPEN["ExponentialLR"]) if name == "EpochSchedule" else ALL[name]()
+    def only_weight(model): return torch.optim.SGD([model.weight], lr=0.1, momentum=0.9)
+    learn = learner([make(), watch := Watch()], only_weight)
+    def add(epoch):
+        if epoch == 1: learn.optimiser.add_param_group({"params": [learn.model.bias], "lr": 0.1})
+    learn.on("before_training", add)
+    with pytest.raises(ScheduleError, match="a parameter group was added in training, and the schedule does not know it"): learn.train(3)
+    learn.remove(add)
+    watch.seen.clear()
+    learn.train(2)
+    assert len(watch.seen[0]) == 2 and watch.seen[-1][0] != watch.seen[0][0] and watch.seen[-1][1][0] != watch.seen[0][1][0]
+
+
+@pytest.mark.parametrize("name", [*FILLED, *OPEN])
+def test_numbers_of_numpy_are_numbers(name):
+    factory = FILLED[name][0] if name in FILLED else OPEN[name]
+    def make(number): return lambda model: torch.optim.SGD([{"params": [model.weight]}, {"params": [model.bias], "lr": number(0.02)}], lr=number(0.1), momentum=number(0.9))
+    found = []
+    for number in (float, numpy.float64):
+        learn = learner([schedule := BatchSchedule(factory), watch := Watch()], make(number))
+        learn.on("after_batch", lambda schedule=schedule: json.dumps(schedule.state_dict()))
+        learn.train(2)
+        learn.train(2)
+        found.append((watch.seen, values(learn.optimiser), [sorted(group) for group in learn.optimiser.param_groups]))
+    assert found[0] == found[1]
+
+
 # Early stopping
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_restore_best_puts_back_the_averages_with_the_weights(order):
+    torch.manual_seed(0)
+    x = torch.randn(64, 4)
+    y = x @ torch.randn(4, 1) + 0.3 * torch.randn(64, 1)
+    model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 1))
+    ema, stopping = EMA(0.9, warm_up=False), EarlyStopping(patience=8, restore_best=True)
+    loaders = {"train": [(x[:16], y[:16]), (x[16:32], y[16:32])], "validation": [(x[32:], y[32:])], "test": [(x[32:], y[32:])]}
+    learn = Learner(model, torch.optim.Adam(model.parameters(), lr=0.02), F.mse_loss, loaders, [stopping, ema][::order], device="cpu")
+    learn.train(200)
+    best = min(learn.history["validation_loss"])
+    assert len(learn.history) < 200 and learn.history[-1]["test_loss"] == pytest.approx(best) and learn.validate()["validation_loss"] == pytest.approx(best)
+    assert F.mse_loss(ema.model()(x[32:]), y[32:]).item() == pytest.approx(best)
+
+
+def test_restore_best_puts_back_the_parameters_of_the_loss():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+        def forward(self, predictions, labels): return F.cross_entropy(predictions * self.scale, labels)
+    model, loss, kept = net(), Scaled(), []
+    learn = Learner(model, torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1), loss, {"train": BATCHES, "validation": BATCHES[:1]},
+                    [Log("score", [3, 2, 1, 5, 6, 7]), EarlyStopping("score", mode="min", restore_best=True)], device="cpu")
+    learn.on("after_epoch", lambda: kept.append(loss.scale.item()))
+    learn.train(6)
+    assert loss.scale.item() == kept[2] != kept[-1]
+
 
 class Log(Callback):
     "Logs values as if they had been measured: None leaves one out."
@@ -665,7 +822,7 @@ def test_curve_and_plot_show_what_training_does():
 
 
 BAD = [
-    (lambda: BatchSchedule(None), TypeError, "BatchSchedule: factory is 'None', no factory of schedulers; pass one such as StepLR"),
+    (lambda: BatchSchedule(None), TypeError, "BatchSchedule: factory is 'None', which is not a factory of schedulers; pass one such as StepLR"),
     (lambda: BatchSchedule(lrs.OneCycleLR), TypeError, "missing a required argument: 'max_lr'; give it by partial"),
     (lambda: BatchSchedule(lrs.StepLR(sgd(net()), 2)), TypeError, "it is made when training starts: partial(StepLR, ...)"),
     (lambda: BatchSchedule(lambda optimiser: None), TypeError, "which has no step()"),
@@ -675,7 +832,7 @@ BAD = [
     (lambda: BatchSchedule(lrs.ReduceLROnPlateau), ScheduleError, "use EpochSchedule"),
     (lambda: BatchSchedule(partial(lrs.OneCycleLR, max_lr=0.1, total_steps=3)), ScheduleError, "has 3 of its 3 steps left and this train takes 14"),
     (lambda: EpochSchedule(lrs.ReduceLROnPlateau, monitor=None), MonitorError, "name a column of the history"),
-    (lambda: EpochSchedule(lrs.ReduceLROnPlateau, monitor="validation_los"), MonitorError, "which is none of ['train_loss', 'validation_loss']; did you mean validation_loss?"),
+    (lambda: EpochSchedule(lrs.ReduceLROnPlateau, monitor="validation_los"), MonitorError, "which is not one of ['train_loss', 'validation_loss']; did you mean validation_loss?"),
     (lambda: EpochSchedule(lrs.ReduceLROnPlateau, monitor="validation_accuracy"), ScheduleError, "is good when high, and ReduceLROnPlateau has mode='min'; pass mode='max'"),
     (lambda: Schedule(3), TypeError, "pass a function of one number"),
     (lambda: Schedule([]), TypeError, "pass a function of one number"),
@@ -693,7 +850,7 @@ BAD = [
     (lambda: combine([0, 1.0], [cosine(1, 0)] * 2), ScheduleError, "a share is 0; it must be above 0"),
     (lambda: warm_up(cosine(1, 0), 1), ScheduleError, "share is 1; it must be above 0 and below 1"),
     (lambda: PiecewiseSchedule([]), ScheduleError, "pieces is []; write"),
-    (lambda: PiecewiseSchedule([[3]]), ScheduleError, "[3] is no pair"),
+    (lambda: PiecewiseSchedule([[3]]), ScheduleError, "[3] is not a pair"),
     (lambda: PiecewiseSchedule([[3, 0.1], [3, 0.2]]), ScheduleError, "do not rise"),
     (lambda: PiecewiseSchedule([[0, 0.1]]), ValueError, "an epoch is 0; it must be a whole number of at least 1"),
     (lambda: PiecewiseSchedule([[1, "x"]]), ScheduleError, "a value is 'x'"),
@@ -704,8 +861,8 @@ BAD = [
     (lambda: EarlyStopping(min_delta=-1), ValueError, "min_delta is -1"),
     (lambda: EarlyStopping(restore_best=1), TypeError, "restore_best is 1"),
     (lambda: EarlyStopping("test_loss"), MonitorError, "is known only after training"),
-    (lambda: EarlyStopping("validation_accuracy"), MonitorError, "which is none of ['train_loss', 'validation_loss']"),
-    (lambda: [Log("score", "ab"), EarlyStopping("score", mode="min")], MonitorError, "score is 'a', which is no number"),
+    (lambda: EarlyStopping("validation_accuracy"), MonitorError, "which is not one of ['train_loss', 'validation_loss']"),
+    (lambda: [Log("score", "ab"), EarlyStopping("score", mode="min")], MonitorError, "score is 'a', which is not a number"),
 ]
 
 
@@ -724,7 +881,7 @@ def test_bad_input_is_said_and_leaves_everything_unchanged(make, kind, text):
 def test_bad_input_that_needs_another_learner():
     for callback in (EarlyStopping(), EpochSchedule(lrs.ReduceLROnPlateau)):
         with pytest.raises(MonitorError, match="there is no validation loader; add one"): learner(callback, validation=False).train(1)
-    with pytest.raises(ScheduleError, match="is no torch Optimizer, and this scheduler wants one; pass optimiser=, one of weights, biases"):
+    with pytest.raises(ScheduleError, match="is not a torch Optimizer, and this scheduler wants one; pass optimiser=, one of weights, biases"):
         learner(BatchSchedule(lrs.CosineAnnealingLR), several).train(1)
     with pytest.raises(ScheduleError, match="it has weights, biases; did you mean biases?"):
         learner(BatchSchedule(lrs.CosineAnnealingLR, optimiser="biasses"), several).train(1)

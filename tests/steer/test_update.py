@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from learner.loop.learner import Learner
 from learner.base.words import check_whole
+from learner.loop.learner import Learner
 from learner.loop.stages import (
     Callback,
     CallbackError,
@@ -21,8 +21,8 @@ from learner.loop.stages import (
     CancelTrainException,
 )
 from learner.steer.freeze import pick
-from learner.watch.recorder import Recorder
 from learner.steer.update import EMA, Accumulate, ClipGradients, FreezeUntil
+from learner.watch.recorder import Recorder
 
 
 def net(seed=0, double=True):

@@ -17,26 +17,9 @@ from sklearn.metrics import confusion_matrix as oracle_confusion
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from learner.watch import look
-from learner.loop.learner import Learner
-from learner.loop.data import DataLoaders, TensorLoader, digits
-from learner.watch.look import (
-    class_names,
-    confusion,
-    confusion_matrix,
-    example_losses,
-    plot_confusion,
-    predict,
-    predictions,
-    show_batch,
-    show_predictions,
-    show_top_losses,
-    top_losses,
-)
-from learner.watch.metrics import Metrics
-from learner.steer.precision import MixedPrecision
-from learner.watch.progress import Progress
 from learner.base.provenance import rng_state
+from learner.loop.data import DataLoaders, TensorLoader, digits
+from learner.loop.learner import Learner
 from learner.loop.stages import (
     Callback,
     CancelBatchException,
@@ -44,7 +27,13 @@ from learner.loop.stages import (
     CancelTrainException,
     provides,
 )
+from learner.steer.precision import MixedPrecision
 from learner.steer.update import EMA
+from learner.watch.confusion import confusion, confusion_matrix, plot_confusion
+from learner.watch.look import class_names, show_batch, show_predictions, show_top_losses
+from learner.watch.metrics import Metrics
+from learner.watch.outputs import example_losses, predict, predictions, top_losses
+from learner.watch.progress import Progress
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -452,13 +441,13 @@ def test_models_that_make_their_own_loss():
     torch.testing.assert_close(found.predictions, by_hand(learn.model.inner, x))
     assert torch.equal(found.labels, y) and found.losses is None
     show_batch(learn), show_predictions(learn), confusion_matrix(learn)
-    with pytest.raises(ValueError, match="tells no loss for each example"): top_losses(learn)
+    with pytest.raises(ValueError, match="gives no loss for each example"): top_losses(learn)
 
 
 @pytest.mark.parametrize(("form", "message"), [
-    (lambda p: SimpleNamespace(scores=p), "predictions are a SimpleNamespace; it takes tensors with a row for each example"),
-    (lambda p: (p, "words"), "predictions hold a str; it takes tensors"),
-    (lambda p: (p, p.mean()), "predictions hold a scalar tensor; it takes tensors"),
+    (lambda p: SimpleNamespace(scores=p), "predictions are a SimpleNamespace; they must be tensors with a row for each example"),
+    (lambda p: (p, "words"), "predictions hold a str; they must be tensors"),
+    (lambda p: (p, p.mean()), "predictions hold a scalar tensor; they must be tensors"),
 ])
 def test_outputs_that_cannot_be_kept(form, message):
     learn = learner(model=Nested(form), loss_func=lambda p, y: torch.zeros(()))
@@ -545,7 +534,7 @@ def test_top_losses_of_what_is_no_picture():
     text = repr(best)
     assert text.startswith("Predictions for 4 examples:") and f"{best.losses[0]:.4f}" in text and "label" in text
     assert "<table>" in best._repr_html_()
-    with pytest.raises(TypeError, match="the inputs are no images"): show_top_losses(learn)
+    with pytest.raises(TypeError, match="the inputs are not images"): show_top_losses(learn)
 
 
 # Confusion
@@ -829,23 +818,23 @@ ITERATOR = iter([data()])
 
 BAD = [
     (lambda: predictions(nn.Linear(1, 1)), TypeError, "learn is a Linear; pass a Learner"),
-    (lambda: predictions(learner(), "valid"), ValueError, "phase is 'valid', none of ['train', 'validation', 'test']; did you mean validation?"),
+    (lambda: predictions(learner(), "valid"), ValueError, "phase is 'valid'; it must be one of ['train', 'validation', 'test']; did you mean validation?"),
     (lambda: predict(nn.Linear(1, 1), data()[0]), TypeError, "learn is a Linear; pass a Learner"),
     (lambda: predict(learner(), data()[0], 0), ValueError, "batch_size is 0;"),
     *[(lambda inputs=inputs: predict(learner(), inputs), ValueError, "inputs is empty; give at least one example")
       for inputs in (data()[0][:0], (), {}, [], None, (data()[0][:0], data()[0][:0]))],
     (lambda: predict(learner(), (data()[0], data(3)[0])), ValueError, "inputs have [3, 50] rows"),
-    (lambda: predict(learner(), "text"), TypeError, "inputs are a str; it takes tensors with a row for each example"),
+    (lambda: predict(learner(), "text"), TypeError, "inputs are a str; they must be tensors with a row for each example"),
     (lambda: predict(learner(), torch.tensor(1.0)), TypeError, "inputs are a scalar tensor"),
-    (lambda: predict(learner(), [1, 2]), TypeError, "inputs hold an int; it takes tensors with a row for each example, alone, in tuples, lists and mappings; convert with torch.as_tensor"),
-    (lambda: predict(learner(), np.zeros((3, 1, 6, 6))), TypeError, "inputs are an ndarray; it takes tensors with a row for each example, alone, in tuples, lists and mappings; convert with torch.as_tensor"),
+    (lambda: predict(learner(), [1, 2]), TypeError, "inputs hold an int; they must be tensors with a row for each example, alone or in tuples, lists and mappings; convert with torch.as_tensor"),
+    (lambda: predict(learner(), np.zeros((3, 1, 6, 6))), TypeError, "inputs are an ndarray; they must be tensors with a row for each example, alone or in tuples, lists and mappings; convert with torch.as_tensor"),
     (lambda: predict(learner(model=nn.Linear(4, 3)), torch.randn(4)), ValueError, "predictions have shape (3,) for 4 examples; the model must give a row for each (inputs[None] makes a batch of a single example)"),
     (lambda: predict(learner(model=Nested(lambda p: (p, p[:1]))), data()[0]), ValueError, "predictions have shape (50, 4), (1, 4) for 50 examples; the model must give a row for each"),
     (lambda: predict(learner(cls=OwnRoutine), data()[0]), ValueError, "1 of 1 batches did not come through the action predict: a callback cancels them, or the learner's own validation_batch leaves it out"),
     (lambda: predict(learner(SkipsSecond()), data()[0], 20), ValueError, "1 of 3 batches did not come through the action predict: a callback cancels them"),
     (lambda: show_batch(learner(), "trian"), ValueError, "did you mean train?"),
-    (lambda: confusion_matrix(learner(), ["test"]), ValueError, "phase is ['test'], none of"),
-    (lambda: show_top_losses(learner(given={"train": [data()]})), ValueError, "dataloaders has no \"validation\" loader, it has ['train']; look at one of these"),
+    (lambda: confusion_matrix(learner(), ["test"]), ValueError, "phase is ['test']; it must be one of"),
+    (lambda: show_top_losses(learner(given={"train": [data()]})), ValueError, "dataloaders has no \"validation\" loader, only ['train']; look at one of these"),
     (lambda: predictions(learner(given={"train": []}), "train"), ValueError, "dataloaders[\"train\"] is empty; give it at least one batch"),
     (lambda: predictions(learner(given={"train": ITERATOR}), "train"), ValueError, "dataloaders[\"train\"] is an iterator, and a look would use it up"),
     (lambda: predictions(learner(), count=0), ValueError, "count is 0; it must be a whole number of at least 1"),
@@ -854,33 +843,33 @@ BAD = [
     (lambda: show_predictions(learner(), count=None), ValueError, "count is None;"),
     (lambda: top_losses(learner(), count=-1), ValueError, "count is -1;"),
     (lambda: show_top_losses(learner(), count=True), ValueError, "count is True;"),
-    (lambda: show_predictions(learner(), classes=["a", "b", "c"]), ValueError, "classes has 3 names, and there are 4 classes; pass one name for each"),
-    (lambda: show_predictions(learner(), classes=[*"abcde"]), ValueError, "classes has 5 names, and there are 4 classes"),
-    (lambda: show_top_losses(learner(), classes=["a"]), ValueError, "classes has 1 names, and there are 4 classes"),
-    (lambda: confusion_matrix(learner(), classes=[]), ValueError, "classes has 0 names, and there are 4 classes"),
+    (lambda: show_predictions(learner(), classes=["a", "b", "c"]), ValueError, "classes has 3 names, but there are 4 classes; pass one name for each"),
+    (lambda: show_predictions(learner(), classes=[*"abcde"]), ValueError, "classes has 5 names, but there are 4 classes"),
+    (lambda: show_top_losses(learner(), classes=["a"]), ValueError, "classes has 1 names, but there are 4 classes"),
+    (lambda: confusion_matrix(learner(), classes=[]), ValueError, "classes has 0 names, but there are 4 classes"),
     (lambda: show_batch(learner(), classes=["a", "b"]), ValueError, "label 3 has no name: classes has 2 names, for labels from 0 to 1"),
     (lambda: show_batch(learner(), classes="abcd"), TypeError, "classes is 'abcd'; pass a list with the name of each class"),
     (lambda: confusion_matrix(learner(), classes={0: "a"}), TypeError, "classes is {0: 'a'}; pass a list"),
     (lambda: confusion_matrix(learner(), classes=4), TypeError, "classes is 4; pass a list"),
     (lambda: confusion_matrix(learner(), normalise="true"), TypeError, "normalise is 'true'; it must be True or False"),
     (lambda: confusion_matrix(learner(model=network(1), loss_func=F.mse_loss, given={"validation": [(data()[0], torch.randn(50, 1))]})), ValueError, "predictions of shape (50, 1) and float32 are not Nxclasses scores; pass classes to confusion"),
-    (lambda: confusion_matrix(learner(loss_func=F.mse_loss, given={"validation": [(data()[0], torch.randn(50, 4))]})), ValueError, "labels of shape (50, 4) and float32 are no classes for predictions of shape (50, 4)"),
-    (lambda: confusion(torch.randn(3, 2), torch.tensor([0, 1, 2])), ValueError, "labels go from 0 to 2, and 2 classes from 0 to 1"),
-    (lambda: confusion(torch.randn(3, 2), torch.tensor([0, 1, -100])), ValueError, "labels go from -100 to 1, and 2 classes"),
+    (lambda: confusion_matrix(learner(loss_func=F.mse_loss, given={"validation": [(data()[0], torch.randn(50, 4))]})), ValueError, "labels of shape (50, 4) and float32 are not classes for predictions of shape (50, 4)"),
+    (lambda: confusion(torch.randn(3, 2), torch.tensor([0, 1, 2])), ValueError, "labels go from 0 to 2, but the 2 classes go from 0 to 1"),
+    (lambda: confusion(torch.randn(3, 2), torch.tensor([0, 1, -100])), ValueError, "labels go from -100 to 1, but the 2 classes"),
     (lambda: confusion(torch.randn(3, 2), torch.tensor([0, 1])), ValueError, "they must be whole numbers of shape (3,)"),
-    (lambda: confusion(torch.tensor([0, 5]), torch.tensor([0, 1]), 3), ValueError, "predictions go from 0 to 5, and 3 classes from 0 to 2"),
+    (lambda: confusion(torch.tensor([0, 5]), torch.tensor([0, 1]), 3), ValueError, "predictions go from 0 to 5, but the 3 classes go from 0 to 2"),
     (lambda: confusion(torch.tensor([0]), torch.tensor([0]), 0), ValueError, "num_classes is 0;"),
     (lambda: confusion([0, 1], torch.tensor([0, 1])), TypeError, "predictions is a list; pass a tensor"),
     (lambda: confusion(torch.tensor([0, 1]), [0, 1]), TypeError, "labels is a list; pass a tensor"),
     (lambda: confusion(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long)), ValueError, "labels is empty"),
     (lambda: plot_confusion(torch.zeros(2, 3)), ValueError, "matrix must be a square tensor"),
     (lambda: plot_confusion([[1]]), ValueError, "matrix must be a square tensor"),
-    (lambda: plot_confusion(torch.eye(2), ["a"]), ValueError, "classes has 1 names, and there are 2 classes"),
+    (lambda: plot_confusion(torch.eye(2), ["a"]), ValueError, "classes has 1 names, but there are 2 classes"),
     (lambda: plot_confusion(torch.eye(2), ax=plt.subplots(1, 2)[1]), TypeError, "ax must be one matplotlib Axes"),
-    (lambda: show_batch(learner(model=nn.Linear(5, 4), given={"train": [(torch.randn(8, 5), torch.zeros(8).long())]})), TypeError, "the inputs are no images, their shape is (8, 5) and not Nx1xHxW"),
-    (lambda: show_batch(learner(model=nn.Linear(5, 4), given={"train": [(torch.randn(8, 2, 6, 6), torch.zeros(8).long())]})), TypeError, "the inputs are no images, their shape is (8, 2, 6, 6)"),
-    (lambda: show_predictions(learner(model=nn.Linear(5, 4), given={"validation": [(torch.randn(8, 5), torch.zeros(8).long())]})), TypeError, "the inputs are no images"),
-    (lambda: top_losses(learner(loss_func=lambda p, y: F.cross_entropy(p, y))), ValueError, "loss_func <lambda> tells no loss for each example; give it a parameter `reduction`"),
+    (lambda: show_batch(learner(model=nn.Linear(5, 4), given={"train": [(torch.randn(8, 5), torch.zeros(8).long())]})), TypeError, "the inputs are not images: their shape is (8, 5) and not Nx1xHxW"),
+    (lambda: show_batch(learner(model=nn.Linear(5, 4), given={"train": [(torch.randn(8, 2, 6, 6), torch.zeros(8).long())]})), TypeError, "the inputs are not images: their shape is (8, 2, 6, 6)"),
+    (lambda: show_predictions(learner(model=nn.Linear(5, 4), given={"validation": [(torch.randn(8, 5), torch.zeros(8).long())]})), TypeError, "the inputs are not images"),
+    (lambda: top_losses(learner(loss_func=lambda p, y: F.cross_entropy(p, y))), ValueError, "loss_func <lambda> gives no loss for each example; give it a parameter `reduction`"),
     (lambda: predictions(learner(Skips())), ValueError, "no batch of dataloaders[\"validation\"] was completed; does a callback cancel them all?"),
     (lambda: show_batch(learner(SkipsTraining())), ValueError, "no batch of dataloaders[\"train\"] came as far as the model"),
 ]
@@ -938,6 +927,6 @@ def test_the_memory_of_top_losses_does_not_grow():
 
         def __len__(self): return 40
 
-    best = look.top_losses(learner(given={"validation": Watched()}), count=5)
+    best = top_losses(learner(given={"validation": Watched()}), count=5)
     assert len(best.inputs) == 5
     assert best.inputs.untyped_storage().nbytes() == 5 * 36 * 4

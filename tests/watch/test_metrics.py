@@ -14,8 +14,9 @@ from sklearn.metrics import f1_score, roc_auc_score
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from learner.watch import metrics as module
 from learner.loop.learner import Learner
+from learner.loop.stages import Callback, CancelBatchException, CancelEpochException, CancelTrainException
+from learner.watch import metrics as module
 from learner.watch.metrics import (
     BinaryAccuracy,
     BinaryAUROC,
@@ -28,7 +29,6 @@ from learner.watch.metrics import (
     R2Score,
     WindowedMeanSquaredError,
 )
-from learner.loop.stages import Callback, CancelBatchException, CancelEpochException, CancelTrainException
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from learner.loop.learner import Learner
 from learner.loop.data import DataLoaders, digits
-from learner.watch.modules import shapes, summary, watched
+from learner.loop.learner import Learner
 from learner.loop.stages import Callback
+from learner.watch.modules import shapes, summary, watched
 
 
 def learner(model, batches, loss_func=F.cross_entropy, cls=Learner, **options):

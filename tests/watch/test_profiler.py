@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from learner.loop.learner import Learner
-from learner.watch.profiler import Profiler
 from learner.loop.stages import Callback, Stage
+from learner.watch.profiler import Profiler
 
 matplotlib.use("agg")
 
@@ -98,7 +98,7 @@ def test_a_validation_of_its_own_and_a_pass_that_was_not_measured():
     learn.validate()
     assert profiler.seconds("validation")["data"] == 7
     with pytest.raises(ValueError, match="^the profiler has measured no train pass; let it take part in one$"): profiler.table()
-    with pytest.raises(ValueError, match="^phase: 'tests' is none of .*; did you mean test\\?$"): profiler.plot("tests")
+    with pytest.raises(ValueError, match="^phase: 'tests' is not one of .*; did you mean test\\?$"): profiler.plot("tests")
 
 
 def test_weights_are_the_same_with_and_without():

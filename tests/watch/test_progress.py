@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from learner.watch import progress
 from learner.loop.learner import Learner
-from learner.watch.progress import LogView, Progress, TerminalView
 from learner.loop.stages import Callback, CancelBatchException, CancelEpochException, CancelTrainException
+from learner.watch import progress
+from learner.watch.progress import LogView, Progress, TerminalView
 
 SETUP = """
 import time, torch, torch.nn.functional as F

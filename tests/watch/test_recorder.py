@@ -13,14 +13,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from learner.loop.learner import Learner
-from learner.watch.recorder import BLOCK, Recorder, RecorderError
 from learner.loop.stages import (
     Callback,
+    CallbackError,
     CancelBatchException,
     CancelEpochException,
     CancelStepException,
     CancelTrainException,
 )
+from learner.steer.accumulate import Accumulate
+from learner.watch.recorder import BLOCK, Recorder, RecorderError
 
 torch.manual_seed(0)
 X, Y = torch.randn(203, 6), torch.randint(3, (203,))
@@ -158,9 +160,20 @@ def test_gradient_norm_leaves_out_what_has_no_gradient_and_comes_before_clipping
     recorder, norms = Recorder("gradient_norm"), []
     learn = learner(recorder)
     learn.model[0].requires_grad_(False)
-    learn.on("after_backward", lambda model: norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01).item()))
+    learn.on("before_step", lambda model: norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01).item()))
     learn.train(1)
     assert recorder["gradient_norm"] == norms and min(norms) > 0.01
+
+
+def test_gradient_norm_of_accumulated_batches_is_that_of_the_large_one():
+    def norms(batches, *more):
+        recorder, model = Recorder("gradient_norm"), nn.Sequential(nn.Linear(6, 3))
+        torch.manual_seed(2)
+        model[0].reset_parameters()
+        Learner(model, torch.optim.SGD, F.cross_entropy, {"train": batches}, [recorder, *more], device="cpu").train(2, 0.1)
+        return recorder["gradient_norm"]
+    large = norms(list(zip(X[:200].split(80), Y[:200].split(80), strict=True)))
+    assert norms(BATCHES[:10], Accumulate(4)) == pytest.approx(large, rel=1e-5)
 
 
 @pytest.mark.parametrize("every, epochs", [(2, 1), (3, 2), (5, 15), (1000, 2)])
@@ -327,17 +340,21 @@ def test_a_routine_of_its_own():
         def train_batch(self): self.act("prepare", *["predict", "loss", "backward", "step"] * 2)
 
     loaders = {"train": BATCHES}
-    by_batch, by_step = Recorder("loss", "learning_rate", per="batch"), Recorder()
-    Own(net(), sgd, F.cross_entropy, loaders, [by_batch, by_step], device="cpu").train(1)
-    assert len(by_batch) == 11 and len(by_step) == 0
+    by_batch = Recorder("loss", "learning_rate", per="batch")
+    Own(net(), sgd, F.cross_entropy, loaders, by_batch, device="cpu").train(1)
+    assert len(by_batch) == 11
+    with pytest.raises(CallbackError, match=r"Recorder\.after_step would never be called: the routine of Own takes"):
+        Own(net(), sgd, F.cross_entropy, loaders, Recorder(), device="cpu").train(1)
     twice = Recorder("loss", "gradient_norm")
     Twice(net(), sgd, F.cross_entropy, loaders, twice, device="cpu").train(1)
     assert len(twice) == 22
-    with pytest.raises(RecorderError, match="no gradient norm in this batch"):
+    with pytest.raises(CallbackError, match=r"GradientNorm\.after_backward would never be called"):
         Own(net(), sgd, F.cross_entropy, loaders, Recorder("gradient_norm", per="batch"), device="cpu").train(1)
 
     class NoLoss(Own):
         def train_batch(self): self.prepare()
+    with pytest.raises(RecorderError, match="no gradient norm, as no backward stage ran in this batch"):
+        NoLoss(net(), sgd, F.cross_entropy, loaders, Recorder("gradient_norm", per="batch"), device="cpu").train(1)
     with pytest.raises(RecorderError, match=r"finds no learn\.loss in this batch"):
         NoLoss(net(), sgd, F.cross_entropy, loaders, Recorder(per="batch"), device="cpu").train(1)
 
@@ -388,7 +405,7 @@ def test_a_state_of_other_quantities_changes_nothing():
     recorder, other = Recorder("loss"), Recorder("loss", "momentum")
     learner([recorder, other]).train(1)
     before = recorder["loss"]
-    with pytest.raises(RecorderError, match=r"the state has loss, momentum, and this is Recorder\(loss\)"):
+    with pytest.raises(RecorderError, match=r"the state holds loss, momentum, but this is Recorder\(loss\)"):
         recorder.load_state_dict(other.state_dict())
     assert recorder["loss"] == before and recorder.num_steps == 11
 
@@ -424,11 +441,11 @@ def trained():
 
 
 BAD = [
-    (lambda: Recorder("los"), RecorderError, "Recorder: 'los' is none of ['loss', 'learning_rate', 'momentum', 'gradient_norm']; did you mean loss?; a quantity of your own comes with its function: Recorder(name=function)"),
-    (lambda: Recorder("lr"), RecorderError, "'lr' is none of"),
-    (lambda: Recorder("loss", "loss"), RecorderError, "Recorder: loss is there twice; leave one out"),
-    (lambda: Recorder(len), TypeError, "Recorder: <built-in function len> is no name; a function is given by name: Recorder(name=function)"),
-    (lambda: Recorder(loss=True), RecorderError, "Recorder: loss is built in: write Recorder(\"loss\"), or give yours another name"),
+    (lambda: Recorder("los"), RecorderError, "Recorder: 'los' is not one of ['loss', 'learning_rate', 'momentum', 'gradient_norm']; did you mean loss?; a quantity of your own needs its function: Recorder(name=function)"),
+    (lambda: Recorder("lr"), RecorderError, "'lr' is not one of"),
+    (lambda: Recorder("loss", "loss"), RecorderError, "Recorder: loss is named twice; leave one out"),
+    (lambda: Recorder(len), TypeError, "Recorder: <built-in function len> is not a name; give a function by name: Recorder(name=function)"),
+    (lambda: Recorder(loss=True), RecorderError, "Recorder: loss is built in; write Recorder(\"loss\"), or give yours another name"),
     (lambda: Recorder(step=len), RecorderError, "Recorder: step is what the x axis is called; use another name"),
     (lambda: Recorder(norm=3), TypeError, "Recorder: norm is 3; it must be a function of the learner"),
     (lambda: Recorder(norm=lambda: 3), TypeError, "Recorder: norm has the parameters (); it is called as function(learn)"),
@@ -441,7 +458,7 @@ BAD = [
     (lambda: learner(Recorder(a=lambda learn: 1j)).train(1), RecorderError, "1j; it must be a number or a scalar tensor"),
     (lambda: learner(Recorder(a=lambda learn: torch.tensor(1j))).train(1), RecorderError, "1.j); it must be a number or a scalar tensor"),
     (lambda: learner(Recorder(a=lambda learn: torch.ones(1, 2))).train(1), RecorderError, "Recorder: a is a tensor of shape (1, 2); it must be a number or a scalar tensor"),
-    (lambda: learner(Recorder("momentum"), torch.optim.Adagrad).train(1, 0.1), RecorderError, "Recorder: Adagrad has no momentum; record without it"),
+    (lambda: learner(Recorder("momentum"), torch.optim.Adagrad).train(1, 0.1), RecorderError, "Recorder: Adagrad has no momentum; leave it out"),
     (lambda: trained()["los"], RecorderError, "Recorder(loss, learning_rate) has not recorded 'los'; did you mean loss?"),
     (lambda: trained()["momentum"], RecorderError, "Recorder(loss, learning_rate) has not recorded 'momentum'"),
     (lambda: trained().plot("lossss"), RecorderError, "has not recorded 'lossss'; did you mean loss?"),
