@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUESTIONS', 'Question', 'causes_of', 'Diagnosis', 'doctor']
 
-# %% ../../nbs/check/diagnosis.ipynb #a9476a3b
+# %% ../../nbs/check/diagnosis.ipynb #6c149164
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from ..loop.learner import Learner
 from ..loop.stages import Callback
 from ..steer.initialise import LSUV
 
-# %% ../../nbs/check/diagnosis.ipynb #53645ce1
+# %% ../../nbs/check/diagnosis.ipynb #ea3ad67a
 def _finite_weights(learn: Learner) -> Finding:
     name = "finite weights"
     bad = {path: ~tensor.detach().isfinite() for path, tensor in learn.model.named_parameters()}
@@ -63,7 +63,7 @@ def _all_frozen(learn: Learner) -> list[Finding]:
     return [fault("frozen", "every parameter is frozen (requires_grad is False); unless that is "
                             "intended, call requires_grad_(True)")]
 
-# %% ../../nbs/check/diagnosis.ipynb #434cb188
+# %% ../../nbs/check/diagnosis.ipynb #b0a966bc
 _LATE = 900_000  # as a priority: after all callbacks, before the checks look
 
 def _change_data(copy: Learner, change: Callable[[Learner], None]) -> None:
@@ -98,7 +98,7 @@ def _draw_labels(copy: Learner, finding: Finding) -> None:
         else: learn.labels = torch.rand_like(learn.labels.float()).round().to(learn.labels)
     _change_data(copy, change)
 
-# %% ../../nbs/check/diagnosis.ipynb #ed666ee7
+# %% ../../nbs/check/diagnosis.ipynb #c78de8ea
 def _vary_input(copy: Learner, finding: Finding) -> None:
     "Noise in place of an input that is always the same."
     def change(learn: Learner) -> None:
@@ -107,7 +107,7 @@ def _vary_input(copy: Learner, finding: Finding) -> None:
         learn.data = map_tensors(lambda leaf: noise if leaf is constant else leaf, learn.data)
     _change_data(copy, change)
 
-# %% ../../nbs/check/diagnosis.ipynb #e372ace3
+# %% ../../nbs/check/diagnosis.ipynb #664fd3f9
 def _scale_input(copy: Learner, finding: Finding) -> None:
     "What reaches the first layer, brought to mean 0 and deviation 1."
     mean, deviation = finding.values["mean"], max(finding.values["deviation"], 1e-12)
@@ -117,7 +117,7 @@ def _scale_input(copy: Learner, finding: Finding) -> None:
     copy.model.get_submodule(finding.values["module"]).register_forward_pre_hook(
         lambda module, args: map_tensors(scaled, args))
 
-# %% ../../nbs/check/diagnosis.ipynb #8e4b6e16
+# %% ../../nbs/check/diagnosis.ipynb #a043f40a
 def _fill_weights(copy: Learner, finding: Finding) -> None:
     for parameter in copy.model.parameters(): parameter.data.nan_to_num_(0.0, 0.0, 0.0)
     for buffer in copy.model.buffers(): buffer[buffer.isnan()] = 0
@@ -150,7 +150,7 @@ class _Revive(Callback):
 
 def _revive(copy: Learner, finding: Finding) -> None: copy.add(_Revive())
 
-# %% ../../nbs/check/diagnosis.ipynb #320786d5
+# %% ../../nbs/check/diagnosis.ipynb #33ff64a0
 class _WithoutLastActivation(Callback):
     "The predictions as they are before the last activation."
 
@@ -175,7 +175,7 @@ def _widen(copy: Learner, finding: Finding) -> None:
         learn.predictions = torch.cat([learn.predictions, zeros], 1)
     if "spare" not in finding.values: _change_predictions(copy, change)
 
-# %% ../../nbs/check/diagnosis.ipynb #06fc5501
+# %% ../../nbs/check/diagnosis.ipynb #520eb2ec
 @dataclass(frozen=True)
 class Question:
     "Something that the doctor asks."
@@ -204,7 +204,7 @@ QUESTIONS = (Question("finite data", treat=_make_finite),
 _ORDER = [question.name for question in QUESTIONS]
 _BY_NAME = {question.name: question for question in QUESTIONS}
 
-# %% ../../nbs/check/diagnosis.ipynb #08bf6951
+# %% ../../nbs/check/diagnosis.ipynb #9157e143
 def causes_of(
     problems: list[Finding],
     # Names of what is still found without the causes so far.
@@ -223,7 +223,7 @@ def causes_of(
         waiting = [finding for finding in waiting if finding.name in still]
     return causes, explained
 
-# %% ../../nbs/check/diagnosis.ipynb #531462cb
+# %% ../../nbs/check/diagnosis.ipynb #41830636
 @dataclass(frozen=True)
 class Diagnosis:
     """What the doctor found; true if nothing is wrong.
@@ -251,10 +251,11 @@ class Diagnosis:
                  finding in enumerate(self.causes, 1)]
         head = f"The doctor finds {len(lines)} cause{'s' * (len(lines) > 1)}, gravest first:"
         effects = list(dict.fromkeys(self.explained.names))
-        tail = [f"   What follows from this: {', '.join(effects)}."] if effects else []
+        what = "these" if len(lines) > 1 else "this"
+        tail = [f"   What follows from {what}: {', '.join(effects)}."] if effects else []
         return "\n".join([head, *lines, *tail])
 
-# %% ../../nbs/check/diagnosis.ipynb #0e9af1f3
+# %% ../../nbs/check/diagnosis.ipynb #c82ae16f
 def _ask(check: Callable[..., Findings], learn: Learner, **options: Any) -> list[Finding]:
     "The answers of a check; one that fails has none."
     try: return list(check(learn, **options))
@@ -289,7 +290,7 @@ def _examined(learn: Learner, learning_rate: float | None, steps: int) -> Diagno
     causes, explained = causes_of([finding for finding in answers if not finding], left)
     return Diagnosis(Findings(causes), Findings(explained), Findings(answers))
 
-# %% ../../nbs/check/diagnosis.ipynb #56b730a5
+# %% ../../nbs/check/diagnosis.ipynb #14d2a28c
 @contextmanager
 def _treated(learn: Learner, causes: list[Finding]) -> Iterator[Learner]:
     "A copy from which some faults have been removed, as far as that is possible."
@@ -301,7 +302,7 @@ def _treated(learn: Learner, causes: list[Finding]) -> Iterator[Learner]:
             except Exception: continue  # then it is still there
         yield copy
 
-# %% ../../nbs/check/diagnosis.ipynb #0b9f7fc0
+# %% ../../nbs/check/diagnosis.ipynb #a5ee9100
 def doctor(
     learn: Learner,
     learning_rate: float | None = None,
