@@ -28,7 +28,8 @@ from .runs.compare import compare_runs
 from .check.conformance import check_callback
 from .loop.learner import Learner
 from .loop.loop import LossError
-from .loop.data import DataLoaders, DatasetLoader, TensorLoader, digits, fashion_mnist, split
+from .loop.data import DataLoaders, DatasetLoader, TensorLoader
+from .loop.datasets import digits, fashion_mnist, split
 from .check.diagnosis import doctor
 from .keep.fingerprints import Fingerprints
 from .base.history import History, HistoryError, Mean

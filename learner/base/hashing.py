@@ -154,8 +154,6 @@ def data_hash(data: Any) -> str:
     return sha.hexdigest()
 
 # %% ../../nbs/base/hashing.ipynb #6f4658ca
-_ALL = (SequentialSampler, RandomSampler)
-
 def _positions(loader: Any) -> Sequence[int] | None:
     "Which examples of its dataset a loader asks for in every epoch; None if that is not known."
     sampler, batches = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
@@ -165,7 +163,8 @@ def _positions(loader: Any) -> Sequence[int] | None:
     if hasattr(sampler, "order"): return range(count)  # ours takes every example once
     if isinstance(sampler, DistributedSampler): return range(count)  # all processes together do
     if type(sampler) is SubsetRandomSampler: return sorted(sampler.indices)
-    if type(sampler) not in _ALL or len(sampler) != count: return None
+    if sampler is None or type(sampler) not in (SequentialSampler, RandomSampler): return None
+    if len(sampler) != count: return None
     return None if getattr(sampler, "replacement", False) else range(count)
 
 class _Chosen:
@@ -211,6 +210,9 @@ def _examples_hash(loader: Any) -> str | None:
     if isinstance(loader, list | tuple):
         batches = _spread(loader, _EXAMPLES)
         return _with_share(data_hash(batches), len(batches), len(loader))
+    if isinstance(getattr(loader, "loaders", None), Mapping):  # several at once
+        each = {name: _examples_hash(inner) for name, inner in loader.loaders.items()}
+        return None if None in each.values() else data_hash(each)
     if not isinstance(loader, DataLoader): return None
     dataset, positions = loader.dataset, _positions(loader)
     if positions is None: return None
