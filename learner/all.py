@@ -43,7 +43,7 @@ from .steer.multi import Optimisers
 from .steer.precision import ChannelsLast, Compile, MixedPrecision
 from .watch.profiler import Profiler
 from .watch.progress import Progress
-from .base.hashing import data_hash
+from .base.data_hash import data_hash
 from .base.provenance import git_state, kept_rng, rng_state, seed_everything, set_rng_state
 from .keep.range_test import lr_find
 from .watch.recorder import Recorder

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from learner.base import provenance
-from learner.base.hashing import data_hash
+from learner.base.data_hash import data_hash
 from learner.base.provenance import (
     GitState,
     git_state,

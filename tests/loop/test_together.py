@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from learner.base.batch import unpack
-from learner.base.hashing import loader_hash
+from learner.base.data_hash import loader_hash
 from learner.base.parts import cannot_restore, kept_order
 from learner.keep.checkpoint import Checkpoint
 from learner.loop.data import DatasetLoader, TensorLoader
