@@ -12,7 +12,8 @@ from .check.diagnosis import doctor
 from .check.nan_guard import NaNGuard
 from .keep.checkpoint import Checkpoint
 from .keep.range_test import lr_find
-from .loop.data import DataLoaders, TensorLoader, digits, fashion_mnist
+from .loop.data import DataLoaders, TensorLoader
+from .loop.datasets import digits, fashion_mnist
 from .loop.learner import Learner
 from .loop.resume import Rewind
 from .loop.stages import Callback, CancelBatchException, CancelEpochException

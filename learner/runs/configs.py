@@ -83,7 +83,7 @@ def _digits(
     splits: Collection[str] = ("train", "validation"),
 ) -> Any:
     "1,797 handwritten digits, 8 x 8, of scikit-learn: a small network is right on 99% in seconds."
-    from learner.loop.data import digits
+    from learner.loop.datasets import digits
     loaders = digits(batch_size, validation, seed, test="test" in splits)
     return _classifier(model, optimiser, loaders, lr_schedule, learning_rate, callbacks, device)
 
@@ -103,6 +103,6 @@ def _fashion_mnist(
     splits: Collection[str] = ("train", "validation"),
 ) -> Any:
     "70,000 pictures of clothes, 28 x 28, of Zalando (Xiao et al., 2017)."
-    from learner.loop.data import fashion_mnist
+    from learner.loop.datasets import fashion_mnist
     loaders = fashion_mnist(root, batch_size, validation, seed, test="test" in splits)
     return _classifier(model, optimiser, loaders, lr_schedule, learning_rate, callbacks, device)
