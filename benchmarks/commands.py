@@ -12,7 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from learner.runs.rundir import create_run, write_json, write_rows
+from learner.runs.rundir import create_run
+from learner.runs.runfiles import write_json, write_rows
 
 LIMITS = {"learner --help": 0.3, "a mistake": 0.7, "first batch": 1.5, "learner scores": 2.0}  # the third beyond `import torch`
 LEAVE = """import os

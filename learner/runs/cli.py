@@ -21,7 +21,8 @@ from ..base.words import did_you_mean, flatten
 from .command import Command, UsageError, help_parser, say, split_words
 from .config import ConfigError, from_record, registered, resolve
 from .registry import import_named
-from .rundir import RunError, RunFiles, create_run, is_run, read_run
+from .rundir import RunError, create_run, is_run
+from .runfiles import RunFiles, read_run
 from .rundir import new_name as free_name
 
 # %% ../../nbs/runs/cli.ipynb #3f80631c
