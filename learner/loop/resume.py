@@ -29,7 +29,7 @@ from ..base.words import PHASES, check_whole, split_column
 from .loop import Pass, Plan, Stream, passes_of
 from .stages import Callback, CancelException, CancelTrainException
 from .state import Place, ResumeError, batches_from, check_state, gather, groups_of
-from .state import has_state, loaders_of, order_state, put, set_order_state
+from .state import has_state, loaders_of, order_state, put, put_gradients, set_order_state
 
 # %% ../../nbs/loop/resume.ipynb #19337a7d
 _DEFAULTS: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
@@ -74,7 +74,7 @@ class Signals:
         "What stops the run, with what a notebook shows of it."
         return stop_error(self.noted, notice)
 
-# %% ../../nbs/loop/resume.ipynb #9b3e31fc
+# %% ../../nbs/loop/resume.ipynb #0fa3d55c
 STOPPING = b"stopping after this batch; Ctrl-C again stops at once"
 
 def stop_error(number: int, notice: str) -> BaseException:
@@ -84,7 +84,7 @@ def stop_error(number: int, notice: str) -> BaseException:
     error._render_traceback_ = lambda: [notice]  # type: ignore[attr-defined]
     return error
 
-# %% ../../nbs/loop/resume.ipynb #b64d3783
+# %% ../../nbs/loop/resume.ipynb #4446f918
 class Arriving(Plan):
     "Where a training stands, and how one that goes on gets back to its place."
 
@@ -104,6 +104,7 @@ class Arriving(Plan):
         assert state is not None
         loop, phase = state["loop"], self.place.phase
         put(learn, state)
+        put_gradients(learn, loop.get("gradients"))
         if not phase and self.place.epoch: learn.results = {}
         if phase == "test" and len(learn.history) > self.first_row: learn.results = learn.history[-1]
         if phase in PHASES[1:]:  # that pass starts over
@@ -126,7 +127,7 @@ def set_random(learn: Any, loop: Mapping[str, Any]) -> None:
         if name in loaders: set_order_state(loaders[name], order)
     set_rng_state(to_device(loop["rng"], torch.device("cpu")))
 
-# %% ../../nbs/loop/resume.ipynb #2ee52045
+# %% ../../nbs/loop/resume.ipynb #6175d082
 class Standing(Arriving):
     "The epochs and passes that are left of a training."
 
@@ -170,7 +171,7 @@ def tell_epoch(loader: Any, epoch: int) -> Any:
     for part in with_epochs(loader): part.set_epoch(epoch)
     return loader
 
-# %% ../../nbs/loop/resume.ipynb #932d471b
+# %% ../../nbs/loop/resume.ipynb #76570a73
 class Batches(Standing):
     "The batches of a pass from a place on."
 
@@ -207,6 +208,7 @@ class Batches(Standing):
                 learn.columns.means[name].load_state_dict(mean, learn.device)
         else: self.place, first = Place(learn.epoch, "train"), 0
         if self.steps is not None:
+            self.began = {"rng": {}, "order": {}}  # the stream knows
             left = (self.length(learn) or 0) - first
             return self.batches(learn, islice(self.flow(learn, loader), left), first)
         tell_epoch(loader, len(learn.history))
@@ -223,7 +225,7 @@ class Batches(Standing):
         "The stream of a training that counts batches, where it stands."
         def begin(stream: Stream) -> None:
             tell_epoch(loader, stream.passes)
-            self.began = {"rng": rng_state(), "order": order_state(loader)}
+            stream.began = {"rng": rng_state(), "order": order_state(loader)}
         if self.stream is None:
             self.stream, was = Stream(loader, begin), self.streamed
             if was is not None and was["given"]: self.go_on(self.stream, loader, was)
@@ -234,24 +236,24 @@ class Batches(Standing):
     def go_on(self, stream: Stream, loader: Any, was: Mapping[str, Any]) -> None:
         "Put a stream where it stood in a state."
         rng, order = rng_state(), order_state(loader)
-        self.began, stream.passes, stream.given = was["began"], was["passes"], was["given"]
+        stream.began, stream.passes, stream.given = was["began"], was["passes"], was["given"]
         tell_epoch(loader, stream.passes)
-        set_order_state(loader, self.began["order"])
-        stream.batches = batches_from(loader, stream.given, self.began["rng"], was["loader"], order)
+        set_order_state(loader, stream.began["order"])
+        stream.batches = batches_from(loader, stream.given, stream.began["rng"], was["loader"], order)
         set_rng_state(rng)
 
     def stream_state(self, loader: Any) -> dict[str, Any] | None:
         "Where the stream stands, for a state."
         if self.stream is None: return None if self.streamed is None else dict(self.streamed)
         own = loader.state_dict() if has_state(loader) else None
-        return {"passes": self.stream.passes, "given": self.stream.given, "began": dict(self.began), "loader": own}
+        return {"passes": self.stream.passes, "given": self.stream.given, "began": self.stream.began, "loader": own}
 
     def stopped(self, learn: Any) -> str:
         "What a notebook shows of a stop."
-        goes_on = "; train(resume=True) goes on from there" if learn._running == "train" else ""
+        goes_on = "; train(resume=True) goes on from there" if learn.call == "train" else ""
         return f"stopped after {learn.position()}{goes_on}"
 
-# %% ../../nbs/loop/resume.ipynb #a0f8a31e
+# %% ../../nbs/loop/resume.ipynb #4d7f1c15
 AGAIN = ("the batch that failed is done again, and what its first half drew from the random numbers, "
          "added to batch statistics or told callbacks stays")
 COUNTED = ("the batch that failed had taken its step and counts as done, without the hooks that had not "
@@ -292,7 +294,7 @@ class Keeping(Batches):
         if between and self.place.phase != "test":
             with learn.stage("interrupt"): pass
 
-# %% ../../nbs/loop/resume.ipynb #12f3c565
+# %% ../../nbs/loop/resume.ipynb #3de7341c
 def kept_state(learn: Any, half: str) -> dict[str, Any]:
     "What a training that is stopped keeps beside the model and the optimiser, which stay as they are."
     groups = [{key: deepcopy(value) for key, value in group.items() if key != "params"}
@@ -326,8 +328,7 @@ class Cursor(Keeping):
             if self.saved is None: self.copy = None
 
     def _trained(self, learn: Any) -> None:
-        self.place = Place(learn.epoch, "validation", learn.batch_num + 1)
-        if self.steps is None: self.began = {}
+        self.place, self.began = Place(learn.epoch, "validation", learn.batch_num + 1), {}
 
     def last(self, learn: Any) -> Iterator[Pass]:
         yield from super().last(learn)
@@ -337,7 +338,7 @@ class Cursor(Keeping):
         self.saved = None
         return super().arrive(learn)
 
-# %% ../../nbs/loop/resume.ipynb #5b334226
+# %% ../../nbs/loop/resume.ipynb #747ca8ee
 def begin(cursor: Cursor, learn: Any, state: Any, learning_rate: float | None) -> None:
     "Get ready to train from the beginning, or to go on from a state."
     if state: put(learn, state)  # or it raises, and nothing has changed
@@ -374,7 +375,7 @@ def state_to_resume(cursor: Cursor, resume: Any) -> Mapping[str, Any] | None:
                       "so is a copy in memory, with the callback Rewind", stacklevel=3)
     return state
 
-# %% ../../nbs/loop/resume.ipynb #c80ec602
+# %% ../../nbs/loop/resume.ipynb #5896aa05
 def set_steps(
     cursor: Cursor, state: Mapping[str, Any] | None, steps: int | None, every: int | None,
     epochs: int | None,
@@ -411,7 +412,7 @@ def lengths(
                          "from its beginning: ask for more, or leave epochs out")
     return epochs, every
 
-# %% ../../nbs/loop/resume.ipynb #55fbd5d3
+# %% ../../nbs/loop/resume.ipynb #b23d7346
 class Rewind(Callback):
     """Keep copies of the state in memory, so that training can go back to one when a batch fails.
 
