@@ -48,7 +48,8 @@ def asked_by(loss_func: Any) -> tuple[str, ...]:
 def check_asked(learn: Staged, asked: Iterable[str]) -> None:
     "Raise LossError for a value that a loss function asks for and that is not there."
     provided = {fixture for callback in learn.callbacks for fixture, *_ in providers_of(callback)}
-    known = {"learn", *learn.fixtures, *learn.tree.alive("before", "loss")[0], *provided}
+    sure, some = learn.tree.alive("before", "loss")
+    known = {"learn", *learn.fixtures, *sure, *(some & learn.tree.counters()), *provided}
     for name in asked:
         if name not in known:
             raise LossError(f"loss_func asks for {name}, which is not a value that is there when the "
@@ -83,10 +84,20 @@ class Evaluation(Staged):
         self.batch, self.data, self.labels, self.batch_size = unpack(
             self.batch, self.device, self.labels_at, self.inputs_at, self.loss_func is None)
 
-    def predict(self) -> None:
-        "Call the model."
+    def predict(self, inputs: Any = None) -> Any:
+        """Call the model: what happens in a batch. With inputs, and outside of a batch, say what it makes of them.
+
+        Args:
+            inputs: New data, as for `learner.predict`; nothing in a batch, where `data` goes to the model.
+
+        Example:
+            >>> learn.predict(images[:3])
+        """
+        if inputs is not None: return self.predict_new(inputs)
         data = self.data
         self.predictions = self.model(data) if isinstance(data, Tensor) else call_model(self.model, data)
+
+    predict_new: Callable[[Any], Any]  # a learner has it, for new data
 
     def compute_loss(self) -> None:
         "Compare predictions with labels."
@@ -255,6 +266,7 @@ class Stream:
     def __init__(self, loader: Iterable[Any], begin: Callable[["Stream"], Any] = lambda stream: None):
         self.loader, self.begin = loader, begin  # `begin` is called before each pass over the loader
         self.passes, self.given = 0, 0  # that are done; batches of the one under way that are given
+        self.began: dict[str, Any] = {}  # whatever `begin` notes of the pass under way
         self.batches: Iterator[Any] | None = None
 
     def __iter__(self) -> "Stream": return self
