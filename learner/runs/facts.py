@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.utils import data as torch_data
 
-from ..base.provenance import data_hash
+from ..base.data_hash import data_hash
 from ..base.tree import map_tensors
 from ..loop.data import EpochSampler
 
