@@ -42,7 +42,8 @@ from .steer.multi import Optimisers
 from .steer.precision import ChannelsLast, Compile, MixedPrecision
 from .watch.profiler import Profiler
 from .watch.progress import Progress
-from .base.provenance import data_hash, git_state, kept_rng, rng_state, seed_everything, set_rng_state
+from .base.data_hash import data_hash
+from .base.provenance import git_state, kept_rng, rng_state, seed_everything, set_rng_state
 from .keep.range_test import lr_find
 from .watch.recorder import Recorder
 from .runs.runs import Run, build, evaluate_run, load_run, rerun, resume_run, train_run
@@ -51,7 +52,8 @@ from .steer.schedule import BatchSchedule, EarlyStopping, EpochSchedule, Piecewi
 from .steer.schedule import combine, cosine, linear, warm_up
 from .base.show import plot_curves, show_image, show_images
 from .loop.stages import Callback, CallbackError, CancelBatchException, CancelEpochException, CancelException
-from .loop.stages import CancelStepException, CancelTrainException, Stage, Staged, provides
+from .loop.dispatch import Staged
+from .loop.stages import CancelStepException, CancelTrainException, Stage, provides
 from .loop.state import ResumeError
 from .runs.tensorboard import TensorBoard
 from .watch.modules import summary

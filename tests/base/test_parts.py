@@ -10,7 +10,17 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Subset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from learner.base.parts import cannot_restore, check_loaders, check_parts, generators_of, kept_order, loaders_of, places_in, samplers_of, with_epochs
+from learner.base.parts import (
+    cannot_restore,
+    check_loaders,
+    check_parts,
+    generators_of,
+    kept_order,
+    loaders_of,
+    places_in,
+    samplers_of,
+    with_epochs,
+)
 from learner.loop.data import DatasetLoader, TensorLoader
 
 NUMBERS = torch.arange(12.0)

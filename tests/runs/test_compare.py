@@ -16,7 +16,9 @@ from learner.loop.data import DataLoaders
 from learner.keep.fingerprints import FingerprintError, Fingerprints
 from learner.watch.metrics import Metrics, MulticlassAccuracy
 from learner.base.provenance import seed_everything
-from learner.runs.rundir import RunError, read_run, write_json, write_rows, write_text
+from learner.base.files import write_text
+from learner.runs.rundir import RunError
+from learner.runs.runfiles import read_run, write_json, write_rows
 from learner.runs.runs import Run
 from learner.loop.stages import Callback
 
@@ -236,7 +238,7 @@ def test_text_from_files_cannot_command_a_terminal_or_a_page(base, tmp_path):
 
 @pytest.mark.parametrize(("make", "error", "message"), [
     (lambda base: base / "nothing", FileNotFoundError, "there is no run"), (lambda base: 3, CompareError, "the second is a int; give a run folder"),
-    (lambda base: base.parent, RunError, "is no run"), (lambda base: base / "stdout.txt", CompareError, "is neither a run folder"),
+    (lambda base: base.parent, RunError, "is not a run"), (lambda base: base / "stdout.txt", CompareError, "is neither a run folder"),
     (lambda base: base.parent / "bas", FileNotFoundError, "did you mean base"), (lambda base: [{"loss": 1}], CompareError, "the second is a list"),
 ])
 def test_bad_arguments(base, make, error, message):

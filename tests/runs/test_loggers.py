@@ -29,7 +29,7 @@ from learner.runs.loggers import (
 )
 from learner.watch.metrics import Metrics, MulticlassAccuracy
 from learner.base.words import flatten
-from learner.runs.rundir import iter_rows
+from learner.runs.runfiles import iter_rows
 from learner.loop.stages import Callback, CancelBatchException, CancelEpochException, CancelTrainException
 from learner.steer.update import Accumulate
 

@@ -11,26 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import learner.runs.rundir as rundir
-from learner.runs.rundir import (
-    RunError,
-    RunExistsError,
-    RunLock,
-    as_plain,
-    check_name,
-    create_run,
-    find_runs,
-    is_locked,
-    iter_rows,
-    move_aside,
-    new_name,
-    read_cell,
-    read_json,
-    read_run,
-    write_json,
-    write_rows,
-    write_text,
-)
+from learner.base.files import FileError, write_text
+from learner.base.words import plain
+from learner.runs.rundir import VERSION, RunError, RunExistsError, RunLock, check_name, create_run, find_runs, is_locked, move_aside, new_name
+from learner.runs.runfiles import GrowingTable, iter_rows, read_cell, read_json, read_run, write_json, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,16 +33,16 @@ def a_run(folder, **meta):
 
 # Writing
 
-@pytest.mark.parametrize("value, plain", [
+@pytest.mark.parametrize("value, expected", [
     (float("nan"), "nan"), (math.inf, "inf"), (-math.inf, "-inf"), (1.5, 1.5), (True, True), (None, None), (2**70, 2**70),
     ((1, (2,)), [1, [2]]), ({1: {2: 3}}, {"1": {"2": 3}}), ({"b", "a"}, ["a", "b"]), (Path("a") / "b", "a/b"), (object, repr(object)),
 ])
-def test_every_value_becomes_valid_json(tmp_path, value, plain):
-    assert as_plain(value) == plain
+def test_every_value_becomes_valid_json(tmp_path, value, expected):
+    assert plain(value) == expected
     write_json(tmp_path / "x.json", {"value": value})
     text = (tmp_path / "x.json").read_text()
     refuse = lambda name: pytest.fail(f"{name} is no JSON")  # noqa: E731
-    assert json.loads(text, parse_constant=refuse) == {"value": plain} == read_json(tmp_path / "x.json")
+    assert json.loads(text, parse_constant=refuse) == {"value": expected} == read_json(tmp_path / "x.json")
 
 
 def test_numbers_in_tables_come_back_to_the_last_digit(tmp_path):
@@ -94,7 +78,7 @@ def test_a_reader_never_sees_half_a_file_though_its_writer_is_killed_again_and_a
     file = tmp_path / "x.json"
     write_json(file, {"text": "a" * 200_000})
     code = f"""
-from learner.runs.rundir import write_json
+from learner.runs.runfiles import write_json
 print(1, flush=True)
 while True:
     for letter in "bc": write_json({str(file)!r}, {{"text": letter * 200_000}}, sync=False)
@@ -114,9 +98,9 @@ while True:
 
 BAD_NAMES = [
     ("../x", "must be a name, not a path"), ("..", "must be a name, not a path"), (".", "must be a name"), ("a/b", "not a path"),
-    ("/etc/passwd", "not a path"), ("a\\b", "not a path"), ("C:x", "no file can be called so"), ("a\nb", "no file can be called so"),
-    ("a\0", "no file can be called so"), ("-rf", "begins with a letter"), ("~", "begins with a letter"), ("", "is empty"), (" a", "begins"),
-    ("a.", "no file"), ("a ", "no file"), ("x" * 201, "longer than 200"), (None, "must be text"), (3, "must be text"), (Path("a"), "must be text"),
+    ("/etc/passwd", "not a path"), ("a\\b", "not a path"), ("C:x", "not every system allows"), ("a\nb", "not every system allows"),
+    ("a\0", "not every system allows"), ("-rf", "begins with a letter"), ("~", "begins with a letter"), ("", "is empty"), (" a", "begins"),
+    ("a.", "not every system"), ("a ", "not every system"), ("x" * 201, "longer than 200"), (None, "must be text"), (3, "must be text"), (Path("a"), "must be text"),
 ]
 
 
@@ -158,7 +142,7 @@ def test_other_things_in_the_way(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(RunExistsError, match="is a file, and a run is a folder"): create_run(tmp_path / "file")
     with pytest.raises(RunExistsError, match="above it is a file"): create_run(tmp_path / "file" / "run")
-    with pytest.raises(RunExistsError, match="is no run: nothing is written"): create_run(tmp_path / "full")
+    with pytest.raises(RunExistsError, match="is not a run, so nothing is written"): create_run(tmp_path / "full")
     with pytest.raises(RunExistsError): create_run(tmp_path / "link")
     assert create_run(tmp_path / "empty") == tmp_path / "empty"
     assert create_run(tmp_path / "new" / "deep" / "run").is_dir()
@@ -222,7 +206,7 @@ def test_readers_do_not_keep_a_trainer_out(tmp_path):
 def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
     run = a_run(tmp_path / "a")
     (run / ".lock").symlink_to(tmp_path / "victim")
-    with pytest.raises(OSError): RunLock(run).__enter__()
+    with pytest.raises(FileError, match="is a link, which is not followed"): RunLock(run).__enter__()
     assert not (tmp_path / "victim").exists() and not is_locked(run)
 
 
@@ -243,11 +227,11 @@ def test_what_is_missing_is_empty(tmp_path):
 DAMAGED = [
     ("config.json", "{", "config.json is damaged"), ("config.json", "", "damaged"), ("config.json", "[1]", "holds a list"),
     ("config.json", '{"format": "other"}', "its format is 'other'"), ("config.json", '{"format": "learner.run", "version": 9}', "update learner"),
-    ("config.json", '{"format": "learner.run", "version": "x"}', "version 'x'"), ("config.json", '{"format": "learner.run", "settings": [1]}', "settings are no object"),
-    ("config.json", "[" * 100_000, "nested too deep"), ("config.json", b"\xff\xfe", "no text"),
+    ("config.json", '{"format": "learner.run", "version": "x"}', "version 'x'"), ("config.json", '{"format": "learner.run", "settings": [1]}', "settings are not an object"),
+    ("config.json", "[" * 100_000, "has more than 10,000 values"), ("config.json", "[" * 700 + "]" * 700, "is nested more than 50 levels deep"), ("config.json", b"\xff\xfe", "is not text in UTF-8"),
     ("meta.json", "null", "holds a NoneType"), ("meta.json", "{\"status\": ", "damaged"),
-    ("score.json", '{"a": 3}', "a is no object"), ("score.json", '{"a": {"best": "good"}}', "no number"), ("score.json", '{"a": {"last": [1]}}', "no number"),
-    ("history.csv", "epoch,loss\n0,1\n1\n", "line 3 has 1 cells, the head has 2"), ("history.csv", b"epoch\n\xff\n", "no text"),
+    ("score.json", '{"a": 3}', "a is not an object"), ("score.json", '{"a": {"best": "good"}}', "is not a number"), ("score.json", '{"a": {"last": [1]}}', "is not a number"),
+    ("history.csv", "epoch,loss\n0,1\n1\n", "has 1 cells in line 3, and 2 in its head"), ("history.csv", b"epoch\n\xff\n", "is not text in UTF-8"),
     ("history.csv", "epoch\n" + "9" * 200_000 + "\n", "damaged"),
 ]
 PARTS = {"config.json": lambda run: run.config, "meta.json": lambda run: run.meta, "score.json": lambda run: run.score, "history.csv": lambda run: run.rows}
@@ -276,7 +260,7 @@ def test_links_pipes_and_folders_are_not_read(tmp_path, file):
 def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path):
     run = a_run(tmp_path / "a")
     (run / "steps.csv").write_text("step,loss\n0,0.5\n50,0.25\n100,0.1")
-    assert [[row["step"] for row in block] for block in read_run(run).steps(1)] == [[0], [50]]
+    assert [row["step"] for row in read_run(run).steps()] == [0, 50]
 
 
 def test_checkpoints_in_order_without_strangers(tmp_path):
@@ -300,7 +284,7 @@ def test_no_run_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="did you mean first"): read_run(tmp_path / "frist")
     with pytest.raises(FileNotFoundError, match="there is no run"): read_run(tmp_path / "no" / "where")
     with pytest.raises(RunError, match="is a file"): read_run(tmp_path / "first" / "meta.json")
-    with pytest.raises(RunError, match="is no run"): read_run(tmp_path)
+    with pytest.raises(RunError, match="is not a run"): read_run(tmp_path)
 
 
 def test_runs_are_found_at_any_depth_once_and_not_through_links(tmp_path):
@@ -313,7 +297,7 @@ def test_runs_are_found_at_any_depth_once_and_not_through_links(tmp_path):
 
 def test_it_is_read_without_torch(tmp_path):
     run = a_run(tmp_path / "a")
-    with process(f"import sys; from learner.runs.rundir import read_run; print(read_run({str(run)!r}).status, 'torch' in sys.modules)") as reader:
+    with process(f"import sys; from learner.runs.runfiles import read_run; print(read_run({str(run)!r}).status, 'torch' in sys.modules)") as reader:
         assert reader.communicate() == ("finished False\n", "")
 
 
@@ -332,4 +316,4 @@ def test_the_format_that_others_wrote_is_read(tmp_path):
     (tmp_path / "meta.json").write_text('{"status": "finished", "seed": 3, "later": {"a": 1}}')
     (tmp_path / "history.csv").write_text("epoch,loss,note\r\n0,nan,\r\n1,1e-3,good\r\n")  # with the line ends of other systems
     run = read_run(tmp_path)
-    assert rundir.VERSION == 1 and run.rows[1] == {"epoch": 1, "loss": 1e-3, "note": "good"} and run.rows[0]["note"] is None
+    assert VERSION == 1 and run.rows[1] == {"epoch": 1, "loss": 1e-3, "note": "good"} and run.rows[0]["note"] is None

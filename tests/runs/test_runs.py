@@ -24,23 +24,13 @@ from learner.check.bench import example_learner
 from learner.loop.learner import Learner
 from learner.loop.data import DataLoaders
 from learner.watch.progress import Progress
-from learner.runs.rundir import RunError, RunExistsError, RunLock, is_locked, read_json, read_run, write_json
-from learner.runs.runs import (
-    Run,
-    Tee,
-    checkpoint_hash,
-    checkpoint_of,
-    evaluate_run,
-    kept_output,
-    load_run,
-    loader_hash,
-    rerun,
-    resume_run,
-    score_rows,
-    train_run,
-    write_plots,
-    write_predictions,
-)
+from learner.runs.facts import checkpoint_hash, loader_hash
+from learner.runs.loggers import BestSoFar
+from learner.runs.output import Tee, kept_output
+from learner.runs.run import write_plots, write_predictions
+from learner.runs.rundir import RunError, RunExistsError, RunLock, is_locked
+from learner.runs.runfiles import read_json, read_run, write_json
+from learner.runs.runs import Run, checkpoint_of, evaluate_run, load_run, rerun, resume_run, train_run
 from learner.loop.stages import Callback, CallbackError, CancelTrainException, FunctionCallback
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +72,7 @@ def test_all_files_are_there_and_agree(trained):
                      "checkpoints/epoch-0002", "plots/loss.png", "plots/accuracy.png", "plots/predictions.png", "fingerprints.jsonl"} - {"script.py"}
     assert run.status == "finished" and len(run.rows) == 2 and run.config["config"] == "digits" and run.settings["model"]["width"] == 2
     assert run.settings["optimiser"]["name"] == "AdamW"  # a default
-    assert [row["step"] for block in run.steps() for row in block] == list(range(0, 22, 5))
+    assert [row["step"] for row in run.steps()] == list(range(0, 22, 5))
     assert run.score["validation_accuracy"]["mode"] == "max" and run.score["validation_loss"]["last"] == run.rows[-1]["validation_loss"]
     assert (trained / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
     meta = run.meta
@@ -162,8 +152,8 @@ def test_two_hundred_short_epochs_are_all_written(tmp_path):
 
 def test_scores():
     rows = [{"epoch": 4, "loss": math.nan, "accuracy": 0.5, "word": "x", "flag": True}, {"epoch": 5, "loss": 2.0, "accuracy": 0.5}, {"epoch": 6, "accuracy": None}]
-    assert score_rows(rows) == {"loss": {"best": 2.0, "epoch": 5, "last": 2.0, "mode": "min"}, "accuracy": {"best": 0.5, "epoch": 4, "last": 0.5, "mode": "max"}}
-    assert score_rows([]) == {}
+    assert BestSoFar(rows).score == {"loss": {"best": 2.0, "epoch": 5, "last": 2.0, "mode": "min"}, "accuracy": {"best": 0.5, "epoch": 4, "last": 0.5, "mode": "max"}}
+    assert BestSoFar([]).score == {}
 
 
 def test_a_picture_that_fails_is_a_warning(tmp_path):
@@ -225,7 +215,7 @@ def test_it_leaves_the_learner_and_the_process_as_they_were(tmp_path):
     assert set(callbacks) == {run, *run.parts} and learn.callbacks == callbacks and (sys.stdout, sys.stderr) == streams and not is_locked(tmp_path / "a")
     files = read_run(tmp_path / "a")
     assert len(files.rows) == 2 and [start["status"] for start in files.meta["starts"]] == ["finished"] * 2
-    assert [row["step"] for block in files.steps() for row in block] == [0, 1, 2, 3, 4, 5]
+    assert [row["step"] for row in files.steps()] == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_trial_leaves_no_trace(tmp_path):
@@ -301,7 +291,7 @@ def test_without_checkpoints_a_run_is_not_begun_anew_over_its_rows(copied, tmp_p
         no_test(example_learner()).train(1, callbacks=quick(tmp_path / "a", resume=True, checkpoint=False))
     write_json(copied / "meta.json", read_json(copied / "meta.json") | {"status": "stopped"})
     shutil.move(copied / "checkpoints", tmp_path / "large")
-    with unchanged(copied), pytest.raises(RunError, match="has 2 epochs and no checkpoint to go on from"): resume_run(copied)
+    with unchanged(copied), pytest.raises(RunError, match="has 2 epochs and no checkpoint to resume from"): resume_run(copied)
     (copied / "checkpoints").symlink_to(tmp_path / "large")
     with unchanged(copied), pytest.raises(RunError, match="checkpoints is a link, which is not followed"): resume_run(copied)
 
@@ -324,7 +314,7 @@ def test_a_learner_of_another_training_is_refused_before_anything_is_cut(tmp_pat
 
 
 def test_two_cannot_train_in_one_folder(copied):
-    with RunLock(copied), pytest.raises(RunError, match="training just now"): resume_run(copied, epochs=3)
+    with RunLock(copied), pytest.raises(RunError, match="is being trained by another process"): resume_run(copied, epochs=3)
     with RunLock(copied), pytest.raises(RunError, match="in use"): load_run(copied, "last").train(3, callbacks=quick(copied, resume=True))
 
 
@@ -543,7 +533,7 @@ def test_an_evaluation_changes_nothing_else_of_what_a_run_writes_meanwhile(copie
 def test_a_lost_index_is_said_and_comes_back(copied):
     index = (copied / "checkpoints" / "index.json").read_text()
     (copied / "checkpoints" / "index.json").unlink()
-    with pytest.raises(FileNotFoundError, match="the best is not known, since .*index.json is lost; name one, or go on with the run; there are epoch-0001, epoch-0002"): evaluate_run(copied)
+    with pytest.raises(FileNotFoundError, match="the best checkpoint is not known, since .*index.json is lost; name one, or resume the run; there are epoch-0001, epoch-0002"): evaluate_run(copied)
     assert evaluate_run(copied, checkpoint="last")
     resume_run(copied, epochs=3)
     assert json.loads((copied / "checkpoints" / "index.json").read_text())["training"] == json.loads(index)["training"]
@@ -601,7 +591,7 @@ def test_damaged_checkpoints(copied):
     assert read_run(copied).meta["starts"][-1]["from"] == "epoch-0001" and len(read_run(copied).rows) == 2
     write_json(copied / "meta.json", meta | {"status": "stopped"})
     for path in (copied / "checkpoints").glob("epoch-*"): (path / "state.json").write_bytes(b"x")
-    with pytest.warns(UserWarning), pytest.raises(RunError, match="none of its checkpoints is whole"): resume_run(copied)
+    with pytest.warns(UserWarning), pytest.raises(RunError, match="none of its checkpoints is intact"): resume_run(copied)
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(copied, trained):

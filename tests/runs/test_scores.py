@@ -15,9 +15,13 @@ from time import perf_counter
 import pytest
 
 from learner.runs.config import Text, resolve
-from learner.runs.page import embed
-from learner.runs.rundir import RunFiles, RunLock, as_plain, create_run, write_json, write_rows, write_text
-from learner.runs.scores import ScoreError, quote, rerun_command, scores, train_command
+from learner.base.files import write_text
+from learner.base.words import plain
+from learner.runs.page import asset, embed, quote, rerun_command, train_command
+from learner.runs.ranking import ScoreError
+from learner.runs.rundir import RunLock, create_run
+from learner.runs.runfiles import RunFiles, write_json, write_rows
+from learner.runs.scores import scores
 
 NASTY = "<img src=x onerror=alert(1)>\"'`</script><script>document.title='owned'</script>\u202egnp\x1b[2J"
 
@@ -25,7 +29,7 @@ NASTY = "<img src=x onerror=alert(1)>\"'`</script><script>document.title='owned'
 def write_run(folder, name, values=(0.5, 0.9, 0.8), metric="validation_accuracy", mode="max", status="finished", settings=None,
               config="digits", score=True, **meta):
     """A run folder with a history of one metric."""
-    def write_json(path, value): path.write_text(json.dumps(as_plain(value)))  # not forced to the disk, for speed
+    def write_json(path, value): path.write_text(json.dumps(plain(value)))  # not forced to the disk, for speed
 
     path = folder / name
     path.mkdir(parents=True)
@@ -142,7 +146,7 @@ def test_what_has_no_place_is_named_with_the_reason(tmp_path):
     expected = {
         "nan": "its validation_accuracy is nan", "infinite": "its validation_accuracy is inf", "other": "it has no validation_accuracy",
         "empty": "it has no validation_accuracy", "failed": "it failed: ValueError: it broke", "killed": "it was stopped after 3 epochs",
-        "stopped": "it was stopped after 1 epoch", "odd": "its meta.json says no status", "running": "it is still running",
+        "stopped": "it was stopped after 1 epoch", "odd": "its meta.json has no status", "running": "it is still running",
     }
     assert {name: told[name] for name in expected} == expected
     for name, file in {"torn": "score.json", "list": "config.json", "bytes": "meta.json", "words": "score.json", "newer": "config.json",
@@ -299,8 +303,8 @@ def test_what_a_folder_names_is_not_imported(tmp_path, monkeypatch):
     (tmp_path / "evil_module.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     path = write_run(tmp_path / "runs", "a", config="evil_module:run", settings={"model": {"name": "evil_module.Net"}, "x": "; rm -rf ~"})
-    words = train_command(RunFiles(path))
-    assert words[2] == "evil_module:run" and words[4:] == ["--model.name=evil_module.Net", "--x=; rm -rf ~"]
+    assert train_command(RunFiles(path)) is None  # a command to paste would import it
+    assert train_command(RunFiles(write_run(tmp_path, "part", settings={"model": {"name": "evil_module.Net"}}))) is None
     scores(tmp_path / "runs").to_html(tmp_path / "page.html")
     assert "evil_module" not in sys.modules
     assert train_command(RunFiles(write_run(tmp_path, "b", config=None))) is None
@@ -346,8 +350,7 @@ def test_nothing_from_files_becomes_an_element(tmp_path):
 
 
 def test_the_page_loads_nothing():
-    from learner.runs import page
-    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|@import|url\((?!#)|innerHTML|\beval\(|fetch\(|XMLHttp", page._SCRIPT + page._STYLE)
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|@import|url\((?!#)|innerHTML|\beval\(|fetch\(|XMLHttp", asset("scores.html") + asset("scores.css") + asset("scores.js"))
 
 
 def test_embedded_data_stay_data():
