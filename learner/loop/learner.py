@@ -264,7 +264,7 @@ def computed_tensors(learn: Loop) -> dict[int, Any]:
     found: dict[int, Any] = {}
 
     def note(leaf: Tensor) -> Tensor:
-        if not leaf.is_leaf: found[id(leaf)] = leaf.detach().clone()
+        if isinstance(leaf, Tensor) and not leaf.is_leaf: found[id(leaf)] = leaf.detach().clone()
         return leaf
     for holder in holders:
         for value in vars(holder).values():
@@ -323,7 +323,7 @@ class Learner(Trials):
         a place of its own.
         """
         quiet = copy(self)
-        for name in self.tree.passing(): vars(quiet).pop(name, None)
+        quiet.drop_fixtures(self.tree.passing())
         measuring = [deepcopy(each) for each in self.callbacks if getattr(each, "measures", False)]
         quiet.remove_watchers()
         quiet.add(*measuring)
@@ -360,7 +360,7 @@ def missing(learn: Loop, name: str) -> str:
         return (f"{kind} has no {name} now: it goes when its batch ends; set learn.keep_last = True before "
                 "training to keep the values of the last batch")
     if name in ELSEWHERE: return f"{kind} has no {name}; here it is called {ELSEWHERE[name]}"
-    return f"{kind} has no attribute {name}{did_you_mean(name, [*dir(type(learn)), *vars(learn), *METHODS])}"
+    return f"{kind} has no attribute {name}{did_you_mean(name, [*dir(type(learn)), *METHODS])}"
 
 # %% ../../nbs/loop/learner.ipynb #7a758e18
 def clear_traceback(error: BaseException | None) -> None:
