@@ -46,8 +46,7 @@ def check_runs(bench: Bench) -> Iterator[Finding]:
             learn.add(bench.fresh())
             with learn.trial(): pass
         except Exception as error:
-            yield fault("runs", f"learn.trial() raised {in_one_line(error)}; make it possible to "
-                                "copy it with copy.deepcopy")
+            yield fault("runs", f"learn.trial() raised {in_one_line(error)}")
 
 # %% ../../nbs/check/rules.ipynb #00791ee4
 class _Fault(FunctionCallback):
