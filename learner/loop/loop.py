@@ -30,7 +30,7 @@ from ..base.words import PHASES, as_number, check_number, check_whole, did_you_m
 from .stages import Callback, CancelEpochException, CancelException
 from .explain import Timed
 from .stages import CancelTrainException, providers_of
-from .updates import guarded_updates
+from .updates import check_updates, guarded_updates, set_mode
 
 # %% ../../nbs/loop/loop.ipynb #7af243ca
 class LossError(ValueError):
@@ -49,7 +49,8 @@ def asked_by(loss_func: Any) -> tuple[str, ...]:
 def check_asked(learn: Timed, asked: Iterable[str]) -> None:
     "Raise LossError for a value that a loss function asks for and that is not there."
     provided = {fixture for callback in learn.callbacks for fixture, *_ in providers_of(callback)}
-    known = {"learn", *learn.fixtures, *learn.tree.alive("before", "loss")[0], *provided}
+    sure, some = learn.tree.alive("before", "loss")
+    known = {"learn", *learn.fixtures, *sure, *(some & learn.tree.counters()), *provided}
     for name in asked:
         if name not in known:
             raise LossError(f"loss_func asks for {name}, which is not a value that is there when the "
@@ -84,10 +85,20 @@ class Evaluation(Timed):
         self.batch, self.data, self.labels, self.batch_size = unpack(
             self.batch, self.device, self.labels_at, self.inputs_at, self.loss_func is None)
 
-    def predict(self) -> None:
-        "Call the model."
+    def predict(self, inputs: Any = None) -> Any:
+        """Call the model: what happens in a batch. With inputs, and outside of a batch, say what it makes of them.
+
+        Args:
+            inputs: New data, as for `learner.predict`; nothing in a batch, where `data` goes to the model.
+
+        Example:
+            >>> learn.predict(images[:3])
+        """
+        if inputs is not None: return self.predict_new(inputs)
         data = self.data
         self.predictions = self.model(data) if isinstance(data, Tensor) else call_model(self.model, data)
+
+    predict_new: Callable[[Any], Any]  # a learner has it, for new data
 
     def compute_loss(self) -> None:
         "Compare predictions with labels."
@@ -256,6 +267,7 @@ class Stream:
     def __init__(self, loader: Iterable[Any], begin: Callable[["Stream"], Any] = lambda stream: None):
         self.loader, self.begin = loader, begin  # `begin` is called before each pass over the loader
         self.passes, self.given = 0, 0  # that are done; batches of the one under way that are given
+        self.began: dict[str, Any] = {}  # whatever `begin` notes of the pass under way
         self.batches: Iterator[Any] | None = None
 
     def __iter__(self) -> "Stream": return self
@@ -420,6 +432,7 @@ class Modes:
 class Frames(Rows):
     "What the loop has around an epoch, a pass and a batch."
     evaluating: bool = False  # a validation or test pass is under way
+    unseen_step: bool = False  # the optimiser has stepped in this batch, and no stage was opened for it so far
     _modes: Modes  # of all modules, as they were before this call
 
     @contextmanager
@@ -429,6 +442,7 @@ class Frames(Rows):
         training = self.phase == "train"
         self.evaluating = not training
         self._modes.set(self.model, training)
+        set_mode(self.optimiser, training)
         try:
             with torch.set_grad_enabled(training), guarded_updates(self) if training else nullcontext(): yield
         finally: self.evaluating = False
@@ -484,7 +498,9 @@ class Walk(Frames):
 
     def _train_batch(self) -> None:
         __tracebackhide__ = True
-        try: values = self.train_batch()
+        try:
+            values = self.train_batch()
+            if self.unseen_step: check_updates(self)
         except BaseException:
             self.optimiser.zero_grad()  # a batch that is cut short leaves no gradients behind
             raise

@@ -90,8 +90,8 @@ class Profiler(_Timed):
     With it, the times of `learn.explain()` are those of all batches, too.
 
     Args:
-        synchronise: on an accelerator, wait for it at the ends of stages, so that work is charged to
-            the stage that asked for it; the run is slower for it.
+        synchronise: on an accelerator, wait for it at the ends of stages, so that work is charged
+            to the stage that asked for it; the run is slower for it.
 
     Example:
         >>> profiler = Profiler()
