@@ -264,7 +264,7 @@ def computed_tensors(learn: Loop) -> dict[int, Any]:
     found: dict[int, Any] = {}
 
     def note(leaf: Tensor) -> Tensor:
-        if not leaf.is_leaf: found[id(leaf)] = leaf.detach().clone()
+        if isinstance(leaf, Tensor) and not leaf.is_leaf: found[id(leaf)] = leaf.detach().clone()
         return leaf
     for holder in holders:
         for value in vars(holder).values():
