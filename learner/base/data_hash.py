@@ -6,8 +6,6 @@
 __all__ = ['data_hash', 'loader_hash']
 
 # %% ../../nbs/base/data_hash.ipynb #80532b63
-import hashlib
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,66 +15,10 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from torch.utils.data import SequentialSampler, SubsetRandomSampler, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
+from .hashing import Hasher, Where
 from .parts import cannot_restore, kept_order
 from .provenance import kept_rng, seed_everything
 from .tree import map_tensors
-
-# %% ../../nbs/base/data_hash.ipynb #a2a98ab6
-_BLOCK = 2**22  # bytes
-
-
-def _blocks(array: Any) -> Iterator[Any]:
-    "Parts of a tensor or an array, in row order, each of at most `_BLOCK` bytes."
-    if array.ndim == 0 or array.nbytes <= _BLOCK: yield array
-    elif rows := _BLOCK * len(array) // array.nbytes:
-        for start in range(0, len(array), rows): yield array[start : start + rows]
-    else:
-        for row in array: yield from _blocks(row)
-
-# %% ../../nbs/base/data_hash.ipynb #f87fa4f4
-_Where = tuple[Any, Any] | None  # the way to a value: that to what holds it, and its index or key
-
-def _refused(value: Any, where: _Where, fix: str) -> TypeError:
-    steps = ""
-    while where:
-        where, key = where
-        steps = f"[{key!r}]{steps}"
-    return TypeError(f"data{steps} of type {type(value).__name__} cannot be hashed: {fix}")
-
-def _simple(value: Any) -> tuple[str, Any] | None:
-    "The line and the bytes of a value without parts; None if it has parts."
-    match value:
-        case None: return "None", b""
-        case bool(): return f"bool {value}", b""
-        case int(): return f"int {int(value)}", b""
-        case float(): return "float", struct.pack("<d", value)
-        case complex(): return "complex", struct.pack("<dd", value.real, value.imag)
-        case str():
-            text = value.encode(errors="surrogatepass")
-            return f"str {len(text)}", text
-        case bytes() | bytearray(): return f"bytes {len(value)}", value
-    return None
-
-# %% ../../nbs/base/data_hash.ipynb #55819102
-def _add_tensor(sha: Any, value: Tensor, where: _Where) -> None:
-    if value.layout != torch.strided or value.is_meta or value.is_quantized:
-        raise _refused(value, where, "give a dense tensor with values")
-    kind, shape = str(value.dtype).removeprefix("torch."), ",".join(map(str, value.shape))
-    sha.update(f"array {kind} {shape}\n".encode())
-    for block in _blocks(value.detach()):
-        block = block.cpu().resolve_conj().resolve_neg().contiguous()
-        flat = block.as_strided((block.numel(),), (1,))  # a view would keep odd strides
-        sha.update(flat.view(torch.uint8).numpy())
-
-def _add_array(sha: Any, value: Any, where: _Where) -> None:
-    import numpy as np
-
-    array = np.asarray(value)
-    if array.dtype.kind not in "biufcmMSU" or array.dtype.char in "gG":  # long double: unused bytes
-        raise _refused(value, where, f"its dtype is {array.dtype}; convert it")
-    sha.update(f"array {array.dtype.name} {','.join(map(str, array.shape))}\n".encode())
-    for block in _blocks(array):
-        sha.update(np.asarray(block, block.dtype.newbyteorder("<"), order="C").tobytes())
 
 # %% ../../nbs/base/data_hash.ipynb #9f36caff
 _ITEMS = 1024  # items of a dataset to ask for at once
@@ -91,46 +33,23 @@ def _items(dataset: Any, count: int) -> Iterator[Any]:
             fetch, items = None, [dataset[i] for i in indices]
         yield from items
 
-def _add_dataset(sha: Any, value: Any, where: _Where) -> None:
-    readable = all(hasattr(value, name) for name in ("__getitem__", "__len__"))
-    if not readable or hasattr(value, "__array__") or isinstance(value, IterableDataset):
-        fix = ("give tensors, arrays, numbers, text, or lists, tuples, mappings and map-style "
-               "datasets of them")
-        raise _refused(value, where, "give its .dataset" if hasattr(value, "dataset") else fix)
-    count = len(value)
-    sha.update(f"dataset {count}\n".encode())
-    with kept_rng():
-        seed_everything(0)
-        for i, item in enumerate(_items(value, count)): _add(sha, item, (where, i))
-
-def _add_mapping(sha: Any, value: Mapping[Any, Any], where: _Where) -> None:
-    sha.update(f"dict {len(value)}\n".encode())
-    entries = []
-    for key, item in value.items():
-        own = hashlib.sha256()
-        _add(own, key, (where, key))
-        entries.append((own.digest(), key, item))
-    for digest, key, item in sorted(entries, key=lambda entry: entry[0]):
-        sha.update(digest)
-        _add(sha, item, (where, key))
-
 # %% ../../nbs/base/data_hash.ipynb #d53d04d5
-def _add(sha: Any, value: Any, where: _Where = None) -> None:
-    "Write a value to SHA-256, so that different values are different bytes."
-    if isinstance(value, Tensor): return _add_tensor(sha, value, where)
-    if hasattr(type(value), "__array_interface__"):  # arrays and numbers of NumPy, images of PIL
-        return _add_array(sha, value, where)
-    if simple := _simple(value):
-        line, content = simple
-        sha.update(line.encode() + b"\n")
-        sha.update(content)
-    elif isinstance(value, list | tuple):
-        kind = "list" if isinstance(value, list) else "tuple"
-        sha.update(f"{kind} {len(value)}\n".encode())
-        for i, item in enumerate(value): _add(sha, item, (where, i))
-    elif isinstance(value, Mapping): _add_mapping(sha, value, where)
-    elif type(value) is TensorDataset: _add(sha, value.tensors, where)
-    else: _add_dataset(sha, value, where)
+class _DataHasher(Hasher):
+    "Takes datasets as well."
+
+    def other(self, value: Any, where: Where) -> None:
+        if type(value) is TensorDataset: return self.add(value.tensors, where)
+        readable = all(hasattr(value, name) for name in ("__getitem__", "__len__"))
+        if not readable or hasattr(value, "__array__") or isinstance(value, IterableDataset):
+            fix = ("give tensors, arrays, numbers, text, or lists, tuples, mappings and map-style "
+                   "datasets of them")
+            if hasattr(value, "dataset"): fix = "give its .dataset"
+            raise self.refused(value, where, fix)
+        count = len(value)
+        self.write(f"dataset {count}")
+        with kept_rng():
+            seed_everything(0)
+            for i, item in enumerate(_items(value, count)): self.add(item, (where, i))
 
 def data_hash(data: Any) -> str:
     """SHA-256 of values with their types and shapes.
@@ -149,13 +68,11 @@ def data_hash(data: Any) -> str:
         >>> data_hash([1, "a"])[:12]
         '2714be007f20'
     """
-    sha = hashlib.sha256()
-    _add(sha, data)
-    return sha.hexdigest()
+    hasher = _DataHasher()
+    hasher.add(data)
+    return hasher.sha.hexdigest()
 
 # %% ../../nbs/base/data_hash.ipynb #6f4658ca
-_ALL = (SequentialSampler, RandomSampler)
-
 def _positions(loader: Any) -> Sequence[int] | None:
     "Which examples of its dataset a loader asks for in every epoch; None if that is not known."
     sampler, batches = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
@@ -165,7 +82,8 @@ def _positions(loader: Any) -> Sequence[int] | None:
     if hasattr(sampler, "order"): return range(count)  # ours takes every example once
     if isinstance(sampler, DistributedSampler): return range(count)  # all processes together do
     if type(sampler) is SubsetRandomSampler: return sorted(sampler.indices)
-    if type(sampler) not in _ALL or len(sampler) != count: return None
+    if sampler is None or type(sampler) not in (SequentialSampler, RandomSampler): return None
+    if len(sampler) != count: return None
     return None if getattr(sampler, "replacement", False) else range(count)
 
 class _Chosen:
@@ -211,6 +129,10 @@ def _examples_hash(loader: Any) -> str | None:
     if isinstance(loader, list | tuple):
         batches = _spread(loader, _EXAMPLES)
         return _with_share(data_hash(batches), len(batches), len(loader))
+    several = loader if isinstance(loader, Mapping) else getattr(loader, "loaders", None)
+    if isinstance(several, Mapping):
+        each = {name: _examples_hash(inner) for name, inner in several.items()}
+        return None if None in each.values() else data_hash(each)
     if not isinstance(loader, DataLoader): return None
     dataset, positions = loader.dataset, _positions(loader)
     if positions is None: return None
@@ -229,7 +151,8 @@ def loader_hash(loader: Any) -> str | None:
     were, and only examples that the sampler asks for in every epoch are read.
 
     Args:
-        loader: A `TensorLoader`, a DataLoader, a list of batches, or anything else.
+        loader: A `TensorLoader`, a DataLoader, a list of batches, a mapping of loaders with names,
+            or anything else.
 
     Returns:
         64 hexadecimal digits, and such as `" (1,000 of 60,000)"` if a sample was read; None if

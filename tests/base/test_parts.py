@@ -129,7 +129,7 @@ def test_loaders_with_names():
     ({"validation": {3: []}}, ValueError, "dataloaders[\"validation\"] has a loader named 3; use *"), ({"test": {"": []}}, ValueError, "dataloaders[\"test\"] has a loader named ''; use *"),
     ({"test": {}}, ValueError, "dataloaders[\"test\"] is an empty mapping; name a loader in it"), ({"test": {"a": 3}}, TypeError, "dataloaders[\"test\"][\"a\"] is 3; pass an iterable of batches"),
     ({"test": {"a": {"b": []}}}, TypeError, "dataloaders[\"test\"][\"a\"] is {'b': []}; pass an iterable of batches"),
-    ({"train": {"a": []}}, ValueError, "dataloaders[\"train\"] is a mapping; training reads one loader, and learner.loop.data.Together makes one of several"),
+    ({"train": {"a": []}}, ValueError, "dataloaders[\"train\"] is a mapping; training reads one loader, and learner.loop.together.Together makes one of several"),
     ({"train": "abc"}, TypeError, "dataloaders[\"train\"] is 'abc'; pass an iterable of batches"),
     ({"valid": []}, ValueError, "dataloaders: 'valid' is not one of ['train', 'validation', 'test']; did you mean validation?")])
 def test_loaders_that_cannot_be(loaders, kind, message):
