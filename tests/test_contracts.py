@@ -13,7 +13,8 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
 import learner
-from learner.base.store import hash_state, snapshot
+from learner.base.hashing import hash_state
+from learner.base.store import snapshot
 from learner.check.bench import example_learner
 from learner.check.conformance import check_callback
 from learner.check.nan_guard import NaNGuard

@@ -35,7 +35,8 @@ from learner.steer.schedule import BatchSchedule, EarlyStopping, EpochSchedule, 
 from learner.loop.stages import Callback, hooks_of
 from learner.loop.resume import Rewind
 from learner.loop.state import ResumeError, order_state
-from learner.base.store import DamagedError, hash_state, load_state, save_state, snapshot
+from learner.base.hashing import hash_state
+from learner.base.store import DamagedError, load_state, save_state, snapshot
 from learner.steer.update import EMA, Accumulate, ClipGradients, FreezeUntil
 
 EPOCHS, BATCHES = 3, 8  # of a training; in an epoch, the last of two examples
