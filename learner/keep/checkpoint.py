@@ -19,7 +19,7 @@ from ..base.files import AnyPath, FileError, FileLock, LockedError
 from ..base.files import make_folder, read_json, remove, tidy, write_json
 from ..base.store import check_state, checkpoint_name, list_checkpoints, load_state
 from ..base.store import newest_checkpoint, save_state, snapshot
-from ..base.words import check_number, check_whole
+from ..base.words import check_number, check_whole, plain
 from ..loop.learner import Learner
 from ..loop.stages import Callback
 from ..steer.stopping import MonitorError, check_mode, check_monitor, monitored
@@ -92,7 +92,7 @@ class _Folder:
 
     def write_index(self, index: Mapping[str, Any]) -> None:
         "Say whose the checkpoints are, and which is the best."
-        write_json(self.path / _INDEX, index, inside=self.path)
+        write_json(self.path / _INDEX, plain(index), inside=self.path)
 
     def remove_old(self, newest: str, best: str, keep: int | None) -> None:
         "Remove those that are too many, and those of a future that did not happen."

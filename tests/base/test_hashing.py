@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from learner.base.data_hash import data_hash
 from learner.base.files import FileError
 from learner.base.hashing import Hasher, hash_file, hash_state, is_sparse, sparse_parts, tensor_bytes
-from learner.base.data_hash import data_hash
 from learner.base.store import load_state, save_state
 
 one, two = torch.arange(6.0).reshape(2, 3), torch.ones(3, dtype=torch.int16)
