@@ -264,7 +264,7 @@ def test_a_run_from_the_command_line(runs):
 
 def test_the_command_line_and_the_notebook_build_the_same(runs):
     from learner.runs.config import build
-    from learner.runs.runs import model_hash
+    from learner.runs.facts import model_hash
     assert read(runs / "runs/first/meta.json")["initial_model"] == model_hash(build("digits", **{"model.width": 2, "device": "cpu"}).model)
 
 
