@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['script_text', 'module_text', 'command_line', 'host_facts', 'versions', 'loader_hash', 'model_hash', 'checkpoint_hash']
 
-# %% ../../nbs/runs/facts.ipynb #b6ca6d69
+# %% ../../nbs/runs/facts.ipynb #a5c2f057
 import contextlib
 import hashlib
 import inspect
@@ -21,12 +21,16 @@ import torch
 from torch.utils import data as torch_data
 
 from ..base.data_hash import data_hash
+from ..base.files import AnyPath
 from ..base.tree import map_tensors
 from ..loop.data import EpochSampler
 
 # %% ../../nbs/runs/facts.ipynb #5bfad046
 def script_text() -> str:
-    "The user's own program: a notebook's cells that were run, or the file that was started; empty if there is neither."
+    """The user's own program: a notebook's cells that were run, or the file that was started.
+
+    Empty if there is neither.
+    """
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is not None:
         cells = [cell for cell in shell.user_ns.get("In", ()) if cell.strip()]
@@ -39,7 +43,8 @@ def script_text() -> str:
 
 def _is_ours(main: Any) -> bool:
     "Whether the command line was started, which is not a program of the user's."
-    return (getattr(main.__spec__, "name", "") or "").partition(".")[0] == "learner" or Path(main.__file__).stem == "learner"
+    module = getattr(main.__spec__, "name", "") or ""
+    return module.partition(".")[0] == "learner" or Path(main.__file__).stem == "learner"
 
 def module_text(config: str) -> str:
     "The source of the module that a config is in; empty for one that is known by its name alone."
@@ -54,28 +59,33 @@ def command_line() -> list[str] | None:
     if getattr(main, "__file__", None) and _is_ours(main): return ["learner", *sys.argv[1:]]
     return ["python", *sys.orig_argv[1:]]
 
-# %% ../../nbs/runs/facts.ipynb #ce299c1a
+# %% ../../nbs/runs/facts.ipynb #6fd601af
 def host_facts() -> dict[str, Any]:
     "What of this machine may change results and times."
-    facts: dict[str, Any] = {"platform": platform.platform(), "machine": platform.machine(), "cpu_count": os.cpu_count(),
-                             "threads": torch.get_num_threads()}
+    facts: dict[str, Any] = {"platform": platform.platform(), "machine": platform.machine(),
+                             "cpu_count": os.cpu_count(), "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
-        facts |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(), "cuda": torch.version.cuda}
+        facts |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(),
+                  "cuda": torch.version.cuda}
     return facts
 
 def versions() -> dict[str, str]:
     "Versions of Python and of the packages that are in use."
     found = {"python": platform.python_version(), "torch": torch.__version__}
     from importlib.metadata import PackageNotFoundError, version
-    for package, module in (("nblearner", "learner"), ("numpy", "numpy"), ("torchvision", "torchvision"),
-                            ("scikit-learn", "sklearn"), ("torcheval", "torcheval"), ("transformers", "transformers")):
+    packages = {"learner": "nblearner", "sklearn": "scikit-learn"}  # where the names differ
+    for module in ("learner", "numpy", "torchvision", "sklearn", "torcheval", "transformers"):
+        package = packages.get(module, module)
         if module in sys.modules:
             with contextlib.suppress(PackageNotFoundError): found[module] = version(package)
     return found
 
-# %% ../../nbs/runs/facts.ipynb #cc934250
+# %% ../../nbs/runs/facts.ipynb #9fba42df
 _MOST = 1000  # examples of a data set that are read for a hash
 _MOST_BYTES = 256 << 20  # of tensors in memory
+
+_WHOLE = (EpochSampler, torch_data.SequentialSampler, torch_data.RandomSampler,
+          torch_data.DistributedSampler)
 
 def _asked_for(loader: Any) -> Sequence[int] | None:
     "The examples that a loader of PyTorch can ask for; None if nobody can say."
@@ -83,10 +93,11 @@ def _asked_for(loader: Any) -> Sequence[int] | None:
     if type(batches) not in (torch_data.BatchSampler, type(None)): return None
     sampler = getattr(loader if batches is None else batches, "sampler", None)
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"): return None
-    if isinstance(sampler, torch_data.SubsetRandomSampler): return sorted(int(i) for i in sampler.indices)
-    if isinstance(sampler, torch_data.WeightedRandomSampler): return sampler.weights.nonzero().flatten().tolist()
-    whole = EpochSampler | torch_data.SequentialSampler | torch_data.RandomSampler | torch_data.DistributedSampler
-    return range(len(dataset)) if isinstance(sampler, whole) else None
+    if isinstance(sampler, torch_data.SubsetRandomSampler):
+        return sorted(int(i) for i in sampler.indices)
+    if isinstance(sampler, torch_data.WeightedRandomSampler):
+        return sampler.weights.nonzero().flatten().tolist()
+    return range(len(dataset)) if isinstance(sampler, _WHOLE) else None
 
 def _evenly(indices: Sequence[int], most: int) -> Sequence[int]:
     "At most so many of the indices, evenly spaced."
@@ -96,15 +107,16 @@ def _evenly(indices: Sequence[int], most: int) -> Sequence[int]:
 def _of_sample(digest: str, read: int, there: int) -> str:
     return digest if read == there else f"{digest} of {read:,} of {there:,} examples"
 
-# %% ../../nbs/runs/facts.ipynb #4327078e
+# %% ../../nbs/runs/facts.ipynb #df054e78
 def _rows_hash(data: Any, indices: torch.Tensor | None) -> str:
-    "The hash of rows of tensors in memory, of all if there are no indices, taken some thousands at a time."
+    "The hash of rows of tensors in memory; of all rows if there are no indices."
     first = next(iter(_tensors(data)))
     if indices is None: indices = torch.arange(len(first))
     row = max(1, first.nbytes // max(1, len(first)))
     rows = _evenly(range(len(indices)), max(_MOST, _MOST_BYTES // row))
     chosen = indices if len(rows) == len(indices) else indices[torch.as_tensor(rows)]
-    def part(rows: torch.Tensor) -> Any: return map_tensors(lambda t: t.index_select(0, rows.to(t.device)), data)
+    def part(rows: torch.Tensor) -> Any:
+        return map_tensors(lambda t: t.index_select(0, rows.to(t.device)), data)
     digests = "".join(data_hash(part(rows)) for rows in chosen.split(4096))
     return _of_sample(hashlib.sha256(digests.encode()).hexdigest(), len(chosen), len(indices))
 
@@ -129,7 +141,7 @@ def _hash(loader: Any) -> str | None:
     asked = _asked_for(loader)
     return None if asked is None else _examples_hash(loader.dataset, asked)
 
-# %% ../../nbs/runs/facts.ipynb #a71b753d
+# %% ../../nbs/runs/facts.ipynb #7e8f54a3
 def loader_hash(loader: Any) -> str | None:
     """SHA-256 of the examples that a loader can give, whatever their order.
 
@@ -137,16 +149,19 @@ def loader_hash(loader: Any) -> str | None:
         loader: one of this library or of PyTorch, a list of batches, or a mapping of named loaders.
 
     Returns:
-        64 hexadecimal digits, with "of 1,000 of 20,000 examples" behind them where a sample was read. None for data
-        that cannot be read again, or cannot be hashed; a data set that fails costs a warning and not the training.
+        64 hexadecimal digits, with "of 1,000 of 20,000 examples" behind them where a sample was
+        read. None for data that cannot be read again, or cannot be hashed; a data set that fails
+        costs a warning and not the training.
 
     Example:
         >>> loader_hash(digits().train)
     """
     try: return _hash(loader)
-    except (TypeError, ValueError, RuntimeError): return None  # RuntimeError: tensors without values, and the like
+    # tensors without values, and the like
+    except (TypeError, ValueError, RuntimeError): return None
     except Exception as error:
-        warnings.warn(f"the data has no hash, since reading it failed: {type(error).__name__}: {error}", stacklevel=2)
+        warnings.warn(f"the data has no hash, since reading it failed: {type(error).__name__}: "
+                      f"{error}", stacklevel=2)
         return None
 
 def model_hash(model: torch.nn.Module) -> str | None:
@@ -154,7 +169,7 @@ def model_hash(model: torch.nn.Module) -> str | None:
     try: return data_hash(dict(model.state_dict()))
     except (TypeError, ValueError, RuntimeError): return None
 
-def checkpoint_hash(path: str | os.PathLike[str]) -> str:
+def checkpoint_hash(path: AnyPath) -> str:
     "SHA-256 of a checkpoint; of one in several files, of their names and contents."
     path = Path(path)
     if path.is_file():

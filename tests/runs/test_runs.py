@@ -18,14 +18,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 import learner.runs.facts as facts
 import learner.runs.runs as runs
 from learner.check.bench import example_learner
-from learner.loop.learner import Learner
 from learner.loop.data import DataLoaders, DatasetLoader, TensorLoader
-from learner.watch.progress import Progress
+from learner.loop.learner import Learner
+from learner.loop.stages import Callback, CallbackError, CancelTrainException, FunctionCallback
 from learner.runs.facts import checkpoint_hash, loader_hash
 from learner.runs.loggers import BestSoFar
 from learner.runs.output import Tee, kept_output
@@ -33,7 +40,7 @@ from learner.runs.run import write_plots, write_predictions
 from learner.runs.rundir import RunError, RunExistsError, RunLock, is_locked
 from learner.runs.runfiles import read_json, read_run, write_json
 from learner.runs.runs import Run, checkpoint_of, evaluate_run, load_run, rerun, resume_run, train_run
-from learner.loop.stages import Callback, CallbackError, CancelTrainException, FunctionCallback
+from learner.watch.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"epochs": 2, "model.width": 2, "lr_schedule": "constant", "batch_size": 128}
