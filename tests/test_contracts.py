@@ -19,7 +19,8 @@ from learner.keep.checkpoint import Checkpoint
 from learner.check.bench import example_learner
 from learner.check.conformance import check_callback
 from learner.check.nan_guard import NaNGuard
-from learner.check.rules import RULES, Bystander
+from learner.check.rules import RULES
+from learner.check.watching import Bystander
 from learner.loop.learner import Learner
 from learner.loop.resume import Rewind
 from learner.keep.fingerprints import Fingerprints

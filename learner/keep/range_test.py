@@ -196,7 +196,7 @@ class _Rise(Callback):
         self._end(f"the loss was {float(loss.detach()):g}", batch_num)
 
     def after_batch(self, learn: Learner, batch_num: int) -> None:
-        loss = vars(learn).get("loss")
+        loss = getattr(learn, "loss", None)
         if loss is None: raise LossError("lr_find: the batch routine sets no learn.loss; assign the loss to look at")
         self.waiting.append(loss.item())
         if self.skipped:

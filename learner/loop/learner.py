@@ -144,7 +144,7 @@ class Trainer(Files):
         "Let go of the tensors that a failed call has left: in its traceback, as gradients, on the device."
         self.check_idle("release")
         clear_traceback(getattr(sys, "last_exc", None) or getattr(sys, "last_value", None))  # a notebook's
-        for name in self.tree.passing(): vars(self).pop(name, None)
+        self.drop_fixtures()
         if is_optimiser(self.optimiser): self.optimiser.zero_grad()
         gc.collect()
         if torch.cuda.is_available(): torch.cuda.empty_cache()
@@ -323,7 +323,7 @@ class Learner(Trials):
         a place of its own.
         """
         quiet = copy(self)
-        for name in self.tree.passing(): vars(quiet).pop(name, None)
+        quiet.drop_fixtures(self.tree.passing())
         measuring = [deepcopy(each) for each in self.callbacks if getattr(each, "measures", False)]
         quiet.remove_watchers()
         quiet.add(*measuring)
@@ -360,7 +360,7 @@ def missing(learn: Loop, name: str) -> str:
         return (f"{kind} has no {name} now: it goes when its batch ends; set learn.keep_last = True before "
                 "training to keep the values of the last batch")
     if name in ELSEWHERE: return f"{kind} has no {name}; here it is called {ELSEWHERE[name]}"
-    return f"{kind} has no attribute {name}{did_you_mean(name, [*dir(type(learn)), *vars(learn), *METHODS])}"
+    return f"{kind} has no attribute {name}{did_you_mean(name, [*dir(type(learn)), *METHODS])}"
 
 # %% ../../nbs/loop/learner.ipynb #7a758e18
 def clear_traceback(error: BaseException | None) -> None:

@@ -28,7 +28,8 @@ from ..base.parts import no_loss, not_scalar, place_model, set_learning_rate
 from ..base.batch import LABELS, Total, call_model, loss_of, unpack
 from ..base.words import PHASES, as_number, check_number, check_whole, did_you_mean
 from .stages import Callback, CancelEpochException, CancelException
-from .stages import CancelTrainException, Staged, providers_of
+from .explain import Timed
+from .stages import CancelTrainException, providers_of
 from .updates import check_updates, guarded_updates, set_mode
 
 # %% ../../nbs/loop/loop.ipynb #7af243ca
@@ -45,7 +46,7 @@ def asked_by(loss_func: Any) -> tuple[str, ...]:
     further += [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
     return tuple(p.name for p in further if p.default is p.empty)
 
-def check_asked(learn: Staged, asked: Iterable[str]) -> None:
+def check_asked(learn: Timed, asked: Iterable[str]) -> None:
     "Raise LossError for a value that a loss function asks for and that is not there."
     provided = {fixture for callback in learn.callbacks for fixture, *_ in providers_of(callback)}
     sure, some = learn.tree.alive("before", "loss")
@@ -57,7 +58,7 @@ def check_asked(learn: Staged, asked: Iterable[str]) -> None:
                             "a fixture")
 
 # %% ../../nbs/loop/loop.ipynb #f4dc1c51
-class Evaluation(Staged):
+class Evaluation(Timed):
     "What happens in a batch of a validation or a test; override any of it in a subclass."
     model: nn.Module
     optimiser: Any  # a torch Optimizer; a factory until the first `train` has called it
@@ -208,7 +209,7 @@ class Values(Training):
             >>> def highest(learn, predictions): learn.log(highest=predictions.max())
             >>> learn.on("after_loss", highest)
         """
-        inside = "batch" in vars(self)
+        inside = hasattr(self, "batch")
         if inside and "loss" in values:
             raise ValueError("log: \"loss\" is the mean of learn.loss; take another name")
         if "epoch" in values:
@@ -220,12 +221,12 @@ class Values(Training):
             else: self.columns.waiting.append((self.batch_num, name, value))
 
     def _size(self) -> int:
-        return self.batch_size if "batch_size" in vars(self) else unpack(self.batch)[3]
+        return self.batch_size if hasattr(self, "batch_size") else unpack(self.batch)[3]
 
     def _end_batch(self, values: Mapping[str, Any] | None) -> None:
         "The routine of a batch is done: take its loss into the mean, and whatever was logged or returned."
         self.batches_done = self.batch_num + 1
-        if self.keep_last: self.last = {n: vars(self)[n] for n in self.tree.passing() if n in vars(self)}
+        if self.keep_last: self.last = self.live_fixtures()
         if self.columns.waiting: self.columns.batch_done(self.batch_num, self._size())
         if values is not None:
             if not isinstance(values, Mapping):
@@ -235,7 +236,7 @@ class Values(Training):
                 self.columns.add(name, scalar(name, value, True), self._size())
         try: loss, size = self.loss, self.batch_size
         except AttributeError:  # an override has names of its own for them
-            if "loss" not in vars(self): return
+            if not hasattr(self, "loss"): return
             loss, size = self.loss, self._size()
         if loss is None: return
         if loss.ndim: raise LossError(not_scalar(loss))  # a callback or an override may have made it
@@ -533,7 +534,8 @@ class Calls(Walk):
             finally:  # also where an interrupt hit between a pass and its end
                 torch.set_grad_enabled(grad)
                 self._modes.restore()
-        if self.keep_last: vars(self).update(self.last)
+        if self.keep_last:
+            for name, value in self.last.items(): setattr(self, name, value)
 
     def _guard(self) -> AbstractContextManager[Any]: return nullcontext()
 

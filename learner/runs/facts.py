@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['script_text', 'module_text', 'command_line', 'host_facts', 'versions', 'loader_hash', 'model_hash', 'checkpoint_hash']
 
-# %% ../../nbs/runs/facts.ipynb #e85f40ae
+# %% ../../nbs/runs/facts.ipynb #b6ca6d69
 import contextlib
 import hashlib
 import inspect
@@ -54,7 +54,7 @@ def command_line() -> list[str] | None:
     if getattr(main, "__file__", None) and _is_ours(main): return ["learner", *sys.argv[1:]]
     return ["python", *sys.orig_argv[1:]]
 
-# %% ../../nbs/runs/facts.ipynb #1c5c6b39
+# %% ../../nbs/runs/facts.ipynb #ce299c1a
 def host_facts() -> dict[str, Any]:
     "What of this machine may change results and times."
     facts: dict[str, Any] = {"platform": platform.platform(), "machine": platform.machine(), "cpu_count": os.cpu_count(),
@@ -73,13 +73,15 @@ def versions() -> dict[str, str]:
             with contextlib.suppress(PackageNotFoundError): found[module] = version(package)
     return found
 
-# %% ../../nbs/runs/facts.ipynb #d72936d0
+# %% ../../nbs/runs/facts.ipynb #cc934250
 _MOST = 1000  # examples of a data set that are read for a hash
 _MOST_BYTES = 256 << 20  # of tensors in memory
 
 def _asked_for(loader: Any) -> Sequence[int] | None:
     "The examples that a loader of PyTorch can ask for; None if nobody can say."
-    dataset, sampler = loader.dataset, getattr(loader, "sampler", None)
+    dataset, batches = loader.dataset, getattr(loader, "batch_sampler", None)
+    if type(batches) not in (torch_data.BatchSampler, type(None)): return None
+    sampler = getattr(loader if batches is None else batches, "sampler", None)
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"): return None
     if isinstance(sampler, torch_data.SubsetRandomSampler): return sorted(int(i) for i in sampler.indices)
     if isinstance(sampler, torch_data.WeightedRandomSampler): return sampler.weights.nonzero().flatten().tolist()
@@ -94,7 +96,7 @@ def _evenly(indices: Sequence[int], most: int) -> Sequence[int]:
 def _of_sample(digest: str, read: int, there: int) -> str:
     return digest if read == there else f"{digest} of {read:,} of {there:,} examples"
 
-# %% ../../nbs/runs/facts.ipynb #ccd4e238
+# %% ../../nbs/runs/facts.ipynb #4327078e
 def _rows_hash(data: Any, indices: torch.Tensor | None) -> str:
     "The hash of rows of tensors in memory, of all if there are no indices, taken some thousands at a time."
     first = next(iter(_tensors(data)))
@@ -127,7 +129,7 @@ def _hash(loader: Any) -> str | None:
     asked = _asked_for(loader)
     return None if asked is None else _examples_hash(loader.dataset, asked)
 
-# %% ../../nbs/runs/facts.ipynb #d4f3ca45
+# %% ../../nbs/runs/facts.ipynb #a71b753d
 def loader_hash(loader: Any) -> str | None:
     """SHA-256 of the examples that a loader can give, whatever their order.
 
@@ -153,8 +155,9 @@ def model_hash(model: torch.nn.Module) -> str | None:
     except (TypeError, ValueError, RuntimeError): return None
 
 def checkpoint_hash(path: str | os.PathLike[str]) -> str:
-    "SHA-256 of the names and contents of a checkpoint's files."
-    total = hashlib.sha256()
-    for file in sorted(Path(path).iterdir()):
-        with file.open("rb") as stream: total.update(f"{file.name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
+    "SHA-256 of a checkpoint; of one in several files, of their names and contents."
+    path = Path(path)
+    if path.is_file():
+        with path.open("rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
+    parts = (f"{file.name}\0{checkpoint_hash(file)}\n" for file in sorted(path.iterdir()))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()

@@ -80,7 +80,7 @@ class StepValues(StepLog):
         return full
 
     def _note(self, learn: Learner) -> bool:
-        loss = vars(learn).get("loss")
+        loss = getattr(learn, "loss", None)
         if isinstance(loss, Tensor): loss = loss.detach()
         return self.note(learn.results.get("epoch", learn.epoch), learn.batch_num, loss, self.learning_rate)
 

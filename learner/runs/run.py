@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_plots', 'write_predictions', 'MetaFile', 'epochs_text', 'ResultFiles', 'RunFrame', 'RunHooks', 'Run']
 
-# %% ../../nbs/runs/run.ipynb #9fdffc86
+# %% ../../nbs/runs/run.ipynb #bb139e74
 import contextlib
 import os
 import re
@@ -42,15 +42,17 @@ from .runfiles import GrowingTable, RunFiles, csv_text, iter_rows, list_in, mapp
 from .tensorboard import TensorBoard
 from ..watch.look import show_predictions
 
-# %% ../../nbs/runs/run.ipynb #56f20483
+# %% ../../nbs/runs/run.ipynb #05793b6f
 def _draw(folder: Path, draw: Callable[[Path], None]) -> None:
     "Draw pictures into a folder, which is made; an error becomes a warning."
     try:
         inner_folder(folder.parent, folder.name).mkdir(exist_ok=True)
         draw(folder)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        warnings.warn(f"the pictures in {folder} are not complete: {reason}", stacklevel=3)
+    except Exception as error: _warn_of_pictures(folder, error)
+
+def _warn_of_pictures(folder: str | os.PathLike[str], error: Exception) -> None:
+    reason = f"{type(error).__name__}: {error}"
+    warnings.warn(f"the pictures in {folder} are not complete: {reason}", stacklevel=4)
 
 def _save_figure(figure: Any, path: Path) -> None:
     data = BytesIO()
@@ -76,16 +78,12 @@ def write_predictions(folder: str | os.PathLike[str], learn: Learner) -> None:
     if "validation" not in learn.dataloaders: return
     from matplotlib.figure import Figure
     figure = Figure(figsize=(6.0, 6.5), layout="constrained")
-    reason: Exception | None = None
     try: show_predictions(learn, ax=figure.subplots())
     except (TypeError, ValueError): return
-    except Exception as error: reason = error
-    def draw(folder: Path) -> None:
-        if reason is not None: raise reason
-        _save_figure(figure, folder / "predictions.png")
-    _draw(Path(folder), draw)
+    except Exception as error: _warn_of_pictures(folder, error)
+    else: _draw(Path(folder), lambda folder: _save_figure(figure, folder / "predictions.png"))
 
-# %% ../../nbs/runs/run.ipynb #5cc5d10b
+# %% ../../nbs/runs/run.ipynb #543b9404
 class MetaFile:
     "meta.json of a run while it trains."
 
@@ -122,7 +120,7 @@ class MetaFile:
         evaluations = [*list_in(known, "evaluations"), *added]
         write_json(self.path, {**self.values, "evaluations": evaluations}, sync)
 
-# %% ../../nbs/runs/run.ipynb #3b722f54
+# %% ../../nbs/runs/run.ipynb #8e4c9a08
 def _first_facts(run: "RunFrame", learn: Learner, made: Settings | None) -> dict[str, Any]:
     "What is known when a run begins, and never changes."
     parent = run.parent if run.parent is not None else vars(learn).get("loaded_from")
@@ -145,7 +143,7 @@ def _how_it_ended(error: BaseException | None) -> tuple[str, str | None]:
     if error is None or isinstance(error, CancelException): return "finished", None
     return "failed", f"{type(error).__name__}: {error}".splitlines()[0][:1000]
 
-# %% ../../nbs/runs/run.ipynb #f452f202
+# %% ../../nbs/runs/run.ipynb #f28d3511
 def _make_parts(folder: Path, options: Mapping[str, Any], settings: Mapping[str, Any] | None) -> Iterator[Callback]:
     "The callbacks that a run brings along."
     checkpoint, every, tensorboard = options["checkpoint"], options["fingerprints"], options["tensorboard"]
@@ -174,7 +172,7 @@ def epochs_text(count: int) -> str:
     "A number of epochs in words."
     return f"{count} epoch{'s' * (count != 1)}"
 
-# %% ../../nbs/runs/run.ipynb #4601ceae
+# %% ../../nbs/runs/run.ipynb #fb7664b3
 class ResultFiles:
     "history.csv, score.json and meta.json of a run while it trains."
 
@@ -210,7 +208,7 @@ def _cut_steps(path: Path, end: int) -> None:
         write_all(file, csv_text([], STEP_COLUMNS).encode())
         while block := list(islice(kept, 1000)): write_all(file, csv_text(block, STEP_COLUMNS, head=False).encode())
 
-# %% ../../nbs/runs/run.ipynb #4d6e84ff
+# %% ../../nbs/runs/run.ipynb #0aaefb86
 def _begin(run: "RunFrame", learn: Learner, again: bool) -> None:
     "Write down what is known when a training begins."
     folder, meta = run.folder, run.results.meta
@@ -243,7 +241,7 @@ def _compare_data(folder: Path, learn: Learner, before: Mapping[str, Any]) -> No
         if loader_hash(learn.dataloaders[phase]) not in (None, before[phase]):
             warnings.warn(f"{folder}: the {phase} data is not what it was", stacklevel=2)
 
-# %% ../../nbs/runs/run.ipynb #46c404b4
+# %% ../../nbs/runs/run.ipynb #782aa170
 def _keep(folder: Path, name: str, text: str) -> None:
     "Write a text down; one that differs from what is there gets a number."
     if not text: return
@@ -255,7 +253,7 @@ def _keep(folder: Path, name: str, text: str) -> None:
     longer = bool(last) and text.startswith(last)  # cells of a notebook that came after belong to the rest
     write_text(folder / names[count - 1 if longer else count], text)
 
-# %% ../../nbs/runs/run.ipynb #1d1fcb93
+# %% ../../nbs/runs/run.ipynb #0120456a
 @contextlib.contextmanager
 def _opened(run: "RunFrame", learn: Learner) -> Iterator[None]:
     "The folder of a run, open for a training: locked, its beginning and its end written down."
@@ -298,7 +296,7 @@ def _note_test(run: "RunFrame", learn: Learner) -> None:
         meta.go_on(meta.values["seconds"])  # a test is not training
         run.results.rewrite(learn.history, {"split": "test", "checkpoint": None, "at": now(), "results": found})
 
-# %% ../../nbs/runs/run.ipynb #6ed5f261
+# %% ../../nbs/runs/run.ipynb #5ec7a3d1
 class RunFrame(StepLogger):
     "A run folder, open as long as a training lasts; `Run` explains the arguments."
     priority = 2000  # last, so that everything is there that others have logged
@@ -326,7 +324,7 @@ class RunFrame(StepLogger):
 
     def __repr__(self) -> str: return f"Run({str(self.folder)!r})"
 
-# %% ../../nbs/runs/run.ipynb #4fcd9632
+# %% ../../nbs/runs/run.ipynb #5a493c53
 class RunHooks(RunFrame):
     "What a run writes down within a training, and of a test after it or by itself."
 
@@ -354,7 +352,7 @@ class RunHooks(RunFrame):
         if self.opened: self.after_training()
         return super().state_dict()
 
-# %% ../../nbs/runs/run.ipynb #0f9e0ce3
+# %% ../../nbs/runs/run.ipynb #ad6d1a26
 class Run(RunHooks):
     """Keeps a run folder: settings, code, data, output, results, checkpoints.
 

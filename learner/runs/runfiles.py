@@ -6,7 +6,7 @@
 __all__ = ['Rows', 'write_json', 'now', 'csv_text', 'write_rows', 'GrowingTable', 'read_json', 'mapping_in', 'list_in',
            'read_cell', 'iter_rows', 'RunFacts', 'RunFiles', 'read_run']
 
-# %% ../../nbs/runs/runfiles.ipynb #bac3e8cc
+# %% ../../nbs/runs/runfiles.ipynb #ca91913d
 import contextlib
 import csv
 import io
@@ -25,7 +25,7 @@ from .rundir import FORMAT, VERSION, RunError, check_name, inner_folder, is_lock
 
 Rows = Iterable[Mapping[str, Any]]
 
-# %% ../../nbs/runs/runfiles.ipynb #85e5d69f
+# %% ../../nbs/runs/runfiles.ipynb #692a37fb
 def write_json(path: str | os.PathLike[str], value: Any, sync: bool = True) -> None:
     "Replace a file by a value as JSON; with `sync` it is on the disk afterwards, even if the power fails."
     files.write_json(path, plain(value), sync=sync)
@@ -34,7 +34,7 @@ def now() -> str:
     "The time as in `2026-01-31T12:00:00+00:00`."
     return datetime.now(UTC).isoformat(timespec="seconds")
 
-# %% ../../nbs/runs/runfiles.ipynb #32d5bc14
+# %% ../../nbs/runs/runfiles.ipynb #2ebd7953
 def csv_text(rows: Rows, columns: Sequence[str], head: bool = True) -> str:
     "Rows as CSV, values in full precision."
     cells = [{name: plain(value) for name, value in row.items()} for row in rows]
@@ -52,7 +52,7 @@ def write_rows(path: str | os.PathLike[str], rows: Rows, columns: Sequence[str] 
     if columns is None: columns = list(dict.fromkeys(name for row in rows for name in row))
     write_text(path, csv_text(rows, columns), sync=sync)
 
-# %% ../../nbs/runs/runfiles.ipynb #dab02d90
+# %% ../../nbs/runs/runfiles.ipynb #c6ddcd00
 class GrowingTable:
     "A CSV file that follows a list of rows as it grows."
 
@@ -75,7 +75,7 @@ class GrowingTable:
         write_rows(self.path, rows, columns)
         self.columns, self.known, self.count = columns, frozenset(columns), len(rows)
 
-# %% ../../nbs/runs/runfiles.ipynb #73d5a798
+# %% ../../nbs/runs/runfiles.ipynb #532f8653
 _LARGEST = {"json": 8 << 20, "csv": 256 << 20, "text": 16 << 20}  # bytes of a file
 _MOST, _MOST_SETTINGS = 200_000, 10_000  # values in a file of JSON
 _DEEPEST = 50  # levels of nesting in it
@@ -99,7 +99,7 @@ def read_json(path: str | os.PathLike[str], most: int = _MOST) -> dict[str, Any]
     if not isinstance(value, dict): raise RunError(f"{path} is damaged: it holds a {type(value).__name__}, not an object")
     return value
 
-# %% ../../nbs/runs/runfiles.ipynb #7a958ba1
+# %% ../../nbs/runs/runfiles.ipynb #62556aea
 def mapping_in(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     "The mapping under a name, empty if something else is there."
     found = values.get(name)
@@ -110,7 +110,7 @@ def list_in(values: Mapping[str, Any], name: str) -> list[Any]:
     found = values.get(name)
     return found if isinstance(found, list) else []
 
-# %% ../../nbs/runs/runfiles.ipynb #3e10fa20
+# %% ../../nbs/runs/runfiles.ipynb #eefab4aa
 _NUMBER = re.compile(r"[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|inf(?:inity)?)", re.ASCII | re.IGNORECASE)
 
 def read_cell(text: str) -> Any:
@@ -127,6 +127,7 @@ def iter_rows(path: str | os.PathLike[str], limit: int | None = _LARGEST["csv"])
           io.TextIOWrapper(data, encoding="utf-8", newline="\n") as file):
         reader = csv.reader(_lines(file))
         head = next(reader, [])
+        if len(set(head)) < len(head): raise ValueError("has a column twice")
         for number, cells in enumerate(reader, 2):
             if len(cells) != len(head):
                 raise ValueError(f"has {len(cells)} cells in line {number}, and {len(head)} in its head")
@@ -138,7 +139,7 @@ def _lines(file: io.TextIOWrapper) -> Iterator[str]:
         if line.endswith("\n"): yield line
         elif len(line) == _LONGEST_LINE: raise ValueError(f"has a line of more than {_LONGEST_LINE:,} characters")
 
-# %% ../../nbs/runs/runfiles.ipynb #cb98ac44
+# %% ../../nbs/runs/runfiles.ipynb #1b159873
 _STATUSES = ("running", "finished", "stopped", "failed")
 
 class RunFacts:
@@ -180,7 +181,7 @@ class RunFacts:
         try: return read_json(self.folder / name, most)
         except FileNotFoundError: return {}
 
-# %% ../../nbs/runs/runfiles.ipynb #31971f87
+# %% ../../nbs/runs/runfiles.ipynb #ce1f7988
 def _checked_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     "The contents of config.json; raises RunError for what this version cannot read."
     if config and config.get("format") != FORMAT:
@@ -205,8 +206,8 @@ def _checked_score(path: Path, found: Mapping[str, Any]) -> dict[str, dict[str, 
         score[name] = {**entry, **numbers}
     return score
 
-# %% ../../nbs/runs/runfiles.ipynb #97ff777f
-_CHECKPOINT = re.compile(r"epoch-(\d{4,9})(?:-batch-(\d{5,12}))?")
+# %% ../../nbs/runs/runfiles.ipynb #118d7bfb
+_CHECKPOINT = re.compile(r"epoch-(\d{4,9})(?:-batch-(\d{5,12}))?(?:\.safetensors)?")
 
 class RunFiles(RunFacts):
     """What a run folder says. Each file is read when it is first asked for; a damaged one raises RunError that names it.
@@ -248,12 +249,12 @@ class RunFiles(RunFacts):
     def _in_checkpoints(self) -> list[str]:
         try: entries = os.scandir(inner_folder(self.folder, "checkpoints"))
         except (OSError, RunError): return []
-        with entries: return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        with entries: return [entry.name for entry in entries if not entry.is_symlink()]
 
     @property
     def last_epoch(self) -> int | None:
         "How many epochs the last checkpoint has done, else the history; None where there is neither."
-        if self.checkpoints: return int(self.checkpoints[-1].split("-")[1])
+        if self.checkpoints: return int(self.checkpoints[-1][6:].partition("-")[0].partition(".")[0])
         return len(self.rows) or None
 
     def text(self, name: str) -> str:
@@ -268,7 +269,7 @@ class RunFiles(RunFacts):
         except RunError as error: words = str(error)
         return printable(f"RunFiles({self.folder}: {words})")
 
-# %% ../../nbs/runs/runfiles.ipynb #38c96225
+# %% ../../nbs/runs/runfiles.ipynb #ea6aef91
 def read_run(folder: str | os.PathLike[str]) -> RunFiles:
     """Open a run folder for reading.
 

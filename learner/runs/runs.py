@@ -30,7 +30,7 @@ _all_ = ["Run", "build"]
 Callbacks = Callback | Iterable[Callback] | None
 AnyPath = str | os.PathLike[str]
 
-# %% ../../nbs/runs/runs.ipynb #d7b89a60
+# %% ../../nbs/runs/runs.ipynb #7ee4b7ae
 def train_run(config: Any, folder: AnyPath, overrides: Mapping[str, Any] | None = None, overwrite: bool = False,
               allow: Iterable[str] | None = None, callbacks: Callbacks = None, **options: Any) -> Learner:
     """Build a learner from settings and train it in a new run folder.
@@ -63,7 +63,7 @@ def _trained(settings: Settings, run: Run, callbacks: Callbacks) -> Learner:
     if run.options["plots"]: write_predictions(run.folder / "plots", learn)
     return learn
 
-# %% ../../nbs/runs/runs.ipynb #0927752e
+# %% ../../nbs/runs/runs.ipynb #8a59cbc7
 def checkpoint_of(folder: AnyPath, checkpoint: AnyPath = "best") -> Path:
     """The path of a checkpoint of a run.
 
@@ -82,7 +82,8 @@ def checkpoint_of(folder: AnyPath, checkpoint: AnyPath = "best") -> Path:
     text = os.fspath(checkpoint)
     if os.sep in text and os.path.realpath(Path(text).parent) == os.path.realpath(place): text = Path(text).name
     name = check_name(text, "checkpoint")
-    if name in files.checkpoints: return place / name
+    for each in (name, f"{name}.safetensors"):
+        if each in files.checkpoints: return place / each
     near = did_you_mean(name, ["best", "last", *files.checkpoints])
     raise FileNotFoundError(f"{folder} has no checkpoint {name}{near}{there}")
 
@@ -95,7 +96,7 @@ def _best_or_last(files: RunFiles, which: str, there: str) -> Path:
                                 f"name one, or resume the run{there}")
     raise FileNotFoundError(f"{files.folder} has no {which} checkpoint{there}")
 
-# %% ../../nbs/runs/runs.ipynb #21cfba3d
+# %% ../../nbs/runs/runs.ipynb #2533674f
 def _settings(files: RunFiles, allow: Iterable[str], *layers: Mapping[str, Any]) -> Settings:
     "The settings of a run; raises RunError for a learner that was built by hand."
     if files.config.get("config") is None:
@@ -129,7 +130,7 @@ def load_run(folder: AnyPath, checkpoint: AnyPath = "best", allow: Iterable[str]
     learn.loaded_from = path  # type: ignore[attr-defined]  # the parent of a run that tunes it
     return learn
 
-# %% ../../nbs/runs/runs.ipynb #cc0abb9c
+# %% ../../nbs/runs/runs.ipynb #3ff56d30
 _OPTIONS = ("log_every", "checkpoint", "tensorboard", "fingerprints", "hash_data", "plots")  # of Run, kept in config.json
 
 def resume_run(folder: AnyPath, epochs: int | None = None, allow: Iterable[str] = (), callbacks: Callbacks = None) -> Learner:
@@ -168,7 +169,7 @@ def resume_run(folder: AnyPath, epochs: int | None = None, allow: Iterable[str] 
     if run.options["plots"]: write_predictions(run.folder / "plots", learn)
     return learn
 
-# %% ../../nbs/runs/runs.ipynb #9faacaed
+# %% ../../nbs/runs/runs.ipynb #f013b58a
 def _latest(files: RunFiles) -> Path | None:
     "The newest checkpoint of a run; None for a run that was stopped before its first one; raises RunError if it is lost."
     place = inner_folder(files.folder, "checkpoints")
@@ -181,7 +182,7 @@ def _latest(files: RunFiles) -> Path | None:
                        "another folder (learner rerun, or rerun)")
     return latest
 
-# %% ../../nbs/runs/runs.ipynb #b4f69964
+# %% ../../nbs/runs/runs.ipynb #75bca728
 class Evaluation(dict[str, Any]):
     """Results such as `{"test_loss": 0.3}`, which also say what was evaluated.
 
@@ -226,7 +227,7 @@ def evaluate_run(folder: AnyPath, split: str = "validation", checkpoint: AnyPath
     _note_evaluation(Path(folder), split, path.name, loader_hash(learn.dataloaders[split]), results)
     return Evaluation(results, split, path)
 
-# %% ../../nbs/runs/runs.ipynb #e4450bd1
+# %% ../../nbs/runs/runs.ipynb #974a8fda
 def _check_split(split: Any) -> None:
     known = ("validation", "test")
     if split not in known:
@@ -245,7 +246,7 @@ def _note_evaluation(folder: Path, split: str, checkpoint: str, digest: str | No
                           "evaluations": [*list_in(meta, "evaluations"), entry]})
     if before not in (None, digest): warnings.warn(f"{folder}: the {split} data is not what it was", stacklevel=3)
 
-# %% ../../nbs/runs/runs.ipynb #d24f1c46
+# %% ../../nbs/runs/runs.ipynb #9759ec2e
 class Rerun:
     """What came of running a run again.
 
@@ -282,7 +283,7 @@ def _differences(old: RunFiles, new: RunFiles) -> Iterator[str]:
             if was == value or None in (was, value): continue
             yield f"the {name} data differs" if what == "data" else f"{name} was {was} and is {value}"
 
-# %% ../../nbs/runs/runs.ipynb #4a216903
+# %% ../../nbs/runs/runs.ipynb #fa2a5918
 def rerun(folder: AnyPath, new_folder: AnyPath, allow: Iterable[str] = (), callbacks: Callbacks = None,
           overwrite: bool = False) -> Rerun:
     """Train with the settings and the seed of a run: on the same code and machine the history is identical.

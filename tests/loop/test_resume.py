@@ -641,8 +641,8 @@ class Balance(Callback):
 
 def whole(learn):
     "Nothing of a run is left."
-    assert not learn.is_running and learn._path == [] and not learn._entered
-    assert not {"batch", "data", "labels", "batch_size", "predictions", "loss"} & vars(learn).keys()
+    assert not learn.is_running and learn._timing.path == [] and not learn._frame.entered
+    assert not any(hasattr(learn, name) for name in ("batch", "data", "labels", "batch_size", "predictions", "loss"))
     assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
     assert all(parameter.grad is None and parameter.requires_grad for parameter in learn.model.parameters())
     assert all(module.training for module in learn.model.modules())

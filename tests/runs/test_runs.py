@@ -13,16 +13,18 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
+import learner.runs.facts as facts
 import learner.runs.runs as runs
 from learner.check.bench import example_learner
 from learner.loop.learner import Learner
-from learner.loop.data import DataLoaders
+from learner.loop.data import DataLoaders, DatasetLoader, TensorLoader
 from learner.watch.progress import Progress
 from learner.runs.facts import checkpoint_hash, loader_hash
 from learner.runs.loggers import BestSoFar
@@ -629,7 +631,140 @@ def test_a_learner_by_hand_cannot_be_built_again(tmp_path):
         with pytest.raises(RunError, match="built by hand"): call(tmp_path / "a")
 
 
+def test_an_evaluation_says_which_checkpoint_it_read(copied):
+    best = evaluate_run(copied)
+    last = evaluate_run(copied, "test", "last")
+    assert best.checkpoint == checkpoint_of(copied, "best") and (last.split, last.checkpoint) == ("test", checkpoint_of(copied, "last"))
+    assert str(last).startswith(f"{last.checkpoint.name} on test: test_loss {last['test_loss']:.6g}") and dict(last) == last
+
+
+# Costs
+
+@pytest.mark.parametrize("loader", [
+    lambda data: DataLoader(data, batch_size=8, sampler=RandomSampler(data, num_samples=64)), lambda data: DataLoader(data, batch_size=64, shuffle=True),
+    lambda data: DataLoader(data, batch_size=64), lambda data: DatasetLoader(data, 64, shuffle=True),
+])
+def test_of_a_large_data_set_a_sample_is_read_and_the_hash_says_so(loader):
+    data = Pictures(20_000)
+    state = torch.get_rng_state()
+    digest = loader_hash(loader(data))
+    assert digest.endswith(" of 1,000 of 20,000 examples") and len(data.read) == 1000 and torch.equal(state, torch.get_rng_state())
+    assert loader_hash(loader(Pictures(20_000))) == digest != loader_hash(loader(Pictures(20_000, value=1)))
+
+
+@pytest.mark.parametrize("sampler", [
+    lambda: SubsetRandomSampler([i for i in range(32) if i != 13]), lambda: WeightedRandomSampler([float(i != 13) for i in range(32)], 16),
+])
+def test_what_the_sampler_leaves_out_is_not_read(tmp_path, sampler):
+    data = Pictures(32, bad=13)
+    assert len(loader_hash(DataLoader(data, batch_size=8, sampler=sampler()))) == 64 and sorted(data.read) == [i for i in range(32) if i != 13]
+
+
+def test_of_what_an_unknown_sampler_asks_for_nothing_is_read():
+    class Mine(torch.utils.data.Sampler):
+        def __iter__(self): return iter([3, 5])
+        def __len__(self): return 2
+    data = Pictures(32, bad=13)
+    assert loader_hash(DataLoader(data, sampler=Mine())) is None and loader_hash(DataLoader(data, batch_sampler=[[1, 2]])) is None and not data.read
+
+
+SEED = 0  # with which a sampler of eight of 32 examples leaves out the 13th
+
+
+def test_data_that_cannot_be_read_ends_no_training(tmp_path):
+    data = Pictures(32, bad=13)
+    loader = DataLoader(data, batch_size=8, sampler=RandomSampler(data, num_samples=8, generator=torch.Generator().manual_seed(SEED)))
+    assert 13 not in [*RandomSampler(data, num_samples=8, generator=torch.Generator().manual_seed(SEED))]
+    model = nn.Linear(4, 1)
+    learn = Learner(model, torch.optim.SGD(model.parameters(), lr=0.1), F.mse_loss, {"train": loader}, device="cpu")
+    with pytest.warns(UserWarning, match="the data has no hash, since reading it failed: FileNotFoundError: picture 13"): learn.train(1, callbacks=quick(tmp_path / "a"))
+    assert read_run(tmp_path / "a").status == "finished" and read_run(tmp_path / "a").meta["data"]["train"] is None
+
+
+class Pictures(Dataset):
+    def __init__(self, count, bad=None, value=0): self.count, self.bad, self.value, self.read = count, bad, value, []
+
+    def __len__(self): return self.count
+
+    def __getitem__(self, i):
+        if i == self.bad: raise FileNotFoundError(f"picture {i}")
+        self.read.append(i)
+        return torch.full((4,), float(i + self.value)), torch.zeros(1)
+
+
+def test_a_large_set_in_memory_is_hashed_by_rows_evenly_spaced(monkeypatch):
+    monkeypatch.setattr(facts, "_MOST_BYTES", 1 << 20)
+    data = torch.arange(40_000.0)[:, None].repeat(1, 64)
+    digest = loader_hash(TensorLoader((data, data[:, 0])))
+    assert digest.endswith("of 4,096 of 40,000 examples") and loader_hash(TensorLoader((data, data[:, 0]), shuffle=True)) == digest
+    assert loader_hash(TensorLoader((data + 1, data[:, 0]))) != digest
+
+
+def test_what_a_run_writes_in_an_epoch_does_not_grow(tmp_path, monkeypatch):
+    if not os.path.exists("/proc/self/io"): pytest.skip("the system does not count what a process writes")
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # the time of the disk does not matter here
+    batches, model, marks = [(torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64))], nn.Linear(2, 2), []
+    learn = Learner(model, torch.optim.SGD(model.parameters(), lr=0.1), F.cross_entropy, {"train": batches}, device="cpu")
+    learn.on("after_epoch", lambda: marks.append(int(Path("/proc/self/io").read_text().split("wchar:")[1].split()[0])), priority=9000)
+    learn.train(301, callbacks=Run(tmp_path / "a", plots=False, checkpoint=False))
+    early, late = (marks[100] - marks[50]) / 50, (marks[300] - marks[250]) / 50
+    assert 100 < late < 1.2 * early + 100 and len(read_run(tmp_path / "a").rows) == 301
+
+
+def test_numbers_of_numpy_are_ranked(tmp_path):
+    learn = no_test(example_learner())
+    learn.on("after_epoch", lambda epoch: learn.log(validation_accuracy=np.float32(epoch / 4)))
+    learn.train(3, callbacks=quick(tmp_path / "a"))
+    assert read_run(tmp_path / "a").score["validation_accuracy"] == {"best": 0.5, "epoch": 2, "last": 0.5, "mode": "max"}
+    assert [row["validation_accuracy"] for row in read_run(tmp_path / "a").rows] == [0, 0.25, 0.5]
+
+
+def test_the_options_of_a_run_are_there_as_soon_as_its_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr("learner.runs.run.script_text", lambda: 1 / 0)  # stopped between its first files
+    with pytest.raises(ZeroDivisionError): train_run("digits", tmp_path / "a", SMALL, log_every=7, plots=False, checkpoint={"keep": 1})
+    assert not (tmp_path / "a" / "meta.json").exists()
+    monkeypatch.undo()
+    resume_run(tmp_path / "a")
+    assert [row["step"] for row in read_run(tmp_path / "a").steps()] == list(range(0, 22, 7)) and read_run(tmp_path / "a").checkpoints == ["epoch-0002"]
+
+
 # A folder from elsewhere is data, not code
+
+OUTSIDE = ["stdout.txt", "stderr.txt", ".lock", "steps.csv", "history.csv", "score.json", "meta.json", "code.diff", "script.py", "plots", "tensorboard", "checkpoints", ".gitignore", "fingerprints.jsonl"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_nothing_is_written_through_a_link(copied, tmp_path, name):
+    """Resuming may refuse or go on; what a link leads to stays as it is."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("step,loss\n")
+    if (copied / name).is_dir(): shutil.move(copied / name, mine / name)
+    elif (copied / name).exists(): (copied / name).unlink()
+    (copied / name).symlink_to(mine if (mine / name).is_dir() or name in ("plots", "tensorboard") else mine / "thesis.txt")
+    with unchanged(mine), contextlib.suppress(ValueError, OSError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        resume_run(copied, epochs=3)
+    assert (mine / "thesis.txt").read_text() == "step,loss\n"
+
+
+@pytest.mark.parametrize("name", ["stdout.txt", ".lock", "steps.csv", "history.csv", "score.json", "meta.json", "config.json"])
+@pytest.mark.parametrize("kind", ["pipe", "zero"])
+def test_no_pipe_or_device_keeps_us_waiting(copied, name, kind):
+    (copied / name).unlink(missing_ok=True)
+    os.mkfifo(copied / name) if kind == "pipe" else (copied / name).symlink_to("/dev/zero")
+    begun = time.monotonic()
+    for call in (lambda: resume_run(copied, epochs=3), lambda: evaluate_run(copied)):
+        try: call()
+        except (ValueError, OSError) as error: assert "\n" not in str(error)
+    assert time.monotonic() - begun < 12
+
+
+@pytest.mark.parametrize("change", [{"starts": "many"}, {"starts": [3, {"status": []}]}, {"seconds": "long"}, {"data": 3}, {"evaluations": {"a": 1}}, {"git": []}, {"epochs": {}}, {"versions": [1]}])
+def test_facts_of_another_form_break_nothing(copied, change):
+    write_json(copied / "meta.json", {**read_json(copied / "meta.json"), **change, "status": "stopped"})
+    resume_run(copied, epochs=3)
+    assert read_run(copied).status == "finished" and len(read_run(copied).rows) == 3 and evaluate_run(copied)
 
 @pytest.mark.parametrize("change, message", [
     ({"config": "evil:make"}, "allow"), ({"config": "os:system"}, "allow"), ({"config": "evil"}, "evil"), ({"config": "../evil.yaml"}, "evil"),
