@@ -342,7 +342,7 @@ class _Witness(Callback):
 
     def after_any_batch(self, learn: Learner) -> None:
         for name in ("data", "labels", "predictions"):
-            self.kept += [(name, tensor) for tensor in tensors_in(vars(learn).get(name)).values()]
+            self.kept += [(name, tensor) for tensor in tensors_in(getattr(learn, name, None)).values()]
 
     def memory(self) -> dict[int, str]:
         "What is kept, by address."

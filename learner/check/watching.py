@@ -34,7 +34,7 @@ class Bystander(Callback):
     def look(self, learn: Learner, hook: str) -> None:
         for name in ("data", "labels", "predictions", "loss"):
             seen = [tensor.detach().double().sum()
-                    for tensor in tensors_in(vars(learn).get(name)).values()
+                    for tensor in tensors_in(getattr(learn, name, None)).values()
                     if not tensor.is_complex()]
             if seen: learn.log(**{f"bystander_{hook}_{name}": torch.stack(seen).sum()})
 
@@ -82,9 +82,9 @@ class _Protocol(Callback):
     def after_predict(self, learn: Learner) -> None:
         self.write(learn, "training mode",
                    {name: module.training for name, module in learn.model.named_modules()})
-        self.write(learn, "predictions", list(tensors_in(vars(learn).get("predictions")).values()))
+        self.write(learn, "predictions", list(tensors_in(getattr(learn, "predictions", None)).values()))
 
-    def after_loss(self, learn: Learner) -> None: self.write(learn, "loss", vars(learn).get("loss"))
+    def after_loss(self, learn: Learner) -> None: self.write(learn, "loss", getattr(learn, "loss", None))
 
     def after_backward(self, learn: Learner) -> None:
         self.write(learn, "gradient",
