@@ -23,7 +23,7 @@ from ..base.batch import unpack
 from ..base.tree import map_tensors
 from ..base.words import PHASES, did_you_mean
 from ..loop.learner import Learner
-from ..loop.loop import Pass
+from ..loop.passes import Pass
 from ..loop.stages import Callback
 from .metric_forms import FunctionMean, MetricError, check_metric, compute, form_of
 from .metric_forms import metric_name, name_metrics, picker, say_which, set_state_of
