@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['AnyPath', 'LIMIT', 'FileError', 'LockedError', 'open_file', 'read_bytes', 'read_text', 'parse_json', 'read_json',
            'write_all', 'replacing', 'write_bytes', 'write_text', 'write_json', 'open_append', 'append_text',
-           'FileLock', 'is_locked', 'make_folder', 'list_files', 'is_file', 'remove', 'tidy']
+           'FileLock', 'is_locked', 'make_folder', 'list_names', 'is_file', 'remove', 'tidy']
 
-# %% ../../nbs/base/files.ipynb #9c732801
+# %% ../../nbs/base/files.ipynb #3e005df4
 import contextlib
 import errno
+import io
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from pathlib import Path
 from time import sleep
 from typing import Any, BinaryIO, Self
 
-# %% ../../nbs/base/files.ipynb #50f46648
+# %% ../../nbs/base/files.ipynb #759eb00e
 AnyPath = str | os.PathLike[str]
 LIMIT = 2**28  # bytes of a file that is read as a whole
 
@@ -39,7 +40,7 @@ class FileError(ValueError):
 class LockedError(FileError):
     "A lock that another process holds."
 
-# %% ../../nbs/base/files.ipynb #3b0fb750
+# %% ../../nbs/base/files.ipynb #646b9384
 _HERE = os.open in os.supports_dir_fd  # else paths are used as they are: on Windows
 _FLAGS = reduce(or_, (getattr(os, name, 0) for name in
                       ("O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY", "O_BINARY", "O_CLOEXEC")))
@@ -85,12 +86,12 @@ def _kind(mode: int) -> str:
     if stat.S_ISLNK(mode): return "a link"
     return "a folder" if stat.S_ISDIR(mode) else "not a regular file"
 
-# %% ../../nbs/base/files.ipynb #44462624
+# %% ../../nbs/base/files.ipynb #08bd62c1
 def open_file(
     path: AnyPath,
     limit: int | None = LIMIT,  # bytes; None: any number
     inside: AnyPath | None = None,  # the folder that the user named; below it no link is followed
-) -> BinaryIO:
+) -> io.BufferedReader:
     "Open a regular file for reading bytes; raises FileError or OSError."
     file, size = _open(path, os.O_RDONLY, inside)
     if limit is None or size <= limit: return os.fdopen(file, "rb")
@@ -109,7 +110,7 @@ def read_text(path: AnyPath, limit: int = LIMIT, inside: AnyPath | None = None) 
     try: return read_bytes(path, limit, inside).decode()
     except UnicodeDecodeError: raise FileError(path, "is not text in UTF-8") from None
 
-# %% ../../nbs/base/files.ipynb #f851fcd3
+# %% ../../nbs/base/files.ipynb #1b8c19e6
 def parse_json(
     text: str | bytes,
     depth: int = 100,  # levels of nesting
@@ -154,7 +155,7 @@ def _is_shallow(value: Any, depth: int) -> bool:
         if not level: return True
     return False
 
-# %% ../../nbs/base/files.ipynb #46785c92
+# %% ../../nbs/base/files.ipynb #7938a8c0
 def read_json(
     path: AnyPath,
     limit: int = 2**24,  # bytes
@@ -165,7 +166,7 @@ def read_json(
     except FileError: raise
     except ValueError as error: raise FileError(path, f"is damaged: it {error}") from None
 
-# %% ../../nbs/base/files.ipynb #004cac30
+# %% ../../nbs/base/files.ipynb #c2de61f1
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
 
 def write_all(file: int, data: bytes | memoryview) -> None:
@@ -212,7 +213,7 @@ def replacing(
             with contextlib.suppress(OSError): os.unlink(new, dir_fd=folder)
             raise
 
-# %% ../../nbs/base/files.ipynb #238b0dc5
+# %% ../../nbs/base/files.ipynb #00d0ab08
 def write_bytes(
     path: AnyPath, data: bytes, inside: AnyPath | None = None, sync: bool = True
 ) -> None:
@@ -241,7 +242,7 @@ def append_text(path: AnyPath, text: str, inside: AnyPath | None = None) -> None
     "Add text at the end of a file, which is made if need be; raises FileError or OSError."
     with open_append(path, inside) as file: write_all(file.fileno(), text.encode())
 
-# %% ../../nbs/base/files.ipynb #a26ca8e1
+# %% ../../nbs/base/files.ipynb #9c807086
 _held: set[int] = set()  # descriptors of the locks of this process
 
 def _leave_locks_to_the_parent() -> None:
@@ -290,7 +291,7 @@ def is_locked(path: AnyPath, inside: AnyPath | None = None) -> bool:
     try: return _try_lock(file, exclusive=False) is False
     finally: os.close(file)
 
-# %% ../../nbs/base/files.ipynb #58d4175e
+# %% ../../nbs/base/files.ipynb #91f284d4
 def make_folder(path: AnyPath) -> None:
     "Make a folder and those it lies in, and have them on the disk; raises OSError."
     path = Path(path)
@@ -300,11 +301,10 @@ def make_folder(path: AnyPath) -> None:
     with _place(path, None) as (folder, _):
         if folder is not None: os.fsync(folder)
 
-def list_files(folder: AnyPath, inside: AnyPath | None = None) -> list[str]:
-    "The names of the regular files in a folder, without links; raises FileError or OSError."
-    with (_place(Path(folder) / "file", inside) as (number, _),
-          os.scandir(folder if number is None else number) as entries):
-        return sorted(entry.name for entry in entries if entry.is_file(follow_symlinks=False))
+def list_names(folder: AnyPath, inside: AnyPath | None = None) -> list[str]:
+    "The names of all that lies in a folder, sorted; raises FileError or OSError."
+    with _place(Path(folder) / "name", inside) as (number, _):
+        return sorted(os.listdir(folder if number is None else number))
 
 def is_file(path: AnyPath, inside: AnyPath | None = None) -> bool:
     "Whether there is a regular file, and no link; raises nothing."
@@ -320,7 +320,7 @@ def remove(path: AnyPath, inside: AnyPath | None = None) -> None:
 
 def tidy(folder: AnyPath, name: str | None = None, inside: AnyPath | None = None) -> None:
     "Remove temporary files, of a name or all, that killed processes left; those in use stay."
-    for left in list_files(folder, inside):
+    for left in list_names(folder, inside):
         match = _TEMPORARY.fullmatch(left)
         if match is None or name not in (None, match[1]): continue
         path = Path(folder) / left

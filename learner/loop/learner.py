@@ -24,19 +24,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..base.hashing import hash_state
 from ..base.history import History
 from ..base.batch import LABELS
 from ..base.parts import is_optimiser, kept_order
 from ..base.provenance import kept_rng, rng_state
-from ..base.store import hash_state, save_state
+from ..base.store import read_checkpoint, save_state
+from ..base.tree import map_tensors
 from ..base.words import check_number, did_you_mean
-from .loop import Loop
-from .resume import Cursor, begin, lengths, read_checkpoint, set_steps, state_to_resume
+from .loop import Loop, attached_modules, passes_of
+from .resume import Cursor, begin, lengths, set_steps, state_to_resume
 from .stages import Callback
 from .state import Place, check_state, gather, loaders_of, modules_beside, order_state, put
-from .state import set_groups
+from .state import set_groups, state_of
 
-# %% ../../nbs/loop/learner.ipynb #66882d2d
+# %% ../../nbs/loop/learner.ipynb #518d6797
 class Resumable(Loop):
     "A loop whose training can be put aside and taken up again."
     cursor: Cursor
@@ -57,8 +59,8 @@ class Resumable(Loop):
         beside = gather(self) if self.is_running or saved is None else saved
         if beside is self.cursor.copy: return dict(beside)  # with the model and the optimiser of then
         if "groups" in beside: set_groups(optimiser, beside["groups"])  # as they were when training stopped
-        modules = {name: module.state_dict() for name, module in modules_beside(self).items()}
-        return {"model": self.model.state_dict(), "modules": modules, "optimiser": optimiser,
+        modules = {name: state_of(module) for name, module in modules_beside(self).items()}
+        return {"model": state_of(self.model), "modules": modules, "optimiser": optimiser,
                 "callbacks": beside["callbacks"], "loop": beside["loop"]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -67,7 +69,7 @@ class Resumable(Loop):
         put(self, state)
         self.cursor.saved = dict(state)
 
-# %% ../../nbs/loop/learner.ipynb #e0dbb4ae
+# %% ../../nbs/loop/learner.ipynb #29043102
 class Files(Resumable):
     "A training in files."
 
@@ -101,10 +103,10 @@ class Files(Resumable):
         self.check_idle("load")
         self.load_state_dict(read_checkpoint(path))
 
-# %% ../../nbs/loop/learner.ipynb #26f70d0a
-METHODS = {  # functions of a learner that can be called as methods too: the module, imported when it is used
-    "lr_find": "learner.keep.range_test", "predict": "learner.watch.predictions",
-    "summary": "learner.watch.modules", "doctor": "learner.check.diagnosis",
+# %% ../../nbs/loop/learner.ipynb #e7cd8be9
+METHODS = {  # functions of a learner that are methods too; their modules are imported when they are used
+    "lr_find": "learner.keep.range_test:lr_find", "predict_new": "learner.watch.outputs:predict",
+    "summary": "learner.watch.modules:summary", "doctor": "learner.check.diagnosis:doctor",
 }
 ELSEWHERE = {  # what other libraries call it
     "fit": "train", "fit_one_cycle": "train with a BatchSchedule(OneCycleLR)", "fine_tune": "train with FreezeUntil",
@@ -133,7 +135,7 @@ def speaks(method: Callable[..., Any]) -> Callable[..., Any]:
         return method(self, *args, **kwargs)
     return checked
 
-# %% ../../nbs/loop/learner.ipynb #92f6b635
+# %% ../../nbs/loop/learner.ipynb #324c8663
 class Trainer(Files):
     "The frame of a call, and training itself."
     _failed = False  # the last public call
@@ -142,7 +144,7 @@ class Trainer(Files):
         "Let go of the tensors that a failed call has left: in its traceback, as gradients, on the device."
         self.check_idle("release")
         clear_traceback(getattr(sys, "last_exc", None) or getattr(sys, "last_value", None))  # a notebook's
-        for name in self.tree.passing(): vars(self).pop(name, None)
+        self.drop_fixtures()
         if is_optimiser(self.optimiser): self.optimiser.zero_grad()
         gc.collect()
         if torch.cuda.is_available(): torch.cuda.empty_cache()
@@ -152,10 +154,19 @@ class Trainer(Files):
         "What a call needs around it: signals wait for the end of a batch; what a failed call left is let go."
         if self._failed: self.release()
         self._failed = True
+        for loader in loaders_of(self).values(): renew_workers(loader)
         with self.cursor.signals:
             try: yield
             finally: self.cursor.arriving = None
         self._failed = False
+
+    def _evaluate(
+        self, call: str, phase: str, callbacks: Callback | Iterable[Callback] | None,
+    ) -> dict[str, Any]:
+        if not self.is_running or self.evaluating: return super()._evaluate(call, phase, callbacks)
+        passes = passes_of(self.dataloaders, phase)  # from a hook: a pass beside training
+        with kept_rng(), kept_order(passes.values()):
+            return self.quiet_copy()._evaluate(call, phase, callbacks)
 
     @speaks
     def train(
@@ -206,7 +217,7 @@ class Trainer(Files):
             begin(cursor, self, state, rate)
             with cursor.kept(self): self._train(cursor)
 
-# %% ../../nbs/loop/learner.ipynb #a89a106e
+# %% ../../nbs/loop/learner.ipynb #0c5793cf
 class Trials(Trainer):
     "Copies, hashes and tidying up."
 
@@ -225,8 +236,7 @@ class Trials(Trainer):
         shared: dict[int, Any] = {id(part): part for part in (self.dataloaders, *watchers)}
         shared |= {id(self.history): History(), id(self.cursor): cursor}
         with kept_rng(), kept_order(loaders_of(self).values()):
-            try: trial = deepcopy(self, shared)
-            except Exception as error: raise name_uncopied(self.callbacks, error) from error
+            trial = copied(self, shared | computed_tensors(self))
             trial.remove_watchers()
             yield trial
 
@@ -241,12 +251,38 @@ class Trials(Trainer):
         loader: Any = self.dataloaders.get("train")
         order |= order_state(loader)
         if hasattr(loader, "order"): order["order"] = loader.order(len(self.history))
-        modules = {name: module.state_dict() for name, module in modules_beside(self).items()}
-        model = {**self.model.state_dict(), **modules}
+        modules = {name: state_of(module) for name, module in modules_beside(self).items()}
+        model = {**state_of(self.model), **modules}
         parts = {"model": model, "optimiser": optimiser, "order": order, "rng": rng_state()}
         return {name: hash_state({name: part}) for name, part in parts.items()}
 
-# %% ../../nbs/loop/learner.ipynb #bc15104c
+# %% ../../nbs/loop/learner.ipynb #91666660
+def computed_tensors(learn: Loop) -> dict[int, Any]:
+    "Copies of the tensors in modules and callbacks that were computed, by the identity of the original."
+    holders: list[Any] = [*learn.model.modules(), *learn.callbacks]
+    for module in attached_modules(learn).values(): holders += module.modules()
+    found: dict[int, Any] = {}
+
+    def note(leaf: Tensor) -> Tensor:
+        if isinstance(leaf, Tensor) and not leaf.is_leaf: found[id(leaf)] = leaf.detach().clone()
+        return leaf
+    for holder in holders:
+        for value in vars(holder).values():
+            if isinstance(value, Tensor | list | tuple | dict): map_tensors(note, value)
+    return found
+
+def copied(learn: Any, shared: dict[int, Any]) -> Any:
+    "A deep copy, or an error that names what cannot be copied."
+    try: return deepcopy(learn, dict(shared))
+    except Exception as error:
+        for part in (learn.model, *learn.callbacks):
+            try: deepcopy(part, dict(shared))
+            except Exception:
+                fix = "; give it a __deepcopy__, or watches = True if it changes nothing" if part is not learn.model else ""
+                raise TypeError(f"{part!r:.80} cannot be copied ({error}), which a trial needs{fix}") from error
+        raise
+
+# %% ../../nbs/loop/learner.ipynb #48f84627
 class Learner(Trials):
     """Trains a model, with callbacks that can read and change anything here.
 
@@ -281,16 +317,25 @@ class Learner(Trials):
         self.cursor = self.plan = Cursor()
 
     def quiet_copy(self) -> Self:
-        "A light copy for a pass beside training: it shares the parts, and has a history and a place of its own."
+        """Make a light copy for a pass beside training.
+
+        It shares the parts and the callbacks that steer, has copies of those that measure, and has a history and
+        a place of its own.
+        """
         quiet = copy(self)
+        quiet.drop_fixtures(self.tree.passing())
+        measuring = [deepcopy(each) for each in self.callbacks if getattr(each, "measures", False)]
         quiet.remove_watchers()
+        quiet.add(*measuring)
         quiet.history, quiet._failed, quiet.results = History(), False, {}
         quiet.cursor = quiet.plan = Cursor()
         return quiet
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"): raise AttributeError(name, name=name, obj=self)
-        if name in METHODS: return partial(getattr(import_module(METHODS[name]), name), self)
+        if name in METHODS:
+            module, _, function = METHODS[name].partition(":")
+            return partial(getattr(import_module(module), function), self)
         raise AttributeError(missing(self, name), name=name, obj=self)
 
     def __repr__(self) -> str:
@@ -300,7 +345,13 @@ class Learner(Trials):
         rows = "".join(f"<tr><th>{name}</th><td>{escape(value)}</td></tr>" for name, value in summary_of(self).items())
         return f"<table><caption>{type(self).__name__}</caption>{rows}</table>"
 
-# %% ../../nbs/loop/learner.ipynb #e65b8501
+# %% ../../nbs/loop/learner.ipynb #24861c83
+def renew_workers(loader: Any) -> None:
+    "Let a loader start new workers where those that persist have died, as Ctrl-C in a terminal does to them."
+    persisting = getattr(loader, "_iterator", None)
+    workers = getattr(persisting, "_workers", None) or []
+    if workers and not all(worker.is_alive() for worker in workers): loader._iterator = None
+
 def missing(learn: Loop, name: str) -> str:
     "What to say of an attribute that a learner does not have."
     kind = type(learn).__name__
@@ -309,9 +360,9 @@ def missing(learn: Loop, name: str) -> str:
         return (f"{kind} has no {name} now: it goes when its batch ends; set learn.keep_last = True before "
                 "training to keep the values of the last batch")
     if name in ELSEWHERE: return f"{kind} has no {name}; here it is called {ELSEWHERE[name]}"
-    return f"{kind} has no attribute {name}{did_you_mean(name, [*dir(type(learn)), *vars(learn), *METHODS])}"
+    return f"{kind} has no attribute {name}{did_you_mean(name, [*dir(type(learn)), *METHODS])}"
 
-# %% ../../nbs/loop/learner.ipynb #e8342d7e
+# %% ../../nbs/loop/learner.ipynb #7a758e18
 def clear_traceback(error: BaseException | None) -> None:
     "Let go of what the frames of an exception, and of those behind it, hold."
     seen: set[int] = set()
@@ -319,17 +370,6 @@ def clear_traceback(error: BaseException | None) -> None:
         seen.add(id(error))
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
-
-def name_uncopied(callbacks: Iterable[Callback], error: Exception) -> Exception:
-    "Say which callback cannot be copied; the error itself if none of them is to blame."
-    for callback in callbacks:
-        if callback.watches: continue  # it is shared
-        try: deepcopy(callback)
-        except Exception as own:
-            return TypeError(
-                f"a trial works on a copy, and {callback!r} cannot be copied: {own}; set watches = True on it if "
-                "it changes nothing, give it a __deepcopy__, or remove it before")
-    return error
 
 def summary_of(learn: Loop) -> dict[str, str]:
     "What a learner consists of, in a few words each."

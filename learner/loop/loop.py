@@ -28,8 +28,9 @@ from ..base.parts import no_loss, not_scalar, place_model, set_learning_rate
 from ..base.batch import LABELS, Total, call_model, loss_of, unpack
 from ..base.words import PHASES, as_number, check_number, check_whole, did_you_mean
 from .stages import Callback, CancelEpochException, CancelException
-from .stages import CancelTrainException, Staged, providers_of
-from .updates import guarded_updates
+from .explain import Timed
+from .stages import CancelTrainException, providers_of
+from .updates import check_updates, guarded_updates, set_mode
 
 # %% ../../nbs/loop/loop.ipynb #7af243ca
 class LossError(ValueError):
@@ -45,10 +46,11 @@ def asked_by(loss_func: Any) -> tuple[str, ...]:
     further += [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
     return tuple(p.name for p in further if p.default is p.empty)
 
-def check_asked(learn: Staged, asked: Iterable[str]) -> None:
+def check_asked(learn: Timed, asked: Iterable[str]) -> None:
     "Raise LossError for a value that a loss function asks for and that is not there."
     provided = {fixture for callback in learn.callbacks for fixture, *_ in providers_of(callback)}
-    known = {"learn", *learn.fixtures, *learn.tree.alive("before", "loss")[0], *provided}
+    sure, some = learn.tree.alive("before", "loss")
+    known = {"learn", *learn.fixtures, *sure, *(some & learn.tree.counters()), *provided}
     for name in asked:
         if name not in known:
             raise LossError(f"loss_func asks for {name}, which is not a value that is there when the "
@@ -56,7 +58,7 @@ def check_asked(learn: Staged, asked: Iterable[str]) -> None:
                             "a fixture")
 
 # %% ../../nbs/loop/loop.ipynb #f4dc1c51
-class Evaluation(Staged):
+class Evaluation(Timed):
     "What happens in a batch of a validation or a test; override any of it in a subclass."
     model: nn.Module
     optimiser: Any  # a torch Optimizer; a factory until the first `train` has called it
@@ -83,10 +85,20 @@ class Evaluation(Staged):
         self.batch, self.data, self.labels, self.batch_size = unpack(
             self.batch, self.device, self.labels_at, self.inputs_at, self.loss_func is None)
 
-    def predict(self) -> None:
-        "Call the model."
+    def predict(self, inputs: Any = None) -> Any:
+        """Call the model: what happens in a batch. With inputs, and outside of a batch, say what it makes of them.
+
+        Args:
+            inputs: New data, as for `learner.predict`; nothing in a batch, where `data` goes to the model.
+
+        Example:
+            >>> learn.predict(images[:3])
+        """
+        if inputs is not None: return self.predict_new(inputs)
         data = self.data
         self.predictions = self.model(data) if isinstance(data, Tensor) else call_model(self.model, data)
+
+    predict_new: Callable[[Any], Any]  # a learner has it, for new data
 
     def compute_loss(self) -> None:
         "Compare predictions with labels."
@@ -197,7 +209,7 @@ class Values(Training):
             >>> def highest(learn, predictions): learn.log(highest=predictions.max())
             >>> learn.on("after_loss", highest)
         """
-        inside = "batch" in vars(self)
+        inside = hasattr(self, "batch")
         if inside and "loss" in values:
             raise ValueError("log: \"loss\" is the mean of learn.loss; take another name")
         if "epoch" in values:
@@ -209,12 +221,12 @@ class Values(Training):
             else: self.columns.waiting.append((self.batch_num, name, value))
 
     def _size(self) -> int:
-        return self.batch_size if "batch_size" in vars(self) else unpack(self.batch)[3]
+        return self.batch_size if hasattr(self, "batch_size") else unpack(self.batch)[3]
 
     def _end_batch(self, values: Mapping[str, Any] | None) -> None:
         "The routine of a batch is done: take its loss into the mean, and whatever was logged or returned."
         self.batches_done = self.batch_num + 1
-        if self.keep_last: self.last = {n: vars(self)[n] for n in self.tree.passing() if n in vars(self)}
+        if self.keep_last: self.last = self.live_fixtures()
         if self.columns.waiting: self.columns.batch_done(self.batch_num, self._size())
         if values is not None:
             if not isinstance(values, Mapping):
@@ -224,7 +236,7 @@ class Values(Training):
                 self.columns.add(name, scalar(name, value, True), self._size())
         try: loss, size = self.loss, self.batch_size
         except AttributeError:  # an override has names of its own for them
-            if "loss" not in vars(self): return
+            if not hasattr(self, "loss"): return
             loss, size = self.loss, self._size()
         if loss is None: return
         if loss.ndim: raise LossError(not_scalar(loss))  # a callback or an override may have made it
@@ -255,6 +267,7 @@ class Stream:
     def __init__(self, loader: Iterable[Any], begin: Callable[["Stream"], Any] = lambda stream: None):
         self.loader, self.begin = loader, begin  # `begin` is called before each pass over the loader
         self.passes, self.given = 0, 0  # that are done; batches of the one under way that are given
+        self.began: dict[str, Any] = {}  # whatever `begin` notes of the pass under way
         self.batches: Iterator[Any] | None = None
 
     def __iter__(self) -> "Stream": return self
@@ -419,6 +432,7 @@ class Modes:
 class Frames(Rows):
     "What the loop has around an epoch, a pass and a batch."
     evaluating: bool = False  # a validation or test pass is under way
+    unseen_step: bool = False  # the optimiser has stepped in this batch, and no stage was opened for it so far
     _modes: Modes  # of all modules, as they were before this call
 
     @contextmanager
@@ -428,6 +442,7 @@ class Frames(Rows):
         training = self.phase == "train"
         self.evaluating = not training
         self._modes.set(self.model, training)
+        set_mode(self.optimiser, training)
         try:
             with torch.set_grad_enabled(training), guarded_updates(self) if training else nullcontext(): yield
         finally: self.evaluating = False
@@ -483,7 +498,9 @@ class Walk(Frames):
 
     def _train_batch(self) -> None:
         __tracebackhide__ = True
-        try: values = self.train_batch()
+        try:
+            values = self.train_batch()
+            if self.unseen_step: check_updates(self)
         except BaseException:
             self.optimiser.zero_grad()  # a batch that is cut short leaves no gradients behind
             raise
@@ -517,7 +534,8 @@ class Calls(Walk):
             finally:  # also where an interrupt hit between a pass and its end
                 torch.set_grad_enabled(grad)
                 self._modes.restore()
-        if self.keep_last: vars(self).update(self.last)
+        if self.keep_last:
+            for name, value in self.last.items(): setattr(self, name, value)
 
     def _guard(self) -> AbstractContextManager[Any]: return nullcontext()
 

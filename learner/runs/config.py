@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from ..base.files import FileError, read_text
 from ..base.words import check_number, check_whole, did_you_mean
 from .registry import ConfigError, Entry, find_config, import_allowed
 from .registry import register_config, register_model, registered
@@ -37,49 +38,17 @@ _COMMON = (
     Setting("validation_epochs", int, 1, "validate every so many epochs, and after the last"),
     Setting("seed", int, 0, "decides the initial weights and all that is random"),
 )
-_SPLITS = ("train", "validation", "test")
 
-class Settings:
-    """The settings of a learner, resolved: all names, all values, and what is built with them.
+# %% ../../nbs/runs/config.ipynb #85745e42
+class _Written:
+    "Settings as they are written down."
 
-    Attributes:
-        config: the name of a config that ships or of a notebook, else module:function.
-        values: nested, as a file has them.
-        training: the arguments of `Learner.train`.
-        seed: what all random numbers come from.
-    """
-
-    def __init__(self, config: str, part: Part, common: dict[str, Any], asked: Collection[str]):
-        self.config = config
-        self.values = part.plain
-        self.training = {name: value for name, value in common.items() if name != "seed"}
-        self.seed: int = common["seed"]
-        self._part, self._asked = part, asked
+    def __init__(self, config: str, part: Part):
+        self.config, self._part, self.values = config, part, part.plain
 
     def record(self) -> dict[str, Any]:
         "What `from_record` makes the same settings of."
         return {"config": self.config, "settings": deepcopy(self.values)}
-
-    def build(self, splits: Collection[str] = ("train", "validation")) -> "Learner":
-        """Seed all random numbers and build the learner.
-
-        Args:
-            splits: the data to load: a test is not a part of training.
-
-        Raises:
-            ConfigError: the config cannot be built with these settings.
-        """
-        from learner.base.provenance import seed_everything
-        unknown = [name for name in splits if name not in _SPLITS]
-        if unknown:
-            raise ConfigError(f"splits has {unknown[0]!r}; they are train, validation and test")
-        seed_everything(self.seed)
-        values = {key: value for key, value in self._part.values.items() if key in self._asked}
-        more = {"splits": tuple(splits)} if "splits" in self._asked else {}
-        learn = _as_learner(self.config, replace(self._part, values=values).make("", **more))
-        _keep_splits(self.config, learn, splits)
-        _settings[learn] = self
-        return learn
 
     def to_yaml(self, comments: bool = True) -> str:
         """Write a file that gives these settings again.
@@ -98,9 +67,62 @@ class Settings:
 
     def __str__(self) -> str: return self.to_yaml()
 
-# %% ../../nbs/runs/config.ipynb #7bc0b4e4
-_settings: WeakKeyDictionary[Any, Settings] = WeakKeyDictionary()
+def _rows(part: Part, indent: str) -> Iterator[tuple[str, str]]:
+    "Lines of a file, each with what it means."
+    from learner.runs.text import write_yaml
+    for name, value in part.plain.items():
+        inner, help = part.values.get(name), part.helps.get(name, "")
+        if isinstance(inner, Part) and inner.plain:
+            yield f"{indent}{name}:", help
+            yield from _rows(inner, f"{indent}  ")
+        else: yield f"{indent}{write_yaml(name)}: {write_yaml(value, flow=True)}", help
 
+# %% ../../nbs/runs/config.ipynb #a173414d
+_settings: WeakKeyDictionary[Any, "Settings"] = WeakKeyDictionary()
+
+class Settings(_Written):
+    """The settings of a learner, resolved: all names, all values, and what is built with them.
+
+    Attributes:
+        config: the name of a config that ships or of a notebook, else module:function.
+        values: nested, as a file has them.
+        training: the arguments of `Learner.train`.
+        seed: what all random numbers come from.
+    """
+
+    def __init__(self, config: str, part: Part, common: dict[str, Any], asked: Collection[str]):
+        super().__init__(config, part)
+        self.training = {name: value for name, value in common.items() if name != "seed"}
+        self.seed: int = common["seed"]
+        self._asked = asked
+
+    def build(self, splits: Collection[str] = ("train", "validation")) -> "Learner":
+        """Seed all random numbers and build the learner.
+
+        Args:
+            splits: the data to load: a test is not a part of training.
+
+        Raises:
+            ConfigError: the config cannot be built with these settings.
+        """
+        from learner.base.provenance import seed_everything
+        unknown = [name for name in splits if name not in ("train", "validation", "test")]
+        if unknown:
+            raise ConfigError(f"splits has {unknown[0]!r}; they are train, validation and test")
+        seed_everything(self.seed)
+        values = {key: value for key, value in self._part.values.items() if key in self._asked}
+        more = {"splits": tuple(splits)} if "splits" in self._asked else {}
+        learn = _as_learner(self.config, replace(self._part, values=values).make("", **more))
+        _keep_splits(self.config, learn, splits)
+        _settings[learn] = self
+        return learn
+
+# %% ../../nbs/runs/config.ipynb #f7f6536d
+def settings_of(learn: "Learner") -> Settings | None:
+    "The settings that a learner was built with; None if it was made by hand."
+    return _settings.get(learn)
+
+# %% ../../nbs/runs/config.ipynb #f70e9593
 def _as_learner(config: str, made: Any) -> "Learner":
     "What a config has returned: a learner, or a dict of its arguments."
     from learner.loop.learner import Learner
@@ -122,26 +144,15 @@ def _keep_splits(config: str, learn: "Learner", splits: Collection[str]) -> None
     if len(left) < len(learn.dataloaders):
         learn.dataloaders = DataLoaders(**left, classes=getattr(learn.dataloaders, "classes", None))
 
-def _rows(part: Part, indent: str) -> Iterator[tuple[str, str]]:
-    "Lines of a file, each with what it means."
-    from learner.runs.text import write_yaml
-    for name, value in part.plain.items():
-        inner, help = part.values.get(name), part.helps.get(name, "")
-        if isinstance(inner, Part) and inner.plain:
-            yield f"{indent}{name}:", help
-            yield from _rows(inner, f"{indent}  ")
-        else: yield f"{indent}{write_yaml(name)}: {write_yaml(value, flow=True)}", help
-
-def settings_of(learn: "Learner") -> Settings | None:
-    "The settings that a learner was built with; None if it was made by hand."
-    return _settings.get(learn)
-
 # %% ../../nbs/runs/config.ipynb #d88120ac
 _SUFFIXES = (".yaml", ".yml", ".json")
 Config = str | Path | Callable[..., Any]
 
 def read_settings(path: str | Path) -> dict[str, Any]:
     """Read the settings in a file of YAML or JSON.
+
+    Args:
+        path: a regular file of at most a megabyte.
 
     Raises:
         ConfigError: the file cannot be read, or does not hold names with values.
@@ -155,13 +166,14 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     raise ConfigError(f"{path}: it holds {show_value(value)}; it must be names with values")
 
 def _file_text(path: Path) -> str:
-    try: return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError: raise ConfigError("it is not text in UTF-8") from None
+    try: return read_text(path.resolve(), 2**20).removeprefix("\ufeff")  # follows links
+    except FileError as error: raise ConfigError(f"it {error.what}") from None
     except FileNotFoundError:
         beside = [other.name for other in path.parent.glob("*") if other.suffix in _SUFFIXES]
         raise ConfigError(f"there is no such file{did_you_mean(path.name, beside)}") from None
     except OSError as error: raise ConfigError(f"it cannot be read: {error.strerror}") from None
 
+# %% ../../nbs/runs/config.ipynb #e0f488d7
 def _file_of(config: Config) -> str:
     "The path of a file or folder that is meant; empty for a name or a function."
     if not isinstance(config, str): return str(config) if isinstance(config, Path) else ""
@@ -174,7 +186,7 @@ def _run_record(folder: str) -> Mapping[str, Any]:
     try: return read_run(folder).config
     except RunError as error: raise ConfigError(str(error)) from None
 
-# %% ../../nbs/runs/config.ipynb #7c8ce10e
+# %% ../../nbs/runs/config.ipynb #d7a30f9b
 def resolve(config: Config, *layers: Mapping[str, Any], allow: Allow = None) -> Settings:
     """Find all settings of a learner.
 
@@ -205,6 +217,7 @@ def resolve(config: Config, *layers: Mapping[str, Any], allow: Allow = None) -> 
     if folder not in sys.path: sys.path.append(folder)
     return _settings_from(find_config(f"{source}: ", config, allow), [(source, given), *own], allow)
 
+# %% ../../nbs/runs/config.ipynb #25b5e3c7
 def from_record(
     record: Mapping[str, Any], *layers: Mapping[str, Any], allow: Collection[str] = (),
 ) -> Settings:
@@ -230,6 +243,7 @@ def from_record(
     all_layers = [("", nested(layer)) for layer in (settings, *layers)]
     return _settings_from(find_config("config ", config, allow), all_layers, allow)
 
+# %% ../../nbs/runs/config.ipynb #0f21b74f
 def build(config: Config, /, **settings: Any) -> "Learner":
     """Build a learner from settings, ready to be trained: the same as the command line builds.
 
@@ -245,7 +259,7 @@ def build(config: Config, /, **settings: Any) -> "Learner":
     """
     return resolve(config, settings).build()
 
-# %% ../../nbs/runs/config.ipynb #4ffff610
+# %% ../../nbs/runs/config.ipynb #adaaaeae
 def _settings_from(entry: Entry, layers: Sequence[Layer], allow: Allow) -> Settings:
     function, name = entry.load(), entry.recorded
     own = read_signature(function, entry.defaults, "config")

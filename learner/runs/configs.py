@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LrSchedule']
 
-# %% ../../nbs/runs/configs.ipynb #e6fbfa3c
+# %% ../../nbs/runs/configs.ipynb #a889dadc
 from collections.abc import Collection
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from ..base.words import check_whole
 from .registry import register_config, register_model
 from .signature import Callbacks, Model, Optimiser
 
-# %% ../../nbs/runs/configs.ipynb #1c1e57f9
+# %% ../../nbs/runs/configs.ipynb #6b6b8c4f
 @register_model(name="ConvNet")
 def _conv_net(width: int = 32, classes: int = 10, dropout: float = 0.2) -> Any:
     """Three convolutions with batch normalisation and an average: for grey images of any size.
@@ -48,7 +48,7 @@ def _lenet(classes: int = 10) -> Any:
         nn.Linear(16 * 5 * 5, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(),
         nn.Linear(84, classes))
 
-# %% ../../nbs/runs/configs.ipynb #a9ec4616
+# %% ../../nbs/runs/configs.ipynb #3215d5b8
 LrSchedule = Literal["constant", "linear", "cosine"] | list[tuple[int, float]]
 
 def _classifier(
@@ -68,13 +68,13 @@ def _classifier(
     callbacks = [Metrics(accuracy=MulticlassAccuracy()), *steering, *callbacks]
     return Learner(model, optimiser, F.cross_entropy, loaders, callbacks, device)
 
-# %% ../../nbs/runs/configs.ipynb #1b954268
+# %% ../../nbs/runs/configs.ipynb #48715608
 @register_config(name="digits", model="ConvNet", optimiser="AdamW", learning_rate=3e-3, epochs=12)
 def _digits(
     model: Model,
     optimiser: Optimiser,
     learning_rate: float,  # the highest; pairs in lr_schedule take its place
-    lr_schedule: LrSchedule = "constant",  # [[3, 0.1], [9, 0.01]] is 0.1 before epoch 3, then 0.01
+    lr_schedule: LrSchedule = "constant",  # or [[3, 0.1], [9, 0.01]]: 0.1 before epoch 3, then 0.01
     callbacks: Callbacks = (),  # such as {EMA: {decay: 0.99}}
     batch_size: int = 32,  # examples
     validation: float | int = 0.1,  # share or number of the training images
@@ -83,7 +83,7 @@ def _digits(
     splits: Collection[str] = ("train", "validation"),
 ) -> Any:
     "1,797 handwritten digits, 8 x 8, of scikit-learn: a small network is right on 99% in seconds."
-    from learner.loop.data import digits
+    from learner.loop.datasets import digits
     loaders = digits(batch_size, validation, seed, test="test" in splits)
     return _classifier(model, optimiser, loaders, lr_schedule, learning_rate, callbacks, device)
 
@@ -93,7 +93,7 @@ def _fashion_mnist(
     model: Model,
     optimiser: Optimiser,
     learning_rate: float,  # the highest; pairs in lr_schedule take its place
-    lr_schedule: LrSchedule = "constant",  # [[3, 0.1], [9, 0.01]] is 0.1 before epoch 3, then 0.01
+    lr_schedule: LrSchedule = "constant",  # or [[3, 0.1], [9, 0.01]]: 0.1 before epoch 3, then 0.01
     callbacks: Callbacks = (),  # such as {EMA: {decay: 0.99}}
     batch_size: int = 256,  # examples
     validation: float | int = 0.1,  # share or number of the training images
@@ -103,6 +103,6 @@ def _fashion_mnist(
     splits: Collection[str] = ("train", "validation"),
 ) -> Any:
     "70,000 pictures of clothes, 28 x 28, of Zalando (Xiao et al., 2017)."
-    from learner.loop.data import fashion_mnist
+    from learner.loop.datasets import fashion_mnist
     loaders = fashion_mnist(root, batch_size, validation, seed, test="test" in splits)
     return _classifier(model, optimiser, loaders, lr_schedule, learning_rate, callbacks, device)

@@ -168,7 +168,7 @@ class _Weighted(_WithState):
 
     def _weigh(self, learn: Learner) -> float | Tensor:
         if self.weight is not None: return _check_weight(self.weight(learn))
-        own = "batch_size" in vars(learn)
+        own = hasattr(learn, "batch_size")
         return float(learn.batch_size if own else unpack(learn.batch)[3])
 
     def _go_on(self) -> None:
@@ -223,7 +223,7 @@ class _Grouped(_Weighted):
         try: learn.act("step")
         finally:
             self._closing = False
-            vars(learn).pop("loss", None)
+            learn.drop_fixtures(["loss"])
 
     def cleanup_training(self, learn: Learner) -> None:
         if self._group.unit is not None: learn.optimiser.zero_grad()  # a group that was cut short

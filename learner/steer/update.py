@@ -73,7 +73,7 @@ class _Limits(Callback):
     def before_step(self, learn: Learner) -> None:
         norm = self.clip(learn.optimiser)
         self._clipped = learn.batch_num
-        if self.log and "batch" in vars(learn): learn.log(gradient_norm=norm)  # not after the pass
+        if self.log and hasattr(learn, "batch"): learn.log(gradient_norm=norm)  # not after the pass
 
     def before_backward(self, learn: Learner) -> None:
         if self._clipped == learn.batch_num:

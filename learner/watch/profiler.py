@@ -15,7 +15,8 @@ from ..base.history import History
 from ..base.words import did_you_mean
 from ..loop.learner import Learner
 from ..loop.loop import PASSES
-from ..loop.stages import Callback, Times
+from ..loop.explain import Times
+from ..loop.stages import Callback
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,8 +90,8 @@ class Profiler(_Timed):
     With it, the times of `learn.explain()` are those of all batches, too.
 
     Args:
-        synchronise: on an accelerator, wait for it at the ends of stages, so that work is charged to
-            the stage that asked for it; the run is slower for it.
+        synchronise: on an accelerator, wait for it at the ends of stages, so that work is charged
+            to the stage that asked for it; the run is slower for it.
 
     Example:
         >>> profiler = Profiler()

@@ -418,7 +418,7 @@ class Progress(Callback):
 
     def _look(self, learn: Learner) -> None:
         "Redraw; only here is a loss read from the device."
-        loss = vars(learn).get("loss")
+        loss = getattr(learn, "loss", None)
         if self.view: self.view.update(learn.batch_num + 1, None if loss is None else loss.item())
         self.next_look = monotonic() + 0.1
 

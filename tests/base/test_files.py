@@ -22,7 +22,7 @@ from learner.base.files import (
     append_text,
     is_file,
     is_locked,
-    list_files,
+    list_names,
     make_folder,
     open_append,
     open_file,
@@ -76,7 +76,7 @@ def test_only_regular_files_are_opened(tmp_path, kind):
         for options in ({}, {"inside": tmp_path}, {"inside": tmp_path / "run"}):
             with pytest.raises((FileError, OSError)) as caught: work(path, **options)
             assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-    assert not is_file(path) and not is_locked(path) and list_files(tmp_path / "run") == []
+    assert not is_file(path) and not is_locked(path)
     assert outside.read_text() == "secret" and path.lstat().st_mode == before
     assert sorted(os.listdir(tmp_path)) == ["outside", "run"] and os.listdir(tmp_path / "run") == ["x"]
 
@@ -91,7 +91,7 @@ def test_below_the_folder_that_the_user_names_no_link_is_followed(tmp_path):
     works = (*READERS, *WRITERS, remove)
     for work in works:
         with pytest.raises(FileError, match="is a link, which is not followed"): work(path, inside=tmp_path / "named")
-    for work in (list_files, tidy):
+    for work in (list_names, tidy):
         with pytest.raises(FileError, match="is a link"): work(path.parent, inside=tmp_path / "named")
     assert read_json(path) == 1 and not is_file(path, inside=tmp_path / "named")  # the user's own path may lead through links
     write_text(tmp_path / "named" / "y", "2", inside=tmp_path / "named")
@@ -355,7 +355,7 @@ def test_no_descriptor_is_left_open(tmp_path, monkeypatch):
         write_text(tmp_path / "x", "[1]")
         append_text(tmp_path / "x", " ")
         read_json(tmp_path / "x")
-        list_files(tmp_path)
+        list_names(tmp_path)
         tidy(tmp_path)
         with FileLock(tmp_path / "lock"): is_locked(tmp_path / "lock")
         for name in ("link", "pipe", "none", "x/x"):

@@ -35,7 +35,8 @@ from learner.steer.schedule import BatchSchedule, EarlyStopping, EpochSchedule, 
 from learner.loop.stages import Callback, hooks_of
 from learner.loop.resume import Rewind
 from learner.loop.state import ResumeError, order_state
-from learner.base.store import DamagedError, hash_state, load_state, save_state, snapshot
+from learner.base.hashing import hash_state
+from learner.base.store import DamagedError, load_state, save_state, snapshot
 from learner.steer.update import EMA, Accumulate, ClipGradients, FreezeUntil
 
 EPOCHS, BATCHES = 3, 8  # of a training; in an epoch, the last of two examples
@@ -641,8 +642,8 @@ class Balance(Callback):
 
 def whole(learn):
     "Nothing of a run is left."
-    assert not learn.is_running and learn._path == [] and not learn._entered
-    assert not {"batch", "data", "labels", "batch_size", "predictions", "loss"} & vars(learn).keys()
+    assert not learn.is_running and learn._timing.path == [] and not learn._frame.entered
+    assert not any(hasattr(learn, name) for name in ("batch", "data", "labels", "batch_size", "predictions", "loss"))
     assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
     assert all(parameter.grad is None and parameter.requires_grad for parameter in learn.model.parameters())
     assert all(module.training for module in learn.model.modules())

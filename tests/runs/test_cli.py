@@ -302,6 +302,40 @@ def test_going_on_and_running_again_end_in_the_same_history(runs, tmp_path, quic
     assert "first" in passed(quick("compare", "first", "again", cwd=tmp_path))
 
 
+def test_words_reach_a_setting_as_they_were_typed(tmp_path, quick):
+    (tmp_path / "own.py").write_text("import torch\nfrom learner import Learner\ndef make(tag: str | None = 'none', names: list[str] = ['a'], extra: dict[str, str] = {}):\n    return Learner(torch.nn.Linear(1, 1), torch.optim.SGD, torch.nn.functional.mse_loss, {'train': [(torch.ones(1, 1), torch.ones(1, 1))]}, device='cpu')\n")
+    out = passed(quick("show", "own:make", "--tag=#7", "--names=[007]", "--names+=no", "--names+=1e-3", "--extra={a: 010}", cwd=tmp_path))
+    (tmp_path / "own.yaml").write_text(out)
+    assert passed(quick("show", "own.yaml", cwd=tmp_path)) == out
+    from learner.runs.text import read_yaml
+    shown = read_yaml(out)
+    assert (shown["tag"], shown["names"], shown["extra"]) == ("#7", ["007", "no", "1e-3"], {"a": "010"})
+    assert read_yaml(passed(quick("show", "own:make", "--tag=null", cwd=tmp_path)))["tag"] is None
+
+
+def test_callbacks_are_added_one_by_one(runs, quick):
+    out = passed(quick("show", "digits", "--callbacks+=EMA", "--callbacks+=NaNGuard", "--callbacks.EMA.decay=0.5", cwd=runs))
+    assert re.search(r"callbacks: .*\n  EMA:\n    decay: 0.5 .*\n(.*\n)*  NaNGuard:\n", out)
+
+
+ODD = "o\x1b[2Jd\x07\u202e\x9b1m"  # clears a screen, rings, turns text around
+
+
+@pytest.mark.parametrize("words", [["resume", ODD], ["scores", ODD], ["compare", ODD, ODD], ["show", ODD], ["train", "digits", "x", f"--model={ODD}"], ["train", "digits", "x", f"--{ODD}=3"], [ODD], ["train", f"{ODD}.yaml", "x"], ["evaluate", "first", f"--checkpoint={ODD}"],
+                                   ["configs", ODD], ["show", "digits", f"--{ODD}", "--debug"]])
+def test_no_control_characters_reach_the_terminal(runs, quick, words):
+    done = quick(*words, cwd=runs / "runs")
+    assert done.returncode == 2 and "\\x1b[2J" in done.err and not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", done.err + done.out), done.err
+
+
+def test_no_control_characters_of_a_folder_reach_the_terminal(runs, tmp_path, quick):
+    run = shutil.copytree(runs / "runs/first", tmp_path / "first")
+    for name in ("config.json", "meta.json", "score.json"): (run / name).write_text((run / name).read_text().replace("digits", "di\\u001b[2Jgits").replace("validation_", "vali\\u001b[2J").replace("finished", "fin\\u001b[2Jished"))
+    for words in (["resume", "first"], ["scores", ".", "--status=null", "--metric=x"], ["compare", "first", str(runs / "runs/first")], ["evaluate", "first"], ["show", "first"], ["train", "first", "new"], ["rerun", "first", "new"]):
+        done = quick(*words, cwd=tmp_path)
+        assert "\x1b" not in done.out + done.err, (words, done.out, done.err)
+
+
 def test_a_warning_is_one_line(runs, tmp_path):
     shutil.copytree(runs / "runs/first", tmp_path / "first")
     meta = read(tmp_path / "first/meta.json")

@@ -1,9 +1,12 @@
 """Settings: reading, typing, layers, parts by name, records from elsewhere, and that they build what they say."""
+import contextlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -29,7 +32,7 @@ from learner.runs.config import (
     resolve,
     settings_of,
 )
-from learner.runs.signature import Form, comments, make_setting, read_signature
+from learner.runs.signature import Form, make_setting, read_signature
 from learner.runs.text import read_yaml, write_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,7 +147,91 @@ def test_values_that_are_refused(value, hint, words):
     assert words in told and len(told) < 200
 
 
+@pytest.mark.parametrize("text, hint, value", [
+    ("#7", str | None, "#7"), ("7", str | None, "7"), ("[1]", str | None, "[1]"), ("'7'", str | None, "'7'"), ("#7", Any, "#7"), ("x #7", Any, "x #7"), ("[007]", list[str], ["007"]),
+    ("[1e-3, no, 'null']", list[str], ["1e-3", "no", "null"]), ("[a, null]", list[str | None], ["a", None]), ("{a: [007]}", dict[str, list[str]], {"a": ["007"]}), ("[007, x]", list[Any], [7, "x"]),
+    ("{a: 007}", dict[str, Any], {"a": 7}), ("[1, no]", list, [1, "no"]), ("[[a, 1], [b, 2]]", list[tuple[str, int]], [("a", 1), ("b", 2)]), ("3.5", int | str, "3.5"), ("[a, b]", str | list[str], ["a", "b"]),
+])
+def test_words_are_taken_as_typed_where_text_is_asked_for(text, hint, value):
+    got = typed("it", Text(text), hint)
+    assert got == value and repr(got) == repr(value)
+
+
+def test_a_file_is_not_read_twice():
+    for value, hint in (("null", str | None), ("#7", str | None), ("1e-3", str | float), (["007", "null"], list[str])): assert typed("it", value, hint) == value
+    for value, hint in ((["null"], list[int]), ("true", int), ([True], list[int])): assert "it must be" in message(typed, "it", value, hint)
+
+
+# Signatures
+
+class Below:
+    def __init__(self, width: int = 3, *, dropout: float = 0.5):
+        """Something.
+
+        Args:
+            width: how many channels. More of them learn more. (default: 3)
+            dropout: share that is left out (default: 0.5)
+        """
+
+
+class Above(Below):
+    "A class that hands its keywords on."
+    def __init__(
+        self,
+        depth: int = 1,  # layers  # noqa: RUF100
+        plain=(1, ")"),  # with a parenthesis
+        **more,
+    ):
+        super().__init__(**more)
+
+
+def test_a_signature_is_read_through_its_keywords_with_its_docstring_and_comments():
+    form = read_signature(Above)
+    assert {name: (setting.hint, setting.default, setting.help) for name, setting in form.settings.items()} == {
+        "depth": (int, 1, "layers"), "plain": (Any, (1, ")"), "with a parenthesis"), "width": (int, 3, "how many channels"), "dropout": (float, 0.5, "share that is left out")}
+    assert not form.takes_any
+    def open_(width: int = 3, **rest: int): return rest
+    assert read_signature(open_).takes_any and list(read_signature(open_).settings) == ["width"]
+    assert read_signature(print).takes_any or read_signature(print).settings == {} or "sep" in read_signature(print).settings
+
+
+def test_what_a_docstring_says_stands_in_what_is_shown():
+    @register_config(name="explained")
+    def explained(
+        rate: float = 0.1,
+        width: int = 3,  # of all layers
+    ):
+        """A config.
+
+        Args:
+            rate: of learning, per step.
+        """
+    shown = resolve("explained").to_yaml()
+    assert re.search(r"rate: 0.1 +# of learning, per step$", shown, re.M) and re.search(r"width: 3 +# of all layers$", shown, re.M)
+
+
+def test_names_that_a_class_hands_on_are_settings():
+    @register_model
+    class Wide(nn.Linear):
+        def __init__(self, extra: int = 1, **kwargs): super().__init__(4, 4, **kwargs)
+    assert resolve("digits", {"model": "Wide", "model.bias": Text("false")}).values["model"]["bias"] is False
+    assert "model.bais: Wide has no setting bais; did you mean model.bias?" in message(resolve, "digits", {"model": {"name": "Wide", "bais": False}})
+
+
 # Layers
+
+def test_a_plus_adds_to_a_list(tmp_path):
+    assert list(resolve("digits", {"callbacks": ["EMA"]}, {"callbacks+": [Text("NaNGuard")]}, {"callbacks+": "Mixup"}).values["callbacks"]) == ["EMA", "NaNGuard", "Mixup"]
+    assert resolve("digits", {"lr_schedule": [[3, 0.1]]}, {"lr_schedule+": [Text("[9, 0.01]"), Text("[12, 1e-3]")]}).values["lr_schedule"] == [[3, 0.1], [9, 0.01], [12, 0.001]]
+    assert resolve("digits", {"lr_schedule+": [[9, 0.01]]}).values["lr_schedule"] == [[9, 0.01]]  # there was none yet
+    def tagged(names: list[str] = ["a"], tag: str = "b"): ...  # noqa: B006
+    assert resolve(tagged, {"names+": [Text("007")]}, {"names+": Text("x")}).values["names"] == ["a", "007", "x"]
+    assert resolve(tagged, {"names+": Text("x")}, {"names": Text("[y]")}).values["names"] == ["y"]
+    (tmp_path / "own.yaml").write_text("config: digits\ncallbacks+: [EMA]\n")
+    assert list(resolve(tmp_path / "own.yaml").values["callbacks"]) == ["EMA"]
+    assert "tag is text, and nothing can be added to that" in message(resolve, tagged, {"tag+": Text("c")})
+    assert "nmaes: " in (told := message(resolve, tagged, {"nmaes+": Text("c")})) and "did you mean names?" in told
+
 
 def test_names_with_dots_and_nested_names_are_the_same():
     assert nested({"a.b": 1, "a": {"c": 2}}) == {"a": {"b": 1, "c": 2}} == nested({"a": {"c": 2, "b": 1}})
@@ -395,6 +482,50 @@ def test_a_config_of_ones_own_in_a_record(own_package):
 ])
 def test_records_that_are_refused(record, words):
     assert words in message(from_record, record)
+
+
+@pytest.mark.parametrize("record", [
+    {"config": "payload:build"}, {"format": 1, "config": "payload:build"}, {"format": "learner.run", "version": 1, "config": "payload:build"},
+    {"format": "learner.run", "version": 1, "config": "digits", "settings": {"model": "payload.Net"}}, {"format": "learner.run", "version": 1, "config": "digits", "settings": {"model.name": "payload.Net"}},
+    {"format": "learner.run", "version": 1, "config": "digits", "settings": {"optimiser": {"name": "payload.Net"}}}, {"format": "learner.run", "version": 1, "config": "digits", "settings": {"callbacks": {"payload.Net": {}}}},
+    {"format": "learner.run", "version": 1, "config": "digits", "settings": {"callbacks+": ["payload.Net"]}}, {"format": "learner.run", "version": 1, "config": "settings.yaml"},
+])
+def test_a_folder_is_read_as_a_run_and_runs_nothing(tmp_path, monkeypatch, record):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(record))
+    (folder / "payload.py").write_text("import pathlib; pathlib.Path(__file__).with_name('has_run').touch()\ndef build(): pass\nclass Net: pass\n")
+    (folder / "settings.yaml").write_text("config: payload:build")
+    for path in (folder, str(folder)): message(resolve, path, {"epochs": 1})
+    monkeypatch.chdir(folder)
+    message(resolve, ".")
+    assert not (folder / "has_run").exists() and str(folder) not in sys.path and "payload" not in sys.modules
+
+
+SPEC = {"class_path": "payload.Net", "init_args": {"width": 1}}
+
+
+@pytest.mark.parametrize("value", [SPEC, [SPEC], [SPEC, 0.9], {"x": SPEC}, [[SPEC]], {"x": [SPEC]}, "payload.Net", ["payload.Net", 0.9], {"class_path": "payload.Net"}])
+def test_no_value_of_a_setting_names_code(tmp_path, monkeypatch, value):
+    (tmp_path / "payload.py").write_text("import pathlib; pathlib.Path(__file__).with_name('has_run').touch()\nclass Net:\n    def __init__(self, width: int = 1): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    hints = (tuple[float | torch.Tensor, float], tuple[float | torch.Tensor, ...], list[torch.Tensor | str], dict[str, Any], dict[str, list[Any]], list[dict[str, Any]], list, dict, Any, float | dict[str, int | torch.Tensor],
+             type | str, Callable | float, list[Callable | float], list[type | int], nn.Module | float, Mapping[str, Any], Sequence[nn.Module | float], tuple[Any, float], Odd | int, set[Odd | int], tuple[Path | Odd, float])
+    def asked(it): ...
+    for hint in hints:
+        asked.__annotations__["it"] = hint
+        for given in (value, Text(json.dumps(value))):
+            with contextlib.suppress(ConfigError): resolve(asked, {"it": given})
+    for name in ("betas", "eps", "weight_decay"):
+        with contextlib.suppress(ConfigError): from_record({"config": "digits", "settings": {"optimiser": {"name": "AdamW", name: value}}})
+    assert not (tmp_path / "has_run").exists() and "payload" not in sys.modules
+
+
+def test_allowing_a_module_allows_no_other(own_package):
+    record = {"config": "digits", "settings": {"model": "own_package.nets.Net"}}
+    assert "--allow=own_package.nets" in message(from_record, record, allow=["own_package"])
+    assert "--allow=torch.hub" in message(from_record, {"config": "digits", "settings": {"model": "torch.hub.load"}}, allow=["torch"])
+    for name in ("torch.load", "torch.nn.Linear", "torch.os"): assert "is not a class or function defined in that module" in message(from_record, {"config": "digits", "settings": {"model": name}}, allow=["torch", "torch.nn"])
 
 
 def test_a_config_json_that_is_trained_from_is_a_record_too(tmp_path):

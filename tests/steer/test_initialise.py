@@ -10,7 +10,8 @@ from torch import nn
 
 from learner.loop.learner import Learner
 from learner.loop.stages import Callback
-from learner.steer.initialise import LSUV, InitError, fan_in, gain, kaiming
+from learner.steer.initialise import LSUV, InitError, kaiming
+from learner.steer.pairs import fan_in, gain
 
 
 def images(): return torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -194,6 +195,40 @@ def test_kaiming_is_torch_s_own_with_the_right_arguments():
     assert [row.follows for row in report.rows] == ["relu", "leaky_relu", "tanh", ""]
 
 
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x): return self.function(x)
+
+
+@pytest.mark.parametrize("function", [
+    lambda x: F.leaky_relu(x, 0.1) - 0.4, lambda x: F.relu(x) - 0.5, lambda x: F.gelu(x).sub(0.3), lambda x: -0.4 + F.leaky_relu(x, 0.1),
+    lambda x: torch.add(F.silu(x), -0.2), lambda x: (F.leaky_relu(x, 0.2) - 0.5) + 0.2, lambda x: F.leaky_relu(x, 0.1).sub_(0.4),
+])
+def test_behind_a_shifted_activation_mean_and_deviation_are_reached(function):
+    model = deep(lambda: Function(function))
+    LSUV(model, vectors(), after_activation=True, iterations=30)  # smooth ones are slow
+    with torch.no_grad():
+        for i in range(2, 13, 2):
+            out = model[:i](vectors().clone())
+            assert abs(out.mean()) < 0.011 and abs(out.std(correction=0) - 1) < 0.011
+
+
+def test_a_tensor_that_is_added_behind_an_activation_is_no_shift():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(20, 20)
+
+        def forward(self, x): return F.relu(self.layer(x)) + x
+    model = nn.Sequential(Residual())
+    LSUV(model, vectors(), after_activation=True)
+    with torch.no_grad(): out = model[0].layer(vectors())
+    assert abs(out.mean()) < 0.011 and abs(F.relu(out).std(correction=0) - 1) < 0.011
+
+
 @pytest.mark.parametrize("activation, name", [
     (nn.ReLU(inplace=True), "relu"), (nn.PReLU(20), "prelu"), (nn.ELU(), "elu"), (nn.SELU(), "selu"), (nn.Sigmoid(), "sigmoid"),
     (nn.SiLU(inplace=True), "silu"), (nn.Hardswish(), "hardswish"), (nn.ReLU6(), "hardtanh"), (nn.Mish(), "mish"), (nn.Softplus(), "softplus"),
@@ -255,7 +290,7 @@ BAD = {  # model, options, and what is said
     "skip": (deep, dict(batch=vectors(), skip=["22"]), ValueError, "skip: the model has no module '22'; did you mean 2?"),
     "iterations": (deep, dict(batch=vectors(), iterations=0), ValueError, "iterations is 0; it must be a whole number of at least 1"),
     "tolerance": (deep, dict(batch=vectors(), tolerance=-1), ValueError, "tolerance is -1; it must be a finite number of at least 0"),
-    "no model": (lambda: "resnet", dict(), TypeError, "it takes a Learner or a model with a batch, not a str"),
+    "no model": (lambda: "resnet", dict(), TypeError, "weights are initialised of a Learner, or of a model with a batch, not of a str"),
 }
 
 

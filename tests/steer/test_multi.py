@@ -497,9 +497,9 @@ def sgd(part): return SGD(part.parameters(), lr=0.1)
 
 BAD = [
     ({}, ValueError, "Optimisers() holds no optimiser; give it one for each part of the model, as in Optimisers(generator=Adam(model.generator.parameters()))"),
-    ({"generator": Adam}, TypeError, "Optimisers: generator is <class 'torch.optim.adam.Adam'>, no optimiser; make it first: Adam(model.generator.parameters())"),
-    ({"generator": None}, TypeError, "Optimisers: generator is None, no optimiser"),
-    ({"generator": 0.1}, TypeError, "Optimisers: generator is 0.1, no optimiser"),
+    ({"generator": Adam}, TypeError, "Optimisers: generator is <class 'torch.optim.adam.Adam'>, which is not an optimiser; make it first: Adam(model.generator.parameters())"),
+    ({"generator": None}, TypeError, "Optimisers: generator is None, which is not an optimiser"),
+    ({"generator": 0.1}, TypeError, "Optimisers: generator is 0.1, which is not an optimiser"),
     ({"": sgd(NET.generator)}, ValueError, "Optimisers: '' cannot be a name; use letters, digits and _, as in generator"),
     ({"my net": sgd(NET.generator)}, ValueError, "Optimisers: 'my net' cannot be a name; use letters, digits and _, as in generator"),
     ({"0": sgd(NET.generator)}, ValueError, "Optimisers: '0' cannot be a name; use letters, digits and _, as in generator"),
@@ -510,7 +510,7 @@ BAD = [
     ({"a": sgd(NET.generator), "b": sgd(NET)}, ValueError, "Optimisers: a parameter of shape (16, 4) is in both a and b; give it to one"),
     ({"a": (one := sgd(NET.generator)), "b": one}, ValueError, "Optimisers: a parameter of shape (16, 4) is in both a and b; give it to one"),
     ({"a": (lazy := sgd(nn.LazyLinear(2))), "b": lazy}, ValueError, "Optimisers: a parameter is in both a and b; give it to one"),
-    ({"both": adams(NET)}, TypeError, "Optimisers: both is an Optimisers itself; give its optimisers singly, as **both"),
+    ({"both": adams(NET)}, TypeError, "Optimisers: both is an Optimisers itself; give its optimisers one by one, as **both"),
 ]
 
 
@@ -573,3 +573,28 @@ def test_one_that_needs_a_closure_is_told_before_any_step():
     learn = WithClosure(model.eval(), optimisers, F.mse_loss, learn.dataloaders)
     learn.train(5)
     assert learn.history[-1]["train_loss"] < learn.history[0]["train_loss"]
+
+
+class WithModes(SGD):
+    "Trains at one place and is evaluated at another, as optimisers without a schedule do."
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.told = []
+    def train(self): self.told.append("train")
+    def eval(self): self.told.append("eval")
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_optimisers_that_have_modes_are_told_before_each_pass(several):
+    model = networks()
+    one, other = WithModes(model.generator.parameters(), lr=0.1), Adam(model.discriminator.parameters())
+    class Plain(Learner):
+        def predict(self): self.predictions = self.model.discriminator(self.data)
+    data = [(x, torch.zeros(len(x), 1)) for x in real_batches()]
+    learn = Plain(model, Optimisers(one=one, other=other) if several else one, F.mse_loss, {"train": data, "validation": data, "test": data}, device="cpu")
+    seen = []
+    for stage in ("training", "validation", "test"): learn.on(f"before_{stage}", lambda: seen.append(one.told[-1]))
+    if not several: learn.model.requires_grad_(True)
+    learn.train(2)
+    learn.validate()
+    assert seen == ["train", "eval"] * 2 + ["eval"] * 2 and one.told == ["train", "eval"] * 2 + ["eval"] * 2

@@ -465,19 +465,19 @@ BAD = {  # what is wrong: how it is said
                 "MixedPrecision: the model is in float64, which autocast leaves as it is; call model.float()"),
     "float16 weights": (lambda: train(MixedPrecision("float16"), model=half_model()),
                         "MixedPrecision: the model has weights in float16, too coarse for steps; call model.float(), "
-                        "autocast makes 16 bits of them where that is safe"),
+                        "and autocast uses 16 bits where that is safe"),
     "no device": (lambda: check_autocast(net(), torch.device("meta"), torch.bfloat16),
                   "MixedPrecision: there is no autocast on meta; leave it out there"),
     "no predict": (lambda: train(MixedPrecision(), cls=Around),
                    'MixedPrecision had no effect: train_batch opened neither predict nor loss; call self.act("predict", "loss"), or '
                    "hook your own stages in a subclass: around_generator = MixedPrecision.around_predict"),
     "no step": (lambda: train(MixedPrecision("float16"), cls=NoStep),
-                "MixedPrecision scaled the gradients, and train_batch opened no step, where they are divided again; "
-                'call self.act("step") instead of the optimiser\'s step'),
+                "MixedPrecision.after_step is never called: the routine of NoStep takes its own optimiser.step(); "
+                'call self.act("step") in its place, or remove MixedPrecision("float16")'),
     "no backward": (lambda: train(MixedPrecision("float16"), cls=NoBackward),
                     "MixedPrecision: the step would divide gradients that were not scaled; "
-                    'call self.act("backward") instead of loss.backward()'),
-    "option": (lambda: Compile(dynamics=True), "Compile: torch.compile takes no dynamics, it takes *; did you mean dynamic?"),
+                    'call self.act("backward") in place of loss.backward()'),
+    "option": (lambda: Compile(dynamics=True), "Compile: torch.compile has no option dynamics, it has *; did you mean dynamic?"),
     "backend": (lambda: train(Compile(backend="inductr")),
                 "Compile: there is no backend 'inductr'; it must be a function, or a name such as *; did you mean inductor?"),
     "compiled": (lambda: train(Compile(), model=torch.compile(net(), backend="eager")),
@@ -499,7 +499,7 @@ def test_float16_without_lstm_is_said_before_training():
     before = copy.deepcopy(learn.model.state_dict())
     if _lstm(): return learn.train(1)
     generator = torch.get_rng_state()
-    with pytest.raises(ValueError, match='MixedPrecision: this processor computes no LSTM in float16; use "bfloat16"'): learn.train(1)
+    with pytest.raises(ValueError, match='MixedPrecision: this processor cannot train an LSTM in float16; use "bfloat16"'): learn.train(1)
     assert identical(before, learn.model.state_dict()) and not len(learn.history)
     assert torch.equal(generator, torch.get_rng_state())
     train(MixedPrecision(), model=Rnn())

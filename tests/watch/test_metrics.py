@@ -1,9 +1,11 @@
 """Metrics against the same metrics over all predictions at once, and its faults, bounds and costs."""
 
 import gc
+import os
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -26,6 +28,7 @@ from learner.watch.metrics import (
     MulticlassAccuracy,
     MulticlassAUROC,
     MulticlassF1Score,
+    PassMetrics,
     R2Score,
     WindowedMeanSquaredError,
 )
@@ -163,15 +166,195 @@ def test_objects_of_the_user_are_never_updated():
     assert results["validation_accuracy"] == pytest.approx(accuracy(LOGITS, CLASSES).item())  # without the ten
 
 
-def test_logits_of_an_output_object():
-    class Output(Given):
-        def forward(self, x): return SimpleNamespace(logits=super().forward(x))
+class Output(Given):
+    """A model whose output is an object, a mapping or a tuple, with a loss of its own where there are labels."""
 
-    loaders = {"train": batches(LOGITS, CLASSES, 32)}
-    learn = Learner(Output(), torch.optim.SGD, lambda out, t: out.logits.sum() * 0.0, loaders,
-                    Metrics(accuracy=MulticlassAccuracy()), device="cpu")
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+
+    def forward(self, x, labels=None):
+        logits = super().forward(x)
+        if labels is None: return self.form(logits=logits)
+        return self.form(loss=logits.sum() * 0.0, logits=logits)
+
+
+@pytest.mark.parametrize("form", [SimpleNamespace, dict], ids=["object", "mapping"])
+def test_logits_of_a_model_that_computes_its_own_loss(form):
+    loaders = {"train": [{"x": x, "labels": y} for x, y in batches(LOGITS, CLASSES, 32)]}
+    learn = Learner(Output(form), torch.optim.SGD, None, loaders, Metrics(accuracy=MulticlassAccuracy()), device="cpu")
     learn.train(1)
     assert learn.history[-1]["train_accuracy"] == pytest.approx(accuracy(LOGITS, CLASSES).item())
+
+
+@pytest.mark.parametrize("form", [SimpleNamespace, dict], ids=["object", "mapping"])
+def test_a_metric_gets_the_very_object_that_the_loss_function_gets(form):
+    seen = {"loss": set(), "metric": set()}
+
+    def loss(output, labels):
+        seen["loss"].add(type(output))
+        return (output["logits"] if form is dict else output.logits).sum() * 0.0
+
+    def metric(output, labels):
+        seen["metric"].add(type(output))
+        return 0.0
+
+    learn = Learner(Output(form), torch.optim.SGD, loss, {"train": batches(LOGITS, CLASSES, 32)}, device="cpu")
+    learn.train(1, callbacks=[Metrics(metric), Metrics(accuracy=MulticlassAccuracy(), of="logits")])
+    assert seen["loss"] == seen["metric"] == {form}
+    assert learn.history[-1]["train_accuracy"] == pytest.approx(accuracy(LOGITS, CLASSES).item())
+    with pytest.raises((AttributeError, TypeError, ValueError), match=r"metric accuracy: predictions a \w+, labels \(32,\) \(Metrics\(..., of=...\) picks a part\)"):
+        learn.train(1, callbacks=Metrics(accuracy=MulticlassAccuracy()))
+
+
+def test_a_distribution_is_measured_as_it_is():
+    class Policy(Given):
+        def forward(self, x): return torch.distributions.Categorical(logits=super().forward(x))
+
+    def entropy(distribution, labels): return distribution.entropy().mean()
+    learn = Learner(Policy(), torch.optim.SGD, lambda d, y: -d.log_prob(y).mean(), {"train": batches(LOGITS, CLASSES, 32)},
+                    Metrics(entropy, log_prob=lambda d, y: -d.log_prob(y).mean()), device="cpu")
+    learn.train(1, 0.0)
+    assert learn.history[-1]["train_entropy"] == pytest.approx(torch.distributions.Categorical(logits=LOGITS).entropy().mean().item(), rel=1e-5)
+    assert learn.history[-1]["train_log_prob"] == pytest.approx(learn.history[-1]["train_loss"], rel=1e-6)
+
+
+class Heads(Given):
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+
+    def forward(self, x):
+        kind, size = super().forward(x), x.sum(1)
+        return (kind, size) if self.form is tuple else {"kind": kind, "size": size} if self.form is dict else SimpleNamespace(kind=kind, size=size)
+
+
+def heads_loss(output, labels):
+    kind = output[0] if isinstance(output, tuple) else output["kind"] if isinstance(output, dict) else output.kind
+    return kind.sum() * 0.0
+
+
+@pytest.mark.parametrize("form, of", [(tuple, 0), (tuple, -2), (dict, "kind"), (SimpleNamespace, "kind"), (tuple, lambda p: p[0]),
+                                      (dict, lambda p, y: (p["kind"], y))], ids=str)
+def test_a_metric_of_one_head(form, of):
+    learn = Learner(Heads(form), torch.optim.SGD, heads_loss, {phase: batches(LOGITS, CLASSES, 32) for phase in ("train", "validation")},
+                    Metrics(MulticlassAccuracy(), mine=accuracy, of=of), device="cpu")
+    learn.train(1)
+    for phase in ("train", "validation"):
+        for name in ("multiclass_accuracy", "mine"):
+            assert learn.history[-1][f"{phase}_{name}"] == pytest.approx(accuracy(LOGITS, CLASSES).item())
+
+
+@pytest.mark.parametrize("form", [tuple, dict])
+def test_labels_in_the_same_form_are_picked_with_the_head(form):
+    def labelled(x, y): return (y, x.sum(1) + 1) if form is tuple else {"kind": y, "size": x.sum(1) + 1}
+    loader = [(x, labelled(x, y)) for x, y in batches(LOGITS, CLASSES, 32)]
+    metrics = [Metrics(accuracy=MulticlassAccuracy(), of=0 if form is tuple else "kind"), Metrics(error=F.l1_loss, of=1 if form is tuple else "size")]
+    results = Learner(Heads(form), torch.optim.SGD, heads_loss, {"validation": loader}, device="cpu").validate(metrics)
+    assert results["validation_accuracy"] == pytest.approx(accuracy(LOGITS, CLASSES).item())
+    assert results["validation_error"] == pytest.approx(1.0, rel=1e-5)
+
+
+def test_labels_that_are_a_list_are_left_alone():
+    def count(size, labels):
+        assert len(labels) == len(size) and isinstance(labels[0], dict)
+        return float(len(labels))
+    loader = [(x, [{"box": row} for row in x]) for x, _ in batches(LOGITS, CLASSES, 100)]
+    results = Learner(Heads(tuple), torch.optim.SGD, heads_loss, {"validation": loader}, device="cpu").validate(Metrics(count, of=1))
+    assert results["validation_count"] == pytest.approx((10 * 100 * 100 + 3 * 3) / N)
+
+
+def test_functions_weigh_by_the_batch_size_of_the_learner():
+    def first(predictions, labels): return predictions[0, 0]
+    learn = given(LOGITS, CLASSES, 100)
+    learn.on("after_prepare", lambda learn: setattr(learn, "batch_size", 1 if learn.batch_num else 5))
+    got = learn.validate(Metrics(first))["validation_first"]
+    values = LOGITS[::100, 0].double()
+    assert got == pytest.approx((5 * values[0] + values[1:].sum()).item() / (5 + 10), rel=1e-6)
+
+
+# Several numbers
+
+def test_a_number_for_each_class_is_a_column_for_each_class():
+    learn = given(LOGITS, CLASSES, 100, Metrics(f1=MulticlassF1Score(average=None, num_classes=4), recall=classification.MulticlassRecall(4, average="none")))
+    learn.train(1)
+    expected = f1_score(CLASSES, LOGITS.argmax(1), average=None)
+    for phase in ("train", "validation", "test"):
+        assert [learn.history[-1][f"{phase}_f1_{i}"] for i in range(4)] == pytest.approx(expected, abs=1e-6)
+        assert [f"{phase}_recall_{i}" in learn.history[-1] for i in range(5)] == [True] * 4 + [False]
+
+
+def test_a_collection_is_its_metrics():
+    def make(): return torchmetrics.MetricCollection({"accuracy": classification.MulticlassAccuracy(4), "recall": classification.MulticlassRecall(4)})
+    unnamed, named = Metrics(make(), torchmetrics.MetricCollection([regression.R2Score()])), Metrics(all=make())
+    assert list(unnamed.metrics) == ["accuracy", "recall", "r2_score"] and list(named.metrics) == ["all_accuracy", "all_recall"]
+    results = given(LOGITS, CLASSES, 100).validate([Metrics(make()), named])
+    whole = make()(LOGITS, CLASSES)
+    for name in ("accuracy", "recall"):
+        assert results[f"validation_{name}"] == results[f"validation_all_{name}"] == pytest.approx(whole[name].item(), rel=1e-5)
+
+
+def test_mappings_and_matrices_are_columns():
+    metrics = Metrics(range=torchmetrics.wrappers.MinMaxMetric(classification.MulticlassAccuracy(4, average="micro")),
+                      table=classification.MulticlassConfusionMatrix(4), of_two=lambda p, y: {"low": p.min(), "mean": p.mean()})
+    results = given(LOGITS, CLASSES, 100).validate(metrics)
+    assert [results[f"validation_range_{key}"] for key in ("raw", "max", "min")] == pytest.approx([accuracy(LOGITS, CLASSES).item()] * 3)
+    table = torch.tensor([[results[f"validation_table_{i}_{j}"] for j in range(4)] for i in range(4)])
+    assert torch.equal(table, torch.bincount(CLASSES * 4 + LOGITS.argmax(1), minlength=16).view(4, 4).float())
+    assert results["validation_of_two_mean"] == pytest.approx(LOGITS.mean().item(), abs=1e-6)
+
+
+class Typo(MulticlassAccuracy):
+    def compute(self): return self.num_corect / self.num_total
+
+
+class Large(MulticlassAccuracy):
+    def compute(self): return torch.ones(40, 40)
+
+
+class Needs(MulticlassAccuracy):
+    def compute(self):
+        if self.num_total < 500: raise ValueError("too few examples")
+        return super().compute()
+
+
+@pytest.mark.parametrize("metric, error", [(Typo(), AttributeError), (classification.MulticlassROC(4), MetricError),
+                                           (Large(), MetricError)], ids=["typo", "curves", "large table"])
+def test_a_wrong_metric_fails_in_the_first_batch(metric, error):
+    learn, done = given(LOGITS, CLASSES, 10), []
+    learn.on("after_batch", lambda: done.append(1), priority=-100)
+    with pytest.raises(error, match="metric wrong") as caught: learn.train(1, callbacks=Metrics(wrong=metric))
+    assert len(done) == 1 and "\n" not in str(caught.value)
+
+
+def test_a_metric_that_needs_more_than_a_batch_is_not_wrong():
+    results = given(LOGITS, CLASSES, 10).validate(Metrics(a=Needs()))
+    assert results["validation_a"] == pytest.approx(accuracy(LOGITS, CLASSES).item())
+    with pytest.raises(ValueError, match="metric a: too few examples"): given(LOGITS[:40], CLASSES[:40], 10).validate(Metrics(a=Needs()))
+
+
+def test_a_trial_leaves_the_metric_alone():
+    metric, reads = regression.PearsonCorrCoef(), []
+
+    class Counted(MulticlassAccuracy):
+        def compute(self):
+            reads.append(int(self.num_total))
+            return super().compute()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a trial on one example does not warn either
+        given(VALUES, TARGETS, 100).validate(Metrics(metric))
+    metrics = Metrics(Counted())
+    given(LOGITS, CLASSES, 100, metrics, ["train", "validation"]).train(2)
+    assert reads == [100, N, N, N, N]
+
+
+def test_a_pass_over_named_loaders_has_columns_of_their_names():
+    loaders = {"train": batches(LOGITS, CLASSES, 32), "validation": {"clean": batches(LOGITS, CLASSES, 64), "few": batches(LOGITS[:50], CLASSES[:50], 20)}}
+    learn = Learner(Given(), torch.optim.SGD, zero_loss, loaders, Metrics(a=MulticlassAccuracy()), device="cpu")
+    learn.train(1)
+    assert learn.history[-1]["validation_clean_a"] == pytest.approx(accuracy(LOGITS, CLASSES).item())
+    assert learn.history[-1]["validation_few_a"] == pytest.approx(accuracy(LOGITS[:50], CLASSES[:50]).item())
 
 
 def test_predictions_of_several_tensors_reach_a_function_without_their_graph():
@@ -218,12 +401,12 @@ def test_a_class_of_the_user_is_updated_batch_by_batch(sizes, monkeypatch):
     assert sizes == [100] * 10 + [3]
 
 
-def test_predictions_held_are_bounded_and_large_ones_go_straight_through(sizes):
+def test_predictions_held_are_bounded_and_large_ones_go_straight_through(sizes, monkeypatch):
     metrics = Metrics(Counting())
     held = []
 
     class Watch(Callback):
-        def after_batch(self): held.append(sum(store.nbytes for store in metrics._chunk.stores))
+        def after_batch(self): held.append(sum(store.nbytes for store in metrics.under_way.chunk.stores))
 
     def one_pass(width, size):
         sizes.clear(), held.clear()
@@ -231,10 +414,10 @@ def test_predictions_held_are_bounded_and_large_ones_go_straight_through(sizes):
         Learner(Given(), torch.optim.SGD, zero_loss, {"train": data}, [metrics, Watch()], device="cpu").train(1)
 
     one_pass(1000, 100)  # 0.4 MB a batch: five of them
-    assert sizes == [100, 500] and 0 < max(held) <= metrics.max_bytes
+    assert sizes == [100, 500] and 0 < max(held) <= PassMetrics.max_bytes
     one_pass(1000, 300)  # 1.2 MB a batch: two do not fit
     assert sizes == [300] * 6 and max(held) == 0
-    metrics.max_batches = 2
+    monkeypatch.setattr(PassMetrics, "max_batches", 2)
     one_pass(4, 100)
     assert sizes == [100, 200, 200, 100]
 
@@ -346,7 +529,7 @@ def test_nothing_of_a_broken_pass_is_left_in_the_next(error):
     metrics = Metrics(a=MulticlassAccuracy(), b=accuracy)
     learn = given(LOGITS, CLASSES, 10, metrics)
     with pytest.raises(type(error)): learn.train(1, callbacks=CancelAt(error))
-    assert not metrics.running and not metrics._chunk.stores
+    assert not metrics.running and metrics.under_way is None
     learn.train(1)
     for name in ("a", "b"):
         assert learn.history[-1][f"train_{name}"] == pytest.approx(accuracy(LOGITS, CLASSES).item())
@@ -414,10 +597,8 @@ def reads_in_batches(*metrics, **named):
     reads = Reads()
 
     class Watched(Metrics):
-        def after_batch(self, learn):
-            with reads: super().after_batch(learn)
-
-        after_validation_batch = after_test_batch = after_batch
+        def after_any_batch(self, learn):
+            with reads if self.tried else nullcontext(): super().after_any_batch(learn)  # in the first batch it is tried
 
     given(LOGITS, CLASSES, 3, Watched(*metrics, **named)).train(1)  # 335 batches: several chunks
     return reads.seen
@@ -451,7 +632,7 @@ class NoReset:
 
 class Pair(NoReset):
     def reset(self): ...
-    def compute(self): return torch.zeros(2)
+    def compute(self): return {1, 2}
 
 
 BAD = [
@@ -476,22 +657,24 @@ BAD = [
     (lambda: Metrics(epoch=accuracy), ValueError,
      "metrics: epoch is a name that the history needs itself; use another"),
     (lambda: Metrics(a=accuracy, phases="valid"), ValueError,
-     "phases: 'valid' is none of ['train', 'validation', 'test']; did you mean validation?"),
-    (lambda: Metrics(f1=MulticlassF1Score(average=None, num_classes=4)), MetricError,
-     "metric f1 has average=None, a number for each class, and a column takes one; use average=\"macro\", or a metric "
-     "of your own that picks one class"),
-    (lambda: Metrics(torchmetrics.MetricCollection([classification.BinaryAUROC()])), TypeError,
-     "metric metric_collection is a MetricCollection; pass its metrics singly: Metrics(**collection)"),
+     "phases: 'valid' is not one of ['train', 'validation', 'test']; did you mean validation?"),
     (broken_shape(accuracy=MulticlassAccuracy()), ValueError,
      "metric accuracy: predictions (32, 4), labels (32, 1): target should be a one-dimensional tensor"),
     (broken_shape(f1=classification.MulticlassF1Score(num_classes=4)), ValueError,
      "metric f1: predictions (32, 4), labels (32, 1): "),
     (scalar_or_error(lambda p, t: p), MetricError,
      "metric mine: predictions (32, 4), labels (32,): the function returned (32, 4); it must return a scalar, such as "
-     "a .mean()"),
+     "a .mean(), or a mapping of scalars"),
     (scalar_or_error(lambda p, t: None), MetricError, "the function returned None; it must return a scalar"),
-    (scalar_or_error(Pair()), MetricError,
-     "metric mine gave (2,), and a column takes one number; average it, or pick one in a metric of your own"),
+    (scalar_or_error(Pair()), MetricError, "metric mine gave a set; it must give a number, or a mapping or a tensor of numbers"),
+    (lambda: Metrics(a=accuracy, of=1.5), TypeError, "of is 1.5; it must be an index, a key, or a function of the predictions"),
+    (lambda: given(LOGITS, CLASSES, 32).validate(Metrics(a=accuracy, of="kind")), MetricError, "of='kind' picks nothing from (32, 4)"),
+    (lambda: Learner(Heads(dict), torch.optim.SGD, heads_loss, {"validation": [(LOGITS, CLASSES)]}).validate(Metrics(a=accuracy, of="kin")), MetricError,
+     "of='kin' picks nothing from a dict with ['kind', 'size']; did you mean kind?"),
+    (lambda: Learner(Heads(tuple), torch.optim.SGD, heads_loss, {"validation": [(LOGITS, CLASSES)]}).validate(Metrics(a=accuracy, of=2)), MetricError,
+     "of=2 picks nothing from a tuple of 2"),
+    (lambda: Learner(Heads(tuple), torch.optim.SGD, heads_loss, {"validation": [(LOGITS, CLASSES)]}).validate(Metrics(a=accuracy, of=lambda p, y: p[0])), MetricError,
+     "of returned (1003, 4); a function of predictions and labels must return both"),
     (lambda: given(LOGITS, CLASSES, 32, [Metrics(a=accuracy), Metrics(b=accuracy, a=accuracy)]).train(1), MetricError,
      "Metrics(a) and Metrics(b, a) both measure a; rename one"),
 ]
@@ -506,7 +689,7 @@ def test_bad_input(call, kind, message):
 def test_the_learner_is_whole_after_a_metric_failed():
     learn = given(LOGITS, CLASSES, 32)
     with pytest.raises(MetricError) as caught: learn.train(1, callbacks=Metrics(mine=lambda p, t: p))
-    assert caught.value.__notes__ == ["in Metrics.after_batch (epoch 0, batch 0)"]
+    assert caught.value.__notes__ == ["in Metrics.after_any_batch (epoch 0, batch 0)"]
     learn.train(1)
     assert len(learn.history) == 1 and learn.callbacks == ()
 
@@ -571,3 +754,14 @@ def test_unknown_names():
         module.BinaryAURO  # noqa: B018
     assert not hasattr(module, "_private") and not hasattr(module, "classification")
     with pytest.raises(ImportError): exec("from learner.watch.metrics import Nonsense")
+
+
+def test_torchvision_is_imported_when_it_is_used(tmp_path):
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision/__init__.py").write_text("")
+    (tmp_path / "torchvision/models.py").write_text("def inception_v3(weights): raise SystemExit('asked for the model')")
+    code = ("import sys\nfrom learner.watch.metrics import MulticlassAccuracy, FrechetInceptionDistance\n"
+            "assert 'torchvision' not in sys.modules\nfrom torcheval.metrics.image import fid\nassert fid._TORCHVISION_AVAILABLE\n"
+            "import torchvision\nFrechetInceptionDistance()")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])})
+    assert done.stderr.strip() == "asked for the model"

@@ -1,4 +1,4 @@
-"""A trainer of one's own: data, a model and a config, all in one module."""
+"""A trainer of your own: data, a model and a config, all in one module."""
 import math
 from itertools import pairwise
 
@@ -23,12 +23,14 @@ def spirals(examples, arms, noise, seed):
 class Perceptron(nn.Module):
     """Layers of one width, each with a ReLU."""
 
-    def __init__(
-        self,
-        width: int = 32,  # features in each layer
-        depth: int = 2,  # layers before the last
-        classes: int = 3,
-    ):
+    def __init__(self, width: int = 32, depth: int = 2, classes: int = 3):
+        """Make the layers.
+
+        Args:
+            width: features in each layer.
+            depth: layers before the last.
+            classes: how many there are to tell apart.
+        """
         super().__init__()
         widths = [2, *[width] * depth]
         layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
