@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Nested', 'write_plots', 'write_predictions', 'MetaFile', 'epochs_text', 'ResultFiles', 'RunFrame', 'RunHooks', 'Run']
 
-# %% ../../nbs/runs/run.ipynb #a1b9df4b
+# %% ../../nbs/runs/run.ipynb #0e75d422
 import contextlib
 import os
 import re
@@ -22,19 +22,21 @@ from typing import Any, Self
 
 import torch
 
+from ..base.data_hash import loader_hash
 from ..base.files import AnyPath, append_text, is_file, remove, replacing, write_all
 from ..base.files import write_bytes, write_text
+from ..base.hashing import hash_file
 from ..base.history import History
 from ..base.provenance import git_state
+from ..base.store import checkpoint_name
 from ..base.words import as_number, split_column
 from ..keep.checkpoint import Checkpoint
 from ..keep.fingerprints import Fingerprints
 from ..loop.learner import Learner
-from ..base.store import checkpoint_name
 from ..loop.stages import Callback, CancelException, provides
 from .config import Settings, settings_of
-from .facts import checkpoint_hash, command_line, host_facts, loader_hash, model_hash
-from .facts import module_text, script_text, versions
+from .facts import command_line, host_facts, model_hash, module_text, script_text
+from .facts import versions
 from .loggers import STEP_COLUMNS, BestSoFar, StepLogger, describe_settings
 from .output import kept_output
 from .rundir import FORMAT, VERSION, RunError, RunExistsError, RunLock, check_layout
@@ -46,7 +48,7 @@ from ..watch.look import show_predictions
 
 Nested = Mapping[str, Any]
 
-# %% ../../nbs/runs/run.ipynb #bd25f498
+# %% ../../nbs/runs/run.ipynb #7af0222e
 def _draw(folder: Path, draw: Callable[[Path], None]) -> None:
     "Draw pictures into a folder, which is made; an error becomes a warning."
     try:
@@ -88,7 +90,7 @@ def write_predictions(folder: AnyPath, learn: Learner) -> None:
     except Exception as error: _warn_of_pictures(folder, error)
     else: _draw(Path(folder), lambda folder: _save_figure(figure, folder / "predictions.png"))
 
-# %% ../../nbs/runs/run.ipynb #119e5655
+# %% ../../nbs/runs/run.ipynb #b9085247
 class MetaFile:
     "meta.json of a run while it trains."
 
@@ -127,7 +129,7 @@ class MetaFile:
         evaluations = [*list_in(known, "evaluations"), *added]
         write_json(self.path, {**self.values, "evaluations": evaluations}, sync)
 
-# %% ../../nbs/runs/run.ipynb #da137ee2
+# %% ../../nbs/runs/run.ipynb #7db5a113
 def _first_facts(run: "RunFrame", learn: Learner, made: Settings | None) -> dict[str, Any]:
     "What is known when a run begins, and never changes."
     parent = run.parent if run.parent is not None else vars(learn).get("loaded_from")
@@ -142,7 +144,7 @@ def _first_facts(run: "RunFrame", learn: Learner, made: Settings | None) -> dict
         "seed": torch.initial_seed() if seed is None else seed,
         "versions": versions(), "facts": {"device": str(learn.device), **host_facts()},
         "data": data, "initial_model": model_hash(learn.model),
-        "parent": None if parent is None else checkpoint_hash(parent),
+        "parent": None if parent is None else hash_file(parent),
     }
 
 def _how_it_ended(error: BaseException | None) -> tuple[str, str | None]:
@@ -151,7 +153,7 @@ def _how_it_ended(error: BaseException | None) -> tuple[str, str | None]:
     if error is None or isinstance(error, CancelException): return "finished", None
     return "failed", f"{type(error).__name__}: {error}".splitlines()[0][:1000]
 
-# %% ../../nbs/runs/run.ipynb #a0611431
+# %% ../../nbs/runs/run.ipynb #cfcc171a
 def _make_parts(folder: Path, options: Nested, settings: Nested | None) -> Iterator[Callback]:
     "The callbacks that a run brings along."
     checkpoint, tensorboard = options["checkpoint"], options["tensorboard"]
@@ -183,7 +185,7 @@ def epochs_text(count: int) -> str:
     "A number of epochs in words."
     return f"{count} epoch{'s' * (count != 1)}"
 
-# %% ../../nbs/runs/run.ipynb #4bfd4744
+# %% ../../nbs/runs/run.ipynb #cc2dbe8a
 class ResultFiles:
     "history.csv, score.json and meta.json of a run while it trains."
 
@@ -221,7 +223,7 @@ def _cut_steps(path: Path, end: int) -> None:
         while block := list(islice(kept, 1000)):
             write_all(file, csv_text(block, STEP_COLUMNS, head=False).encode())
 
-# %% ../../nbs/runs/run.ipynb #9598d969
+# %% ../../nbs/runs/run.ipynb #9b1349c0
 def _begin(run: "RunFrame", learn: Learner, again: bool) -> None:
     "Write down what is known when a training begins."
     folder, meta = run.folder, run.results.meta
@@ -256,7 +258,7 @@ def _compare_data(folder: Path, learn: Learner, before: Nested) -> None:
         if loader_hash(learn.dataloaders[phase]) not in (None, before[phase]):
             warnings.warn(f"{folder}: the {phase} data is not what it was", stacklevel=2)
 
-# %% ../../nbs/runs/run.ipynb #f454b5cd
+# %% ../../nbs/runs/run.ipynb #4763a997
 def _keep(folder: Path, name: str, text: str) -> None:
     "Write a text down; one that differs from what is there gets a number."
     if not text: return
@@ -270,7 +272,7 @@ def _keep(folder: Path, name: str, text: str) -> None:
     longer = bool(last) and text.startswith(last)
     write_text(folder / names[count - 1 if longer else count], text)
 
-# %% ../../nbs/runs/run.ipynb #cb8fa16d
+# %% ../../nbs/runs/run.ipynb #f2c9d735
 @contextlib.contextmanager
 def _opened(run: "RunFrame", learn: Learner) -> Iterator[None]:
     "The folder of a run, open for a training: locked, its beginning and its end written down."
@@ -305,7 +307,7 @@ def _end(run: "RunFrame", learn: Learner, error: BaseException | None) -> None:
         if error is None: raise
         error.add_note(f"{run.folder} is not complete: {type(second).__name__}: {second}")
 
-# %% ../../nbs/runs/run.ipynb #f97bf51d
+# %% ../../nbs/runs/run.ipynb #517e3663
 def _note_test(run: "RunFrame", learn: Learner) -> None:
     "Write down what a test has found, in the row it belongs to and as an evaluation."
     found = {name: value for name, value in learn.results.items()
@@ -319,7 +321,7 @@ def _note_test(run: "RunFrame", learn: Learner) -> None:
         meta.go_on(meta.values["seconds"])  # a test is not training
         run.results.rewrite(learn.history, entry)
 
-# %% ../../nbs/runs/run.ipynb #f078b4e8
+# %% ../../nbs/runs/run.ipynb #eaf00e29
 class RunFrame(StepLogger):
     "A run folder, open as long as a training lasts; `Run` explains the arguments."
     priority = 2000  # last, so that everything is there that others have logged
@@ -350,7 +352,7 @@ class RunFrame(StepLogger):
 
     def __repr__(self) -> str: return f"Run({str(self.folder)!r})"
 
-# %% ../../nbs/runs/run.ipynb #3319538b
+# %% ../../nbs/runs/run.ipynb #34376ed6
 class RunHooks(RunFrame):
     "What a run writes down within a training, and of a test after it or by itself."
 
@@ -378,7 +380,7 @@ class RunHooks(RunFrame):
         if self.opened: self.after_training()
         return super().state_dict()
 
-# %% ../../nbs/runs/run.ipynb #63edc835
+# %% ../../nbs/runs/run.ipynb #336cb1e5
 class Run(RunHooks):
     """Keeps a run folder: settings, code, data, output, results, checkpoints.
 

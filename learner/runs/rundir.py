@@ -40,7 +40,7 @@ def check_name(name: Any, what: str = "name") -> str:
     if wrong: raise RunError(f"{what} is {str(name)[:80]!r}; {wrong}")
     return str(name)
 
-# %% ../../nbs/runs/rundir.ipynb #d5d941f3
+# %% ../../nbs/runs/rundir.ipynb #452b0f69
 def printable(text: Any) -> str:
     r"""Text in which everything that a terminal would obey or hide is written as an escape.
 
@@ -88,7 +88,7 @@ def is_run(folder: AnyPath) -> bool:
     "Whether a folder is a run, complete or not."
     return any(os.path.isfile(os.path.join(folder, name)) for name in ("config.json", "meta.json"))
 
-# %% ../../nbs/runs/rundir.ipynb #00962fe6
+# %% ../../nbs/runs/rundir.ipynb #0c587e8a
 def create_run(folder: AnyPath) -> Path:
     "Make a new folder, and those above it; raises RunExistsError, or RunError for a bad name."
     path = Path(os.path.abspath(run_path(folder)))
@@ -119,7 +119,7 @@ def inner_folder(folder: Path, name: str) -> Path:
     if path.is_symlink(): raise RunError(f"{path} is a link, which is not followed")
     return path
 
-# %% ../../nbs/runs/rundir.ipynb #cbb59a18
+# %% ../../nbs/runs/rundir.ipynb #f94d00dc
 def move_aside(folder: AnyPath) -> Path | None:
     "Rename a run out of the way, and return its new path, None if there was none; raises RunError."
     path = Path(os.path.abspath(run_path(folder)))

@@ -15,13 +15,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from ..base.data_hash import loader_hash
 from ..base.files import AnyPath
 from ..base.words import check_whole, did_you_mean
 from ..keep.checkpoint import Checkpoint, read_index
 from ..loop.learner import Learner
 from ..loop.stages import Callback, as_callbacks
 from .config import Settings, build, from_record, resolve
-from .facts import loader_hash
 from .rundir import RunError, RunLock, check_name, inner_folder, is_locked, printable
 from .run import Run, epochs_text, write_predictions
 from .runfiles import RunFiles, list_in, mapping_in, now, read_json, read_run
@@ -31,7 +31,7 @@ _all_ = ["Run", "build"]
 
 Callbacks = Callback | Iterable[Callback] | None
 
-# %% ../../nbs/runs/runs.ipynb #eeaa81ab
+# %% ../../nbs/runs/runs.ipynb #369b3d93
 def train_run(config: Any, folder: AnyPath, overrides: Mapping[str, Any] | None = None,
               overwrite: bool = False, allow: Iterable[str] | None = None,
               callbacks: Callbacks = None, **options: Any) -> Learner:
@@ -66,7 +66,7 @@ def _trained(settings: Settings, run: Run, callbacks: Callbacks) -> Learner:
     if run.options["plots"]: write_predictions(run.folder / "plots", learn)
     return learn
 
-# %% ../../nbs/runs/runs.ipynb #a58a95c7
+# %% ../../nbs/runs/runs.ipynb #0fa834e6
 def checkpoint_of(folder: AnyPath, checkpoint: AnyPath = "best") -> Path:
     """The path of a checkpoint of a run.
 
@@ -80,7 +80,8 @@ def checkpoint_of(folder: AnyPath, checkpoint: AnyPath = "best") -> Path:
     """
     files = read_run(folder)
     place = inner_folder(files.folder, "checkpoints")
-    there = f"; there are {', '.join(files.checkpoints)}" if files.checkpoints else "; it has none"
+    names = [Path(name).stem for name in files.checkpoints]
+    there = f"; there are {', '.join(names)}" if names else "; it has none"
     if checkpoint in ("best", "last"): return _best_or_last(files, str(checkpoint), there)
     text = os.fspath(checkpoint)
     if os.sep in text and os.path.realpath(Path(text).parent) == os.path.realpath(place):
@@ -88,7 +89,7 @@ def checkpoint_of(folder: AnyPath, checkpoint: AnyPath = "best") -> Path:
     name = check_name(text, "checkpoint")
     for each in (name, f"{name}.safetensors"):
         if each in files.checkpoints: return place / each
-    near = did_you_mean(name, ["best", "last", *files.checkpoints])
+    near = did_you_mean(name, ["best", "last", *names])
     raise FileNotFoundError(f"{folder} has no checkpoint {name}{near}{there}")
 
 def _best_or_last(files: RunFiles, which: str, there: str) -> Path:
@@ -103,7 +104,7 @@ def _best_or_last(files: RunFiles, which: str, there: str) -> Path:
                                 f"name one, or resume the run{there}")
     raise FileNotFoundError(f"{files.folder} has no {which} checkpoint{there}")
 
-# %% ../../nbs/runs/runs.ipynb #c0d9a528
+# %% ../../nbs/runs/runs.ipynb #c1ab94d2
 def _settings(files: RunFiles, allow: Iterable[str], *layers: Mapping[str, Any]) -> Settings:
     "The settings of a run; raises RunError for a learner that was built by hand."
     if files.config.get("config") is None:
@@ -139,7 +140,7 @@ def load_run(folder: AnyPath, checkpoint: AnyPath = "best", allow: Iterable[str]
     learn.loaded_from = path  # type: ignore[attr-defined]  # the parent of a run that tunes it
     return learn
 
-# %% ../../nbs/runs/runs.ipynb #5f3be411
+# %% ../../nbs/runs/runs.ipynb #ae996ef6
 def resume_run(folder: AnyPath, epochs: int | None = None, allow: Iterable[str] = (),
                callbacks: Callbacks = None) -> Learner:
     """Continue where a run stopped, exactly; a finished one is loaded.
@@ -179,7 +180,7 @@ def resume_run(folder: AnyPath, epochs: int | None = None, allow: Iterable[str] 
     if run.options["plots"]: write_predictions(run.folder / "plots", learn)
     return learn
 
-# %% ../../nbs/runs/runs.ipynb #93bca5b8
+# %% ../../nbs/runs/runs.ipynb #b188a32f
 def _options(files: RunFiles) -> dict[str, Any]:
     "The options of Run that are kept in config.json."
     known = ("log_every", "checkpoint", "tensorboard", "fingerprints", "hash_data", "plots")
@@ -210,7 +211,7 @@ def _latest(files: RunFiles) -> Path | None:
                        "another folder (learner rerun, or rerun)")
     return latest
 
-# %% ../../nbs/runs/runs.ipynb #5b887e09
+# %% ../../nbs/runs/runs.ipynb #5adda61d
 class Evaluation(dict[str, Any]):
     """Results such as `{"test_loss": 0.3}`, which also say what was evaluated.
 
@@ -227,7 +228,7 @@ class Evaluation(dict[str, Any]):
         values = ", ".join(f"{name} {value:.6g}" for name, value in self.items())
         return printable(f"{self.checkpoint.name} on {self.split}: {values}")
 
-# %% ../../nbs/runs/runs.ipynb #a95609d7
+# %% ../../nbs/runs/runs.ipynb #752d5e20
 def evaluate_run(folder: AnyPath, split: str = "validation", checkpoint: AnyPath = "best",
                  allow: Iterable[str] = (), callbacks: Callbacks = None) -> Evaluation:
     """Evaluate a run on a split, and write down in its meta.json that it was done, and when.
@@ -256,7 +257,7 @@ def evaluate_run(folder: AnyPath, split: str = "validation", checkpoint: AnyPath
     _note_evaluation(Path(folder), split, path.name, loader_hash(learn.dataloaders[split]), results)
     return Evaluation(results, split, path)
 
-# %% ../../nbs/runs/runs.ipynb #bf85377c
+# %% ../../nbs/runs/runs.ipynb #5ccf1898
 def _check_split(split: Any) -> None:
     known = ("validation", "test")
     if split not in known:
@@ -281,7 +282,7 @@ def _note_evaluation(folder: Path, split: str, checkpoint: str, digest: str | No
     if before not in (None, digest):
         warnings.warn(f"{folder}: the {split} data is not what it was", stacklevel=3)
 
-# %% ../../nbs/runs/runs.ipynb #4f21207f
+# %% ../../nbs/runs/runs.ipynb #fdaa87ec
 class Rerun:
     """What came of running a run again.
 
@@ -322,7 +323,7 @@ def _differences(old: RunFiles, new: RunFiles) -> Iterator[str]:
             if what == "data": yield f"the {name} data differs"
             else: yield f"{name} was {was} and is {value}"
 
-# %% ../../nbs/runs/runs.ipynb #ed5824f6
+# %% ../../nbs/runs/runs.ipynb #1fced40f
 def rerun(folder: AnyPath, new_folder: AnyPath, allow: Iterable[str] = (),
           callbacks: Callbacks = None,
           overwrite: bool = False) -> Rerun:

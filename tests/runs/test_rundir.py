@@ -276,11 +276,12 @@ def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path):
 
 def test_checkpoints_in_order_without_strangers(tmp_path):
     run = a_run(tmp_path / "a")
-    for name in ("epoch-0010", "epoch-0002", "epoch-0002-batch-00120", ".epoch-0011.new", "best", "epoch-x"):
-        (run / "checkpoints" / name).mkdir(parents=True)
-    (run / "checkpoints" / "epoch-0012").symlink_to(tmp_path)
+    (run / "checkpoints").mkdir()
+    for name in ("epoch-0010", "epoch-0002", "epoch-0002-batch-00120", ".epoch-0011", "best", "epoch-x", "epoch-" + "9" * 200):
+        (run / "checkpoints" / f"{name}.safetensors").write_bytes(b"")
+    (run / "checkpoints" / "epoch-0012.safetensors").symlink_to(tmp_path / "a" / "meta.json")
     (run / "checkpoints" / "best.json").write_text("{}")
-    assert read_run(run).checkpoints == ["epoch-0002", "epoch-0002-batch-00120", "epoch-0010"]
+    assert read_run(run).checkpoints == ["epoch-0002.safetensors", "epoch-0002-batch-00120.safetensors", "epoch-0010.safetensors"]
     assert read_run(run).last_epoch == 10
 
 
