@@ -21,19 +21,17 @@ from torch import nn
 from torch.utils.data import (
     DataLoader,
     Dataset,
-    RandomSampler,
     SubsetRandomSampler,
     TensorDataset,
-    WeightedRandomSampler,
 )
 
 import learner.runs.runs as runs
+from learner.base.data_hash import loader_hash
+from learner.base.hashing import hash_file
 from learner.check.bench import example_learner
 from learner.loop.data import DataLoaders
 from learner.loop.learner import Learner
 from learner.loop.stages import Callback, CallbackError, CancelTrainException, FunctionCallback
-from learner.base.data_hash import loader_hash
-from learner.base.hashing import hash_file
 from learner.runs.loggers import BestSoFar
 from learner.runs.output import Tee, kept_output
 from learner.runs.run import write_plots, write_predictions
