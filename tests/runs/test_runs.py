@@ -647,7 +647,7 @@ def test_an_evaluation_says_which_checkpoint_it_read(copied):
 
 def test_of_what_training_reads_a_run_reads_no_more_than_a_sample(tmp_path):
     data, model = Pictures(20_000), nn.Linear(4, 1)
-    learn = Learner(model, torch.optim.SGD(model.parameters(), lr=0.1), F.mse_loss, {"train": DataLoader(data, batch_size=2000, shuffle=True)}, device="cpu")
+    learn = Learner(model, torch.optim.SGD(model.parameters(), lr=0.0), F.mse_loss, {"train": DataLoader(data, batch_size=2000, shuffle=True)}, device="cpu")
     learn.train(1, callbacks=quick(tmp_path / "a", checkpoint=False))
     assert len(data.read) == 21_000 and read_run(tmp_path / "a").meta["data"]["train"].endswith(" (1,000 of 20,000)")
 
