@@ -74,7 +74,8 @@ def guarded_updates(learn: Any) -> Iterator[None]:
     """
     whole = learn.optimiser
     optimisers = list(whole.values()) if isinstance(whole, Mapping) else [whole]
-    registered, others = [], False
+    registered: list[Any] = []
+    others = False
 
     def look(*_: Any) -> None:
         learn.unseen_step = not all(map(learn.has_opened, _FIXES))

@@ -49,7 +49,7 @@ def _describe_groups(param_groups: Iterable[Mapping[str, Any]]) -> dict[str, Any
     kinds = bool | int | float | str | tuple
     first, *others = ({k: v for k, v in group.items() if isinstance(v, kinds) and k != "params"}
                       for group in param_groups)
-    found = dict(first)
+    found: dict[str, Any] = dict(first)
     for i, group in enumerate(others, 1):
         if differing := {k: v for k, v in group.items() if v != first.get(k)}:
             found[f"group_{i}"] = differing

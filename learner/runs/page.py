@@ -190,7 +190,7 @@ def details(row: Score, differing: Collection[str], known: Defaults) -> list[dic
             "initial model": meta.get("initial_model"), "tuned from": meta.get("parent")}
     machine = {"seed": meta.get("seed"), "host": meta.get("host"), **mapping_in(meta, "facts"),
                **{f"version of {name}": value for name, value in versions.items()}}
-    sections = {
+    sections: dict[str, list[Any]] = {
         "Make it again": [_commands(run, known)],
         "Results": [_best(run)],
         "Evaluations": [_evaluations(run)],

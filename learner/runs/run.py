@@ -245,6 +245,7 @@ def _begin(run: "RunFrame", learn: Learner, again: bool) -> None:
     run.results.rewrite(learn.history)
 
 def _write_config(run: "RunFrame", learn: Learner, made: Settings | None) -> None:
+    record: dict[str, Any]
     if made is None: record = {"config": None, "settings": describe_settings(learn)}
     else: record = made.record()
     if run.settings is not None: record |= {"settings": run.settings}

@@ -253,7 +253,7 @@ def evaluate_run(folder: AnyPath, split: str = "validation", checkpoint: AnyPath
     _check_split(split)
     learn = load_run(folder, checkpoint, allow, [split])
     results = (learn.test if split == "test" else learn.validate)(callbacks)
-    path: Path = learn.loaded_from  # type: ignore[attr-defined]
+    path: Path = learn.loaded_from
     _note_evaluation(Path(folder), split, path.name, loader_hash(learn.dataloaders[split]), results)
     return Evaluation(results, split, path)
 

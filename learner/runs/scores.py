@@ -218,7 +218,8 @@ class ShownRanking(Ranking):
     "A ranking that shows itself as text and as HTML."
 
     def __repr__(self) -> str:
-        lines, missing = [printable(f"{self.folder}: {''.join(self.lead())}")], []
+        lines = [printable(f"{self.folder}: {''.join(self.lead())}")]
+        missing: list[str] = []
         if self.rows:
             table, missing = _text_table(self.columns(), self.rows)
             lines += table
@@ -253,8 +254,8 @@ def _csv_cell(value: Any) -> Any:
 def _csv(ranking: Ranking) -> str:
     settings = list(dict.fromkeys(name for row in ranking for name in row.settings))
     facts = ["config", "status", "seed", "started", "seconds", "epochs", "commit", "dirty"]
-    lines = [["rank", "run", ranking.metric, "epoch", "last", "path", *facts,
-              *(f"settings.{name}" for name in settings)]]
+    lines: list[Any] = [["rank", "run", ranking.metric, "epoch", "last", "path", *facts,
+                         *(f"settings.{name}" for name in settings)]]
     for row in ranking:
         first = [row.rank, row.name, row.value, row.epoch, row.last, row.path]
         known = [*(row.facts[name] for name in facts), *map(row.settings.get, settings)]

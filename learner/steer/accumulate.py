@@ -84,7 +84,7 @@ def _unpacked(kept: Any, device: torch.device) -> Tensor | None:
     if kept is None: return None
     if isinstance(kept, Tensor): return kept.to(device, copy=True)
     parts = [kept[name].to(device, copy=True) for name in ("indices", "values")]
-    return torch.sparse_coo_tensor(*parts, kept["shape"], is_coalesced=kept["coalesced"],
+    return torch.sparse_coo_tensor(parts[0], parts[1], kept["shape"], is_coalesced=kept["coalesced"],
                                    check_invariants=True)
 
 def _shape(kept: Any) -> tuple[int, ...]:

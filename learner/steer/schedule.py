@@ -409,7 +409,7 @@ class _ByFunction(_Drawn):
         functions = self.factory.keywords["function"]  # type: ignore[attr-defined]
         count = 1 if callable(functions) else len(functions)
         values = {key: 0.0 if index is None else (0.0,) * (index + 1)}
-        groups = [{"params": [], **values} for _ in range(count)]
+        groups: list[Any] = [{"params": [], **values} for _ in range(count)]
         return SimpleNamespace(param_groups=groups, step=None)
 
     def curve(self, steps: int = 100, name: str | None = None, optimiser: Any = None

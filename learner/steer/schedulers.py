@@ -84,8 +84,8 @@ def step_wants(owner: Any, step: Callable[..., Any], wants: str | None = None) -
     Raises:
         ScheduleError: If neither the name nor `wants` tells.
     """
-    try: parameters = inspect.signature(step).parameters.values()
-    except (TypeError, ValueError): parameters = ()  # it has no signature to read
+    try: parameters = [*inspect.signature(step).parameters.values()]
+    except (TypeError, ValueError): parameters = []  # it has no signature to read
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     needed = [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
     if wants is not None: return wants

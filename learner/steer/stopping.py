@@ -107,7 +107,7 @@ def _parts(learn: Learner) -> dict[str, Any]:
     if isinstance(learn.loss_func, nn.Module) and learn.loss_func.state_dict():
         parts["loss_func"] = learn.loss_func
     own = [callback for callback in learn.callbacks if getattr(callback, "with_weights", False)]
-    return parts | {f"callback {name}": callback for name, callback in with_state(own)}
+    return parts | {f"callback {name}": callback for name, callback in with_state(own).items()}
 
 # %% ../../nbs/steer/stopping.ipynb #874e7cc0
 _COUNT = ("under_way", "best", "best_epoch", "waited", "reason")
