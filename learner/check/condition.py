@@ -6,7 +6,7 @@
 __all__ = ['Access', 'SETTINGS', 'settings_kept', 'condition', 'changed', 'in_short', 'reachable', 'values', 'same', 'differing',
            'lasting']
 
-# %% ../../nbs/check/condition.ipynb #5b8fe562
+# %% ../../nbs/check/condition.ipynb #59ec80fb
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +21,7 @@ from torch import Tensor
 from ..loop.learner import Learner
 from ..loop.dispatch import Staged
 
-# %% ../../nbs/check/condition.ipynb #9f84c039
+# %% ../../nbs/check/condition.ipynb #e82affaa
 Access = tuple[Callable[[], Any], Callable[[Any], Any]]  # how to read a setting, and to set it
 
 def _attribute(owner: Any, name: str) -> Access:
@@ -52,7 +52,7 @@ def _methods_in_use(learn: Learner) -> dict[tuple[type, str], Any]:
     return {(cls, name): value for cls in classes for name, value in list(vars(cls).items())
             if isinstance(value, FunctionType | classmethod | staticmethod | property)}
 
-# %% ../../nbs/check/condition.ipynb #d0f516df
+# %% ../../nbs/check/condition.ipynb #b697b53d
 @contextmanager
 def settings_kept(learn: Learner) -> Iterator[None]:
     "Put the settings of the process and the methods of the learner's classes back at the end."
@@ -65,7 +65,7 @@ def settings_kept(learn: Learner) -> Iterator[None]:
         for (cls, name), value in methods.items():
             if vars(cls).get(name) is not value: setattr(cls, name, value)
 
-# %% ../../nbs/check/condition.ipynb #cb28a619
+# %% ../../nbs/check/condition.ipynb #0e8115b4
 def _hooks_on(thing: Any) -> int:
     "How many hooks of PyTorch hang on a module or an optimiser."
     return sum(len(value) for name, value in vars(thing).items() if name.endswith("hooks")
@@ -99,7 +99,7 @@ def condition(learn: Learner) -> dict[str, Any]:
     return found | {f"{cls.__name__}.{name}": value for (cls, name),
                     value in _methods_in_use(learn).items()}
 
-# %% ../../nbs/check/condition.ipynb #d9a44678
+# %% ../../nbs/check/condition.ipynb #1e9e730b
 class _Absent:
     def __repr__(self) -> str: return "absent"
 
@@ -120,7 +120,7 @@ def in_short(value: Any) -> str:
                    "another function") if callable(value) else " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
-# %% ../../nbs/check/condition.ipynb #f226374a
+# %% ../../nbs/check/condition.ipynb #055338df
 _ATOMS = (bool, int, float, complex, str, bytes, type(None))
 _LEAVES = (*_ATOMS, Tensor, type, ModuleType, weakref.ref, torch.dtype, torch.device,
            torch.Generator)
@@ -159,7 +159,7 @@ def _slots(cls: type) -> Iterable[str]:
     if isinstance(slots, str): return (slots,)
     return [name for name in slots if name not in ("__dict__", "__weakref__")]
 
-# %% ../../nbs/check/condition.ipynb #d9419ba8
+# %% ../../nbs/check/condition.ipynb #763bd05c
 def reachable(root: Any, path: str = "", stop: Iterable[Any] = ()) -> Iterator[tuple[str, Any]]:
     """Everything that an object holds, itself included, each with the way to it.
 
@@ -179,7 +179,7 @@ def values(root: Any, path: str = "", stop: Iterable[Any] = ()) -> dict[str, Any
     return {where: thing.detach().clone() if isinstance(thing, Tensor) else thing
             for where, thing in reachable(root, path, stop) if isinstance(thing, (*_ATOMS, Tensor))}
 
-# %% ../../nbs/check/condition.ipynb #6866ff35
+# %% ../../nbs/check/condition.ipynb #e6c8cc62
 def same(one: Any, other: Any) -> bool:
     "Whether two values are identical to the bit; NaN is the same as NaN."
     if type(one) is not type(other): return False

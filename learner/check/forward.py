@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RELUS', 'DEAD', 'ENOUGH', 'DROPPED', 'STRAIGHT', 'Activation', 'ForwardCalls', 'forward_pass']
 
-# %% ../../nbs/check/forward.ipynb #07385aa0
+# %% ../../nbs/check/forward.ipynb #e0677713
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -25,13 +25,13 @@ from .looking import rows_in, size_of
 from .looking import tensors_in, visit
 from ..loop.learner import Learner
 
-# %% ../../nbs/check/forward.ipynb #8078e9a0
+# %% ../../nbs/check/forward.ipynb #b0e245e8
 RELUS = (F.relu, F.relu6, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout,
              F.feature_alpha_dropout)
-_NAMES = {**dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), "softmax"),
-          **dict.fromkeys((F.sigmoid, torch.sigmoid, Tensor.sigmoid), "sigmoid"),
-          **dict.fromkeys(RELUS, "ReLU")}
+_NAMES: dict[Any, str] = {**dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), "softmax"),
+                          **dict.fromkeys((F.sigmoid, torch.sigmoid, Tensor.sigmoid), "sigmoid"),
+                          **dict.fromkeys(RELUS, "ReLU")}
 
 class Activation(NamedTuple):
     "A call of an activation that could come last."
@@ -57,7 +57,7 @@ def _rate(dropout: Callable[..., Tensor], args: Any, kwargs: Any) -> float:
     bound.apply_defaults()
     return float(bound.arguments["p"]) if bound.arguments["training"] else 0.0
 
-# %% ../../nbs/check/forward.ipynb #d257bdf7
+# %% ../../nbs/check/forward.ipynb #ffa5c4e3
 class ForwardCalls(TorchFunctionMode):
     "What activations and dropouts did in some forward passes, for a `with` around each."
 
@@ -98,7 +98,7 @@ class ForwardCalls(TorchFunctionMode):
             units = [a | b for a, b in zip(before, units, strict=True)]
         self.fired[path, call] = units
 
-# %% ../../nbs/check/forward.ipynb #95c32973
+# %% ../../nbs/check/forward.ipynb #067ee57c
 DEAD = 0.7  # share of a layer's units that never fire; usual initialisations leave at most a third
 ENOUGH = 256  # examples, to say that a unit never fires
 
@@ -118,7 +118,7 @@ def _dead_units(model: nn.Module, calls: ForwardCalls) -> Finding:
                        "the weights and biases of the layer before it, and lower the learning rate "
                        "if training caused it", shares=shares)
 
-# %% ../../nbs/check/forward.ipynb #275fc7fb
+# %% ../../nbs/check/forward.ipynb #a657df2a
 DROPPED = 0.9  # probability of dropout from which on next to nothing is left
 
 def _dropout(model: nn.Module, training: ForwardCalls, evaluation: ForwardCalls) -> list[Finding]:
@@ -141,7 +141,7 @@ def _dropout(model: nn.Module, training: ForwardCalls, evaluation: ForwardCalls)
                                                 "training=self.training to F.dropout", modules=on)
     return [first, second]
 
-# %% ../../nbs/check/forward.ipynb #70fe354e
+# %% ../../nbs/check/forward.ipynb #7e758696
 def _last_activation(copy: Learner, calls: ForwardCalls) -> Finding:
     name, predictions = "last activation", copy.predictions
     kind, axis = loss_kind(copy.loss_func, predictions, copy.labels)
@@ -167,7 +167,7 @@ def _last_activation(copy: Learner, calls: ForwardCalls) -> Finding:
                                "applies softmax itself; return what comes before")
     return passed(name, "the predictions are what the loss wants")
 
-# %% ../../nbs/check/forward.ipynb #791ee941
+# %% ../../nbs/check/forward.ipynb #5e317439
 def _loss_shapes(copy: Learner) -> Finding:
     name, loss_func = "loss shapes", copy.loss_func
     predictions, labels = copy.predictions, copy.labels
@@ -194,7 +194,7 @@ def _loss_shapes(copy: Learner) -> Finding:
                            "labels.unsqueeze(1)")
     return good
 
-# %% ../../nbs/check/forward.ipynb #6654d72c
+# %% ../../nbs/check/forward.ipynb #bd6dd81d
 # Of the largest output: how far the output at a midpoint may be off; rounding stays below 1e-5.
 STRAIGHT = 1e-4
 
@@ -223,7 +223,7 @@ def _linear(model: nn.Module, data: Any, leaves: Mapping[str, Tensor],
                        "between them are a single linear one; put one such as nn.ReLU between them",
                  layers=layers)
 
-# %% ../../nbs/check/forward.ipynb #c62e99b7
+# %% ../../nbs/check/forward.ipynb #27323960
 def _exchanged(leaf: Any, chosen: Tensor, other: Tensor) -> Any:
     return other if leaf is chosen else leaf
 
@@ -262,7 +262,7 @@ def _from_outside(copy: Learner) -> list[Finding]:
                 for name in ("no non-linearity", "unused input")]
     return [_linear(copy.model, data, leaves, outputs), _unused(data, leaves, base, outputs)]
 
-# %% ../../nbs/check/forward.ipynb #a5c8f082
+# %% ../../nbs/check/forward.ipynb #7c554f06
 def forward_pass(learn: Learner) -> Findings:
     """What a few forward passes in training and in evaluation show, without a step.
 

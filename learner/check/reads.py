@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Place', 'ReadBacks', 'tell_hooks', 'check_syncs']
 
-# %% ../../nbs/check/reads.ipynb #fc4b3742
+# %% ../../nbs/check/reads.ipynb #031bc9b5
 import inspect
 import linecache
 import sys
@@ -29,7 +29,7 @@ from .looking import tensors_in
 from ..loop.learner import Learner
 from ..loop.stages import Callback, FunctionCallback, StageTree, hooks_of
 
-# %% ../../nbs/check/reads.ipynb #47f92694
+# %% ../../nbs/check/reads.ipynb #247490cf
 # Operations. Not bincount: who knows that it waits on an accelerator counts otherwise there.
 _READS = ("_local_scalar_dense", "nonzero", "equal", "allclose", "masked_select", "_unique2",
           "unique_dim")
@@ -45,7 +45,7 @@ class Place(NamedTuple):
         source = linecache.getline(self.file, self.line).strip()
         return f"`{source}` (line {self.line}, {self.function})"
 
-# %% ../../nbs/check/reads.ipynb #07f4dc99
+# %% ../../nbs/check/reads.ipynb #c4ceee10
 class ReadBacks:
     "Notes where values are read back from the device while a learner trains, for a `with`."
 
@@ -83,7 +83,7 @@ class ReadBacks:
         batches = self.found.setdefault((self.learn.phase, self.hook or place.function), {})
         batches.setdefault(self.learn.batch_num, place)
 
-# %% ../../nbs/check/reads.ipynb #ec758613
+# %% ../../nbs/check/reads.ipynb #172256fc
 class _Operations(TorchDispatchMode):
     "Sees the operations, also those inside PyTorch."
 
@@ -125,7 +125,7 @@ class _Calls(TorchFunctionMode):
 _MEAN = Mean.add.__code__.co_filename, Mean.add.__code__.co_qualname
 _TORCH, _HERE = f"{Path(torch.__file__).parent}/", _is_masked.__code__.co_filename
 
-# %% ../../nbs/check/reads.ipynb #d3e6a6fd
+# %% ../../nbs/check/reads.ipynb #73b3fb6c
 def _caller(frame: FrameType | None) -> Place:
     "The innermost line that is neither PyTorch's nor in this module."
     while frame and frame.f_back and frame.f_code.co_filename.startswith((_TORCH, _HERE)):
@@ -133,7 +133,7 @@ def _caller(frame: FrameType | None) -> Place:
     if frame is None: return Place("", 0, "")
     return Place(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname)
 
-# %% ../../nbs/check/reads.ipynb #2ca97386
+# %% ../../nbs/check/reads.ipynb #b6362f1d
 def tell_hooks(callback: Callback, tree: StageTree, tell: Callable[[str], Any]) -> None:
     "Make a callback say which of its hooks begins, and \"\" when it ends."
     def telling(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -151,7 +151,7 @@ def tell_hooks(callback: Callback, tree: StageTree, tell: Callable[[str], Any]) 
         setattr(callback, "function" if isinstance(callback, FunctionCallback) else name,
                 telling(name, hook))
 
-# %% ../../nbs/check/reads.ipynb #e818ce6f
+# %% ../../nbs/check/reads.ipynb #8825e1e4
 def _reads_in_every_batch(bench: Bench, callback: Callback | None) -> dict[tuple[str, str], Place]:
     "Where values are read back in every batch of a pass: by phase and hook, the line."
     with bench.learner(batches=6) as learn:

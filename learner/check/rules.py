@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GROWTH', 'RULES', 'check_runs', 'check_interrupts', 'check_repeats', 'misfit', 'check_resumes', 'check_leaks', 'Rule']
 
-# %% ../../nbs/check/rules.ipynb #33cadef8
+# %% ../../nbs/check/rules.ipynb #affab68c
 import gc
 import io
 import sys
@@ -25,12 +25,12 @@ from .findings import Finding, fault, in_one_line
 from .looking import tensors_in
 from .reads import check_syncs
 from .watching import check_order, check_watches
-from ..loop.learner import Learner
 from ..loop.dispatch import Staged
-from ..loop.stages import Callback, CancelException, FunctionCallback, StageTree
-from ..loop.stages import hooks_of, providers_of
+from ..loop.learner import Learner
+from ..loop.stages import Callback, CancelException, FunctionCallback, StageTree, hooks_of
+from ..loop.stages import providers_of
 
-# %% ../../nbs/check/rules.ipynb #beb095ad
+# %% ../../nbs/check/rules.ipynb #0776a5f2
 def check_runs(bench: Bench) -> Iterator[Finding]:
     "It runs in each public call of the learner."
     for call, phase in (("train", "train"), ("validate", "validation"), ("test", "test")):
@@ -46,10 +46,9 @@ def check_runs(bench: Bench) -> Iterator[Finding]:
             learn.add(bench.fresh())
             with learn.trial(): pass
         except Exception as error:
-            yield fault("runs", f"learn.trial() raised {in_one_line(error)}; make it possible to "
-                                "copy it with copy.deepcopy")
+            yield fault("runs", f"learn.trial() raised {in_one_line(error)}")
 
-# %% ../../nbs/check/rules.ipynb #eef08663
+# %% ../../nbs/check/rules.ipynb #00791ee4
 class _Fault(FunctionCallback):
     "Raises an exception, once, at a hook."
 
@@ -81,7 +80,7 @@ class _Moment:
     def __str__(self) -> str:
         return f"{self.kind.__name__} {'after' if self.after else 'before'} {self.hook}"
 
-# %% ../../nbs/check/rules.ipynb #416bf8a2
+# %% ../../nbs/check/rules.ipynb #752ee201
 def _moments(callback: Callback, tree: StageTree) -> list[_Moment]:
     "Every way to stop a training next to the hooks of a callback."
     hooks = [hook for hook, _ in hooks_of(callback, tree)]
@@ -96,7 +95,7 @@ def _moments(callback: Callback, tree: StageTree) -> list[_Moment]:
         found += [_Moment(hook, after, way) for way in ways for after in (False, True)]
     return found
 
-# %% ../../nbs/check/rules.ipynb #e877c1ff
+# %% ../../nbs/check/rules.ipynb #4fbf3ead
 def _planted(
     callback: Callback,
     moment: _Moment,
@@ -132,7 +131,7 @@ def _stop(learn: Learner, callbacks: list[Callback], planted: _Fault) -> str:
     if not _comes_out(type(planted.error)): return ""
     return "the exception was swallowed, and training went on"
 
-# %% ../../nbs/check/rules.ipynb #9764832f
+# %% ../../nbs/check/rules.ipynb #0a798545
 def _comes_out(kind: type[BaseException]) -> bool:
     "Whether `train` hands on an exception of this kind: in some places it may end quietly."
     planted = _Fault("before_batch", kind())
@@ -140,7 +139,7 @@ def _comes_out(kind: type[BaseException]) -> bool:
     except BaseException as error: return error is planted.error
     return False
 
-# %% ../../nbs/check/rules.ipynb #0f9253e1
+# %% ../../nbs/check/rules.ipynb #bb51efc7
 class _Unchanged(Callback):
     "Compares the weights before and after the passes that must not change them."
     watches = True
@@ -162,7 +161,7 @@ class _Unchanged(Callback):
         lost = differing(self.weights, values(learn.model.state_dict(), "weights"))
         if lost: self.problem = f"{lost[0]} is not as it was before the {learn.phase} pass"
 
-# %% ../../nbs/check/rules.ipynb #e1000635
+# %% ../../nbs/check/rules.ipynb #23479ef4
 def _try_moment(bench: Bench, moment: _Moment) -> Iterator[Finding]:
     "Stop a training at one moment, and train again."
     # At the second time, when there is something to tidy up; at the first if there is but one.
@@ -187,7 +186,7 @@ def _try_moment(bench: Bench, moment: _Moment) -> Iterator[Finding]:
                                           "start afresh in before_train")
             return
 
-# %% ../../nbs/check/rules.ipynb #2a94ac3b
+# %% ../../nbs/check/rules.ipynb #11456e82
 def check_interrupts(bench: Bench) -> Iterator[Finding]:
     "However training ends, the learner is whole."
     with bench.learner() as learn:
@@ -209,7 +208,7 @@ def _second_train(bench: Bench) -> str:
         except Exception as error: return in_one_line(error)
     return ""
 
-# %% ../../nbs/check/rules.ipynb #4521b0f0
+# %% ../../nbs/check/rules.ipynb #7653c195
 def _has_state(callback: Any) -> bool:
     return hasattr(callback, "state_dict") and hasattr(callback, "load_state_dict")
 
@@ -251,7 +250,7 @@ def _carried_over(bench: Bench) -> tuple[list[str], list[str]]:
     moved = differing(staying.first, staying.second) if carried else []
     return carried, lasting(moved, staying.after, repeat)
 
-# %% ../../nbs/check/rules.ipynb #0eda062a
+# %% ../../nbs/check/rules.ipynb #bbabb597
 def check_repeats(bench: Bench) -> Iterator[Finding]:
     "A second training with the same callback starts right."
     again = "a second train with the same callback"
@@ -264,7 +263,7 @@ def check_repeats(bench: Bench) -> Iterator[Finding]:
             yield fault("repeats", f"{again} differs from one with a fresh callback in "
                                    f"{carried[0]}; set in before_train what belongs to one train")
 
-# %% ../../nbs/check/rules.ipynb #b4364ce6
+# %% ../../nbs/check/rules.ipynb #fe676d9f
 def misfit(state: Any, path: str = "state") -> str:
     "The first part of a state that is neither a JSON value nor a tensor, in words."
     if type(state) in (bool, int, float, str, type(None)) or isinstance(state, Tensor): return ""
@@ -301,7 +300,7 @@ def _state_problem(bench: Bench) -> str:
                         "load_state_dict")
     return ""
 
-# %% ../../nbs/check/rules.ipynb #2069a166
+# %% ../../nbs/check/rules.ipynb #c419ef24
 def _resume_problem(bench: Bench) -> str:
     "What is lost when training goes on with a fresh callback."
     sample = bench.sample
@@ -328,7 +327,7 @@ def check_resumes(bench: Bench) -> Iterator[Finding]:
     problem = _resume_problem(bench)
     if problem: yield fault("resumes", problem)
 
-# %% ../../nbs/check/rules.ipynb #88490d9e
+# %% ../../nbs/check/rules.ipynb #716ede68
 GROWTH = 4000  # bytes that a callback may keep for a batch
 # Examples in a batch, so that its labels, predictions and inputs are each larger than that.
 _LARGE = 640
@@ -342,7 +341,8 @@ class _Witness(Callback):
 
     def after_any_batch(self, learn: Learner) -> None:
         for name in ("data", "labels", "predictions"):
-            self.kept += [(name, tensor) for tensor in tensors_in(getattr(learn, name, None)).values()]
+            self.kept += [(name, tensor)
+                          for tensor in tensors_in(getattr(learn, name, None)).values()]
 
     def memory(self) -> dict[int, str]:
         "What is kept, by address."
@@ -363,7 +363,7 @@ def _held(bench: Bench, callback: Callback, learn: Learner,
             yield (f"{where} holds the {memory[_address(thing)]} of a batch, after train; drop it "
                    "in a cleanup_ hook, or keep a .clone() of the part that is needed")
 
-# %% ../../nbs/check/rules.ipynb #e6d6736d
+# %% ../../nbs/check/rules.ipynb #e19daa9a
 @contextmanager
 def _no_collector() -> Iterator[None]:
     "Nothing in a circle of references is freed in the meantime."
@@ -401,7 +401,7 @@ def _growth(bench: Bench) -> float:
             steps = (epochs - 1) * sum(1 for _ in learn.dataloaders["train"])
     return (weights[1] - weights[0]) / steps
 
-# %% ../../nbs/check/rules.ipynb #8dfdbff1
+# %% ../../nbs/check/rules.ipynb #80b6df0a
 def check_leaks(bench: Bench) -> Iterator[Finding]:
     "It holds nothing that it need not."
     with bench.learner() as learn:
@@ -420,7 +420,7 @@ def check_leaks(bench: Bench) -> Iterator[Finding]:
                              f"{GROWTH:,} are allowed; keep numbers such as means, not what is as "
                              "large as a batch or the model")
 
-# %% ../../nbs/check/rules.ipynb #eff54ed7
+# %% ../../nbs/check/rules.ipynb #dca20630
 @dataclass(frozen=True)
 class Rule:
     "What is expected of a callback."

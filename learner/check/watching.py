@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Bystander', 'check_order', 'check_watches']
 
-# %% ../../nbs/check/watching.ipynb #62d633fd
+# %% ../../nbs/check/watching.ipynb #061147e3
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from .looking import tensors_in
 from ..loop.learner import Learner
 from ..loop.stages import Callback
 
-# %% ../../nbs/check/watching.ipynb #edd9c9dc
+# %% ../../nbs/check/watching.ipynb #2c42227b
 class Bystander(Callback):
     """Looks at everything and logs sums of it.
 
@@ -48,7 +48,7 @@ class Bystander(Callback):
 
     def after_any_batch(self, learn: Learner) -> None: self.look(learn, "batch")
 
-# %% ../../nbs/check/watching.ipynb #cffaa9f1
+# %% ../../nbs/check/watching.ipynb #9c9a308c
 def check_order(bench: Bench) -> Iterator[Finding]:
     "It does not matter whether other watchers stand before it or after it."
     def outcome(bystander_first: bool) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def check_order(bench: Bench) -> Iterator[Finding]:
                              "learn.callbacks")
         return
 
-# %% ../../nbs/check/watching.ipynb #28b8d341
+# %% ../../nbs/check/watching.ipynb #dbbff9b7
 class _Protocol(Callback):
     "Writes down everything on which training depends, batch by batch."
     watches = True
@@ -82,9 +82,11 @@ class _Protocol(Callback):
     def after_predict(self, learn: Learner) -> None:
         self.write(learn, "training mode",
                    {name: module.training for name, module in learn.model.named_modules()})
-        self.write(learn, "predictions", list(tensors_in(getattr(learn, "predictions", None)).values()))
+        self.write(learn, "predictions",
+                   list(tensors_in(getattr(learn, "predictions", None)).values()))
 
-    def after_loss(self, learn: Learner) -> None: self.write(learn, "loss", getattr(learn, "loss", None))
+    def after_loss(self, learn: Learner) -> None:
+        self.write(learn, "loss", getattr(learn, "loss", None))
 
     def after_backward(self, learn: Learner) -> None:
         self.write(learn, "gradient",
@@ -96,7 +98,7 @@ class _Protocol(Callback):
         self.write(learn, "random numbers", {name: repr(state) if isinstance(state, list) else state
                                              for name, state in rng_state().items()})
 
-# %% ../../nbs/check/watching.ipynb #368c1cda
+# %% ../../nbs/check/watching.ipynb #4a015a86
 def check_watches(bench: Bench) -> Iterator[Finding]:
     "If it says that it only looks, training is the same without it."
     def protocol(callback: Callback | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Times', 'Stopwatch', 'TimedStage', 'format_seconds', 'Timed']
 
-# %% ../../nbs/loop/explain.ipynb #de5f63c9
+# %% ../../nbs/loop/explain.ipynb #a7e6ee30
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -17,7 +17,7 @@ from .dispatch import Compiled, Staged, WholeStage
 from .resolution import Hook, Resolution
 from .stages import Callback, Stage
 
-# %% ../../nbs/loop/explain.ipynb #74ad7508
+# %% ../../nbs/loop/explain.ipynb #f4eee7cd
 Times = dict[tuple[str, ...], list[float]]  # by path, such as ("train", "epoch"): count, seconds
 
 class Stopwatch:
@@ -37,7 +37,7 @@ class Stopwatch:
         entry[1] += seconds
         self.path.pop()
 
-# %% ../../nbs/loop/explain.ipynb #2890c067
+# %% ../../nbs/loop/explain.ipynb #ab40db17
 class _TimedContext:
     "A context, its opening and its closing measured."
 
@@ -68,7 +68,7 @@ def _timed_maker(learn: Any, hook: Hook) -> Hook:
         return _TimedContext(watch, lambda: hook.function(*args, **kwargs))
     return replace(hook, function=function)
 
-# %% ../../nbs/loop/explain.ipynb #068a363a
+# %% ../../nbs/loop/explain.ipynb #35fab51b
 class TimedStage(WholeStage):
     "A stage that measures itself and its hooks."
 
@@ -92,7 +92,7 @@ class TimedStage(WholeStage):
         try: return super().__exit__(*raised)
         finally: self.watch.__exit__()
 
-# %% ../../nbs/loop/explain.ipynb #b3108788
+# %% ../../nbs/loop/explain.ipynb #b85395f2
 def format_seconds(seconds: float) -> str:
     "A time in three digits and the unit that suits it."
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
@@ -103,7 +103,7 @@ def _asked(hook: Hook) -> str:
     "A hook as one writes it."
     return f"{hook.label}({', '.join(inspect.signature(hook.function).parameters)})"
 
-# %% ../../nbs/loop/explain.ipynb #27c04ccf
+# %% ../../nbs/loop/explain.ipynb #18b789f5
 _Row = tuple[str, str, tuple[str, ...]]  # what, who, and the path under which its time is kept
 
 class _Explanation:
@@ -145,7 +145,7 @@ class _Explanation:
                 return format_seconds(seconds / count)
         return ""
 
-# %% ../../nbs/loop/explain.ipynb #6e2c6cf6
+# %% ../../nbs/loop/explain.ipynb #650bafc4
 class _Timing:
     "Whether a routine measures, which stages are open, and what was compiled for either case."
 
@@ -154,7 +154,7 @@ class _Timing:
         self.path: list[str] = []
         self.compiled: dict[bool, Compiled] = {}
 
-# %% ../../nbs/loop/explain.ipynb #cf8a2a77
+# %% ../../nbs/loop/explain.ipynb #e814fe18
 class _Measuring(Staged):
     "A routine that measures its stages."
 
@@ -194,7 +194,7 @@ class _Measuring(Staged):
         self._timing = _Timing()
         super().__setstate__(state)
 
-# %% ../../nbs/loop/explain.ipynb #3f1e48cf
+# %% ../../nbs/loop/explain.ipynb #6d8303e1
 class Timed(_Measuring):
     """A routine that measures its stages and explains itself.
 

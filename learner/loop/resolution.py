@@ -6,7 +6,7 @@
 __all__ = ['Hook', 'as_context', 'Scope', 'Asked', 'Resolution', 'in_order', 'with_parts', 'needs_of', 'only_watches',
            'without_watchers', 'WithCallbacks']
 
-# %% ../../nbs/loop/resolution.ipynb #e710638f
+# %% ../../nbs/loop/resolution.ipynb #5ed1c3cd
 import inspect
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -20,7 +20,7 @@ from .stages import KINDS, STAGES, TREE, Callback, CallbackError, FunctionCallba
 from .stages import Stage, StageTree, absent_in, as_callbacks, check_kind, hooks_of
 from .stages import label_of, lives_in, providers_of, required
 
-# %% ../../nbs/loop/resolution.ipynb #71134c2f
+# %% ../../nbs/loop/resolution.ipynb #8e972742
 @dataclass(frozen=True)
 class Hook:
     "A callback's method and the arguments that it asks for."
@@ -36,7 +36,7 @@ def as_context(function: Callable[..., Any]) -> Callable[..., Any]:
     def made(*args: Any, **kwargs: Any) -> Any: return nullcontext(function(*args, **kwargs))
     return made
 
-# %% ../../nbs/loop/resolution.ipynb #de6ee948
+# %% ../../nbs/loop/resolution.ipynb #68e10fc1
 class Scope:
     "Which fixtures a hook can ask for: those of the routine, and those that callbacks provide."
 
@@ -70,7 +70,7 @@ class Scope:
         "When a fixture that a callback provides lives, in words; nothing for any other."
         return lives_in([stage for stage, _ in self.owners.get(fixture, ())])
 
-# %% ../../nbs/loop/resolution.ipynb #5ac979ae
+# %% ../../nbs/loop/resolution.ipynb #5073c0f3
 class Asked:
     "What the function of a hook asks for, in each stage that the hook stands for."
 
@@ -111,7 +111,7 @@ class Asked:
         known = ["learn", *scope.kind.fixtures, *scope.owners, *scope.tree.fixtures()]
         return f"a fixture that nobody provides{did_you_mean(name, known)}"
 
-# %% ../../nbs/loop/resolution.ipynb #7d27bf20
+# %% ../../nbs/loop/resolution.ipynb #ed749725
 class _Provided:
     "The callbacks that are there, and the fixtures that they provide."
 
@@ -138,7 +138,7 @@ class _Provided:
             self.providers.setdefault(stage, {})[fixture] = hook
         self.scope.owners.setdefault(fixture, []).extend((stage, label) for stage in asked.alive)
 
-# %% ../../nbs/loop/resolution.ipynb #f652f969
+# %% ../../nbs/loop/resolution.ipynb #91d1e5ad
 class Resolution(_Provided):
     "The hooks and providers of some callbacks; raises CallbackError for what cannot work."
 
@@ -165,7 +165,7 @@ class Resolution(_Provided):
             numbered = f"{label} ({twins + 1})" if twins else label
             same.append(Hook(numbered, called, asked.arguments(stage)))
 
-# %% ../../nbs/loop/resolution.ipynb #994849d4
+# %% ../../nbs/loop/resolution.ipynb #0942f521
 def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
     "Callbacks in firing order: by priority, ties as given."
     return sorted(callbacks, key=lambda callback: callback.priority)
@@ -173,16 +173,15 @@ def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
 def with_parts(callbacks: Iterable[Callback]) -> list[Callback]:
     "Callbacks, each followed by its parts and by theirs; each comes once, where it came first."
     found: dict[int, Callback] = {}
-
-    def visit(callback: Callback) -> None:
-        if id(callback) in found: return
+    waiting = [*callbacks][::-1]
+    while waiting:
+        callback = waiting.pop()
+        if id(callback) in found: continue
         found[id(callback)] = callback
-        for part in as_callbacks(callback.parts, f"parts of {type(callback).__name__}"): visit(part)
-
-    for callback in callbacks: visit(callback)
+        waiting += as_callbacks(callback.parts, f"parts of {type(callback).__name__}")[::-1]
     return list(found.values())
 
-# %% ../../nbs/loop/resolution.ipynb #4654de4d
+# %% ../../nbs/loop/resolution.ipynb #fe72bbee
 def needs_of(callback: Callback, tree: StageTree) -> set[str]:
     "The fixtures without which a callback cannot be added."
     functions = [function for _, function in hooks_of(callback, tree)]
@@ -214,7 +213,7 @@ def without_watchers(callbacks: Sequence[Callback], tree: StageTree) -> list[Cal
         if made: found.append(type(type(callback).__name__, (Callback,), body)())
     return found
 
-# %% ../../nbs/loop/resolution.ipynb #3d7c226f
+# %% ../../nbs/loop/resolution.ipynb #671041ce
 class _Attached:
     "A routine's callbacks, resolved against its stages."
     stages: ClassVar[tuple[Stage, ...]] = STAGES  # a subclass adds its own to them
@@ -249,7 +248,7 @@ class _Attached:
             with suppress(AttributeError): found[name] = object.__getattribute__(self, name)
         return found
 
-# %% ../../nbs/loop/resolution.ipynb #f74fc91a
+# %% ../../nbs/loop/resolution.ipynb #409d58e6
 class _Resolved(_Attached):
     "A routine's callbacks, resolved anew whenever they change."
 
@@ -273,13 +272,13 @@ class _Resolved(_Attached):
     def _forget(self) -> None:
         "Callbacks have changed, or a run has ended: what was made of them has no use any more."
 
-# %% ../../nbs/loop/resolution.ipynb #b21d3169
+# %% ../../nbs/loop/resolution.ipynb #253f01dc
 def _is_it(callback: Callback, given: Any) -> bool:
     "Whether a callback is the one that is meant, or was made of the function that is meant."
     return callback is given or (
         isinstance(callback, FunctionCallback) and callback.function == given)
 
-# %% ../../nbs/loop/resolution.ipynb #9bdcc68a
+# %% ../../nbs/loop/resolution.ipynb #85a02aa4
 class _Changing(_Resolved):
     "Adding and removing callbacks."
 
@@ -320,7 +319,7 @@ class _Changing(_Resolved):
             raise CallbackError(f"remove: {given!r} {fault}")
         self._set_callbacks([c for c in added if not any(_is_it(c, given) for given in callbacks)])
 
-# %% ../../nbs/loop/resolution.ipynb #ff22ef4b
+# %% ../../nbs/loop/resolution.ipynb #28308123
 class WithCallbacks(_Changing):
     "A routine's callbacks; plain functions can be among them."
 

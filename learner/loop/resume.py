@@ -26,7 +26,8 @@ from ..base.provenance import rng_state, set_rng_state
 from ..base.store import read_checkpoint, snapshot
 from ..base.tree import to_device
 from ..base.words import PHASES, check_whole, split_column
-from .loop import Pass, Plan, Stream, passes_of
+from .loop import Plan
+from .passes import Pass, Stream, passes_of
 from .stages import Callback, CancelException, CancelTrainException
 from .state import Place, ResumeError, batches_from, check_state, gather, groups_of
 from .state import has_state, loaders_of, order_state, put, put_gradients, set_order_state

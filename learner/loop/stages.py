@@ -148,7 +148,7 @@ class _Nesting:
         parents = self.stages[name].inside
         return {each for parent in parents for each in (parent, *self.ancestors(parent))}
 
-# %% ../../nbs/loop/stages.ipynb #b0bfd4bb
+# %% ../../nbs/loop/stages.ipynb #4ae7e8dd
 class _Ways(_Nesting):
     "The ways through the stages of a routine."
 
@@ -173,7 +173,7 @@ class _Ways(_Nesting):
             yield depth, stage
             yield from self.outline(stage.name, depth + 1)
 
-# %% ../../nbs/loop/stages.ipynb #bd3f8c82
+# %% ../../nbs/loop/stages.ipynb #4c2c9924
 class _Lifetimes(_Ways):
     "How long the fixtures of a routine live."
 
@@ -211,7 +211,7 @@ class _Lifetimes(_Ways):
         stages = self.stages.values()
         return lives_in([s.name for s in stages if fixture in (*s.counts, *s.holds)])
 
-# %% ../../nbs/loop/stages.ipynb #41c95edd
+# %% ../../nbs/loop/stages.ipynb #f2000dba
 def listed(names: Iterable[str]) -> str:
     "Names as a sentence has them: `training, validation and test`."
     *first, last = ("", *names)
@@ -228,7 +228,7 @@ def absent_in(fixture: str, alive: Mapping[str, Collection[str]]) -> str:
     if len(dead) == len(alive): return ""
     return f", and not in {listed(dead)}; give it a default: {fixture}=None"
 
-# %% ../../nbs/loop/stages.ipynb #25658677
+# %% ../../nbs/loop/stages.ipynb #141a88bd
 KINDS = ("before", "around", "after", "cancelled", "cleanup")
 _HOOK = re.compile(rf"({'|'.join(KINDS)})_(\w+)")
 
@@ -266,7 +266,7 @@ class _Names(_Lifetimes):
         "The fixtures that are gone when their stage has ended."
         return self.fixtures() - self.counters()
 
-# %% ../../nbs/loop/stages.ipynb #07debc93
+# %% ../../nbs/loop/stages.ipynb #56e1fd96
 _ELSEWHERE = {  # what other libraries call a stage
     "fit": "train", "forward": "predict", "pred": "predict", "validate": "validation",
     "eval": "validation", "optimizer_step": "step", "optimiser_step": "step",
@@ -274,7 +274,7 @@ _ELSEWHERE = {  # what other libraries call a stage
     "iteration": "batch",
 }
 
-# %% ../../nbs/loop/stages.ipynb #ea7ee800
+# %% ../../nbs/loop/stages.ipynb #00c9af1f
 class StageTree(_Names):
     """The stages of a routine, and all that follows from them: groups, hooks, fixtures, lifetimes.
 
@@ -312,7 +312,7 @@ class StageTree(_Names):
 
 TREE = StageTree(STAGES)
 
-# %% ../../nbs/loop/stages.ipynb #69d89513
+# %% ../../nbs/loop/stages.ipynb #d6aa383b
 def _table(rows: Iterable[tuple[str, str]]) -> str:
     return "\n".join(f"    {name:<26}{text}".rstrip() for name, text in rows)
 
@@ -362,7 +362,7 @@ Example:
 
     def __repr__(self) -> str: return f"{type(self).__name__}()"
 
-# %% ../../nbs/loop/stages.ipynb #cad3abdb
+# %% ../../nbs/loop/stages.ipynb #91b659cf
 def check_kind(label: str, kind: str, function: Callable[..., Any]) -> None:
     "Raise CallbackError unless around_ hooks, and they alone, yield, and none is asynchronous."
     if not (inspect.isroutine(function) or isinstance(function, partial)):
@@ -384,7 +384,7 @@ def required(function: Callable[..., Any]) -> list[str]:
     parameters = inspect.signature(function).parameters.items()
     return [name for name, parameter in parameters if parameter.default is parameter.empty]
 
-# %% ../../nbs/loop/stages.ipynb #0dfb96cb
+# %% ../../nbs/loop/stages.ipynb #a2eb3243
 def _check_definition(cls: type, name: str, static: Any) -> None:
     "What can be said of a callback's attribute before it is known which learner it will meet."
     function = getattr(static, "__func__", static)  # of a static or class method
@@ -413,7 +413,7 @@ def _check_definition(cls: type, name: str, static: Any) -> None:
             raise CallbackError(
                 f"{label} asks for {fixture}, which {lifetime}{absent_in(fixture, alive)}")
 
-# %% ../../nbs/loop/stages.ipynb #62db04fd
+# %% ../../nbs/loop/stages.ipynb #d83fd567
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 def provides(stage: str) -> Callable[[_Function], _Function]:
@@ -443,7 +443,7 @@ def provides(stage: str) -> Callable[[_Function], _Function]:
         return method
     return mark
 
-# %% ../../nbs/loop/stages.ipynb #0cf78c20
+# %% ../../nbs/loop/stages.ipynb #6f54a3b8
 class FunctionCallback(Callback):
     "A plain function as a callback with one hook: what `learn.on` makes."
 
@@ -475,7 +475,7 @@ def hooks_of(callback: Callback, tree: StageTree) -> Iterator[tuple[str, Callabl
             raise CallbackError(f"{label_of(callback, name)} is {function!r}; a hook is a "
                                 "function, or None for no hook")
 
-# %% ../../nbs/loop/stages.ipynb #2ba42b86
+# %% ../../nbs/loop/stages.ipynb #aedfeba6
 def providers_of(callback: Callback) -> Iterator[tuple[str, str, Callable[..., Any]]]:
     "Fixture, stage or group, and maker of each fixture that a callback provides."
     for name in dir(type(callback)):

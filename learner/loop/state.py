@@ -24,7 +24,8 @@ from ..base.parts import generators_of, is_optimiser, make_optimiser, samplers_o
 from ..base.provenance import kept_rng, rng_state, set_rng_state
 from ..base.tree import to_device
 from ..base.words import PHASES, did_you_mean
-from .loop import attached_modules, by_class, passes_of
+from .attached import attached_modules, by_class
+from .passes import passes_of
 from .stages import Callback
 
 # %% ../../nbs/loop/state.ipynb #d6929a95

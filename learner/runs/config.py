@@ -182,7 +182,8 @@ def _file_of(config: Config) -> str:
     return config if "/" in config and ":" not in config else ""
 
 def _run_record(folder: str) -> Mapping[str, Any]:
-    from learner.runs.rundir import RunError, read_run
+    from learner.runs.rundir import RunError
+    from learner.runs.runfiles import read_run
     try: return read_run(folder).config
     except RunError as error: raise ConfigError(str(error)) from None
 

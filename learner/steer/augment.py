@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..loop.learner import Learner
-from ..loop.loop import PASSES
+from ..loop.passes import PASSES
 from ..base.words import check_number, check_whole, did_you_mean
 from ..base.parts import accepts
 from ..loop.stages import Callback, CallbackError

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..base.show import colour_bar
 from ..base.words import as_number, check_number, check_whole, did_you_mean
 from ..loop.stages import Callback
 from .measured import QUANTITIES, Measured, MeasuredSeries, Pick, check_pick
 from .measured import draw_histograms, draw_lines, draw_near_zero, grid_axes
-from .measured import join_calls, measure, outer_labels, pick_modules, real_tensors
+from .measured import join_calls, measure, outer_labels, pick_modules, quiet_axes
+from .measured import real_tensors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -129,14 +131,15 @@ class StatsPlots(KeptMeasurements):
         own = ax is None
         if own:
             import matplotlib.pyplot as plt
-            ax = plt.subplots(1, 3, figsize=(9.0, 2.8), layout="constrained")[1]
+            ax = quiet_axes(plt.subplots(1, 3, figsize=(9.0, 2.8), layout="constrained")[1])
         axes = grid_axes(3, ax)
         for quantity, one in zip(QUANTITIES, axes, strict=True):
             self.plot(quantity, one).locator_params("x", nbins=5)
         for one in axes if own else axes[:-1]: one.get_legend().remove()
         if own:
             lines = axes[0].get_legend_handles_labels()
-            axes[0].figure.legend(*lines, loc="outside right upper", fontsize="small")
+            axes[0].figure.legend(*lines, loc="outside right upper", fontsize="small", framealpha=0,
+                                  labelcolor=axes[0].title.get_color())
         return axes
 
 # %% ../../nbs/watch/activations.ipynb #4a5eaf6b
@@ -158,7 +161,7 @@ class ModulePictures(StatsPlots):
         for name, one in zip(self.names, axes, strict=True):
             draw_histograms(self.of(name), self.limits, one, self.counted, self.labels[name])
         if not own: return axes
-        axes[0].figure.colorbar(axes[0].images[0], ax=axes.tolist(), label="share of values")
+        colour_bar(axes[0].images[0], axes.tolist(), "share of values")
         return outer_labels(axes)
 
     def dead_chart(self, module: str | None = None, ax: Any = None) -> Any:

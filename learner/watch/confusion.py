@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..base.show import new_axes
+from ..base.show import colour_bar, new_axes
 from ..base.words import check_whole
 from ..loop.learner import Learner
 from .outputs import loader_to_look_at, predictions as predictions_of
@@ -127,7 +127,7 @@ def _draw(counts: Tensor, names: list[str], normalise: bool, ax: Any, title: str
     ax.set_xticks(range(0, size, step), names[::step], rotation=turned, fontsize=small)
     ax.set_yticks(range(0, size, step), names[::step], fontsize=small)
     ax.tick_params(length=0)
-    if size > _CELLS: ax.figure.colorbar(image, ax=ax, label="share of the true class", shrink=0.8)
+    if size > _CELLS: colour_bar(image, ax, "share of the true class", shrink=0.8)
     else: _write_numbers(ax, counts, shares, normalise)
     return ax
 

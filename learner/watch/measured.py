@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Pick', 'QUANTITIES', 'leaves', 'check_pick', 'pick_modules', 'real_tensors', 'histogram', 'sorting_histogram',
            'Measured', 'measure', 'MeasuredSeries', 'join_calls', 'draw_lines', 'draw_histograms', 'draw_near_zero',
-           'grid_axes', 'outer_labels']
+           'quiet_axes', 'grid_axes', 'outer_labels']
 
 # %% ../../nbs/watch/measured.ipynb #178df451
 import inspect
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..base.show import new_axes, plot_curves
+from ..base.show import colour_bar, legend, new_axes, on_any_page, plot_curves
 from ..base.tree import map_tensors
 from ..base.words import did_you_mean
 
@@ -260,7 +260,7 @@ def draw_lines(
     spread = any((rows.std > 0).any() for rows in series.values())
     if quantity == "std" and spread: ax.set_yscale("log")
     if quantity == "near_zero": ax.set_ylim(-0.03, 1.03)
-    ax.legend(fontsize="small")
+    legend(ax, fontsize="small")
     return ax
 
 # %% ../../nbs/watch/measured.ipynb #efc9a38e
@@ -294,7 +294,7 @@ def draw_histograms(
     drawn = ax.imshow(image.T.numpy(), cmap="inferno", norm=LogNorm(_LEAST, 1), origin="lower",
                       aspect="auto", interpolation="nearest",
                       extent=(first - stride / 2, last + stride / 2, *limits))
-    if own: ax.figure.colorbar(drawn, ax=ax, label="share of values")
+    if own: colour_bar(drawn, ax, "share of values")
     return ax
 
 # %% ../../nbs/watch/measured.ipynb #7c7e1d83
@@ -303,10 +303,22 @@ def draw_near_zero(
 ) -> "Axes":
     "Draw the share of values near zero over the steps, from none to all."
     ax = new_axes(ax, (7.0, 2.5), title, "step", QUANTITIES["near_zero"])
-    ax.fill_between(series.steps.numpy(), series.near_zero.numpy(), color="0.35", linewidth=0)
+    ax.fill_between(series.steps.numpy(), series.near_zero.numpy(), color="0.5", linewidth=0)
     ax.set_ylim(0, 1)
     ax.margins(x=0)
     return ax
+
+# %% ../../nbs/watch/measured.ipynb #c728cb03
+def quiet_axes(axes: "np.ndarray") -> "np.ndarray":
+    "New axes of one figure as an array that a notebook does not print."
+    import numpy as np
+
+    class Axes(np.ndarray):
+        "Prints nothing."
+        def _ipython_display_(self) -> None: ...
+
+    for one in axes.flat: on_any_page(one)
+    return axes.view(Axes)
 
 # %% ../../nbs/watch/measured.ipynb #fe798846
 def grid_axes(count: int, ax: Any = None) -> "np.ndarray":
@@ -341,7 +353,7 @@ def _new_grid(count: int) -> "np.ndarray":
     if rows > 1:  # a column that ends early has its labels above the gap
         for column in axes.T[count - (rows - 1) * columns:]:
             column[-2].tick_params(labelbottom=True)
-    return axes.ravel()[:count]
+    return quiet_axes(axes.ravel()[:count])
 
 # %% ../../nbs/watch/measured.ipynb #5bdb9cec
 def outer_labels(axes: "np.ndarray") -> "np.ndarray":

@@ -14,7 +14,7 @@ import torch
 from ..base.history import History
 from ..base.words import did_you_mean
 from ..loop.learner import Learner
-from ..loop.loop import PASSES
+from ..loop.passes import PASSES
 from ..loop.explain import Times
 from ..loop.stages import Callback
 
@@ -76,7 +76,8 @@ def _draw(parts: dict[str, float], stages: set[str], stage: str, ax: Any) -> Any
     kinds = {"data": "C0", "the loop": "0.6"} | dict.fromkeys(stages, "C1")
     colours = [kinds.get(name, "C2") for name in parts]  # C2: callbacks
     bars = ax.barh(list(parts), [seconds * 1e3 for seconds in parts.values()], color=colours)
-    ax.bar_label(bars, [f"{seconds / total:.0%}" for seconds in parts.values()], padding=3)
+    shares = [f"{seconds / total:.0%}" for seconds in parts.values()]
+    ax.bar_label(bars, shares, padding=3, color=ax.title.get_color())
     ax.invert_yaxis()  # the first on top
     ax.set_xlabel("milliseconds a batch")
     ax.set_ylabel(f"part of {stage}")

@@ -32,6 +32,15 @@ from learner.base.provenance import rng_state
 from learner.loop.data import DatasetLoader, TensorLoader
 
 
+@pytest.fixture(autouse=True)
+def same_generators_after():
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    yield
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+
+
 def normals():
     """Numbers from every generator; an odd number of normal ones, so that each keeps one for later."""
     return random.gauss(0, 1), float(np.random.randn()), float(torch.randn(1)), random.random(), torch.randn(17).tolist()

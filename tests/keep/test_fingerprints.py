@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from learner.loop.learner import Learner
-from learner.loop.data import DataLoaders
-from learner.keep.fingerprints import FingerprintError, Fingerprints, first_difference, read_fingerprints
 from learner.base.provenance import seed_everything
+from learner.keep.fingerprints import FingerprintError, Fingerprints, first_difference, read_fingerprints
+from learner.loop.data import DataLoaders
+from learner.loop.learner import Learner
 from learner.loop.stages import Callback, CancelBatchException
 
 PARTS = ("model", "optimiser", "order", "rng")

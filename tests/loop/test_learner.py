@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from learner.base.batch import BatchError
+from learner.base.history import History, HistoryError, Mean
 from learner.loop.learner import Learner
 from learner.loop.loop import LossError
-from learner.base.history import History, HistoryError, Mean
 from learner.loop.stages import (
     Callback,
     CancelBatchException,
@@ -28,7 +29,6 @@ from learner.loop.stages import (
     Stage,
     provides,
 )
-from learner.base.batch import BatchError
 
 
 def tensors(n=70, seed=0):

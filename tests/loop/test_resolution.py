@@ -1,4 +1,6 @@
 """Who asks for what: every way to have a hook, fixtures, parts, and every message for callbacks that do not fit."""
+import gc
+import weakref
 from functools import partial, partialmethod
 
 import pytest
@@ -226,6 +228,22 @@ def test_parts_may_be_a_property_and_name_each_other():
         def parts(self): return [self.own]
     whole = Whole()
     assert Routine(whole).callbacks == (whole, whole.own)
+
+
+def test_callbacks_are_let_go_without_the_collector():
+    gc.collect()
+    gc.disable()
+    try:
+        whole = Part("whole", [], [Part("part", [])])
+        routine = Routine(whole)
+        routine.train(callbacks=Part("guest", []))
+        routine.remove_watchers()
+        alive = [weakref.ref(each) for each in (whole, *whole.parts)]
+        routine.remove(whole)
+        del whole
+        assert [ref() for ref in alive] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_parts_are_read_again_when_a_run_begins():

@@ -11,17 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from learner.runs.compare import ABSENT, CompareError, compare_runs, differences
-from learner.loop.learner import Learner
-from learner.loop.data import DataLoaders
-from learner.keep.fingerprints import FingerprintError, Fingerprints
-from learner.watch.metrics import Metrics, MulticlassAccuracy
-from learner.base.provenance import seed_everything
 from learner.base.files import write_text
+from learner.base.provenance import seed_everything
+from learner.keep.fingerprints import FingerprintError, Fingerprints
+from learner.loop.data import DataLoaders
+from learner.loop.learner import Learner
+from learner.loop.stages import Callback
+from learner.runs.compare import ABSENT, CompareError, compare_runs, differences
 from learner.runs.rundir import RunError
 from learner.runs.runfiles import read_run, write_json, write_rows
 from learner.runs.runs import Run
-from learner.loop.stages import Callback
+from learner.watch.metrics import Metrics, MulticlassAccuracy
 
 
 class At(Callback):

@@ -13,7 +13,18 @@ import pytest
 
 from learner.base.files import FileError, write_text
 from learner.base.words import plain
-from learner.runs.rundir import VERSION, RunError, RunExistsError, RunLock, check_name, create_run, find_runs, is_locked, move_aside, new_name
+from learner.runs.rundir import (
+    VERSION,
+    RunError,
+    RunExistsError,
+    RunLock,
+    check_name,
+    create_run,
+    find_runs,
+    is_locked,
+    move_aside,
+    new_name,
+)
 from learner.runs.runfiles import GrowingTable, iter_rows, read_cell, read_json, read_run, write_json, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,7 +153,7 @@ def test_other_things_in_the_way(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(RunExistsError, match="is a file, and a run is a folder"): create_run(tmp_path / "file")
     with pytest.raises(RunExistsError, match="above it is a file"): create_run(tmp_path / "file" / "run")
-    with pytest.raises(RunExistsError, match="is not a run, so nothing is written"): create_run(tmp_path / "full")
+    with pytest.raises(RunExistsError, match="is not a run, so it stays as it is"): create_run(tmp_path / "full")
     with pytest.raises(RunExistsError): create_run(tmp_path / "link")
     assert create_run(tmp_path / "empty") == tmp_path / "empty"
     assert create_run(tmp_path / "new" / "deep" / "run").is_dir()
@@ -265,11 +276,12 @@ def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path):
 
 def test_checkpoints_in_order_without_strangers(tmp_path):
     run = a_run(tmp_path / "a")
-    for name in ("epoch-0010", "epoch-0002", "epoch-0002-batch-00120", ".epoch-0011.new", "best", "epoch-x"):
-        (run / "checkpoints" / name).mkdir(parents=True)
-    (run / "checkpoints" / "epoch-0012").symlink_to(tmp_path)
+    (run / "checkpoints").mkdir()
+    for name in ("epoch-0010", "epoch-0002", "epoch-0002-batch-00120", ".epoch-0011", "best", "epoch-x", "epoch-" + "9" * 200):
+        (run / "checkpoints" / f"{name}.safetensors").write_bytes(b"")
+    (run / "checkpoints" / "epoch-0012.safetensors").symlink_to(tmp_path / "a" / "meta.json")
     (run / "checkpoints" / "best.json").write_text("{}")
-    assert read_run(run).checkpoints == ["epoch-0002", "epoch-0002-batch-00120", "epoch-0010"]
+    assert read_run(run).checkpoints == ["epoch-0002.safetensors", "epoch-0002-batch-00120.safetensors", "epoch-0010.safetensors"]
     assert read_run(run).last_epoch == 10
 
 

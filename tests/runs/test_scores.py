@@ -14,9 +14,9 @@ from time import perf_counter
 
 import pytest
 
-from learner.runs.config import Text, resolve
 from learner.base.files import write_text
 from learner.base.words import plain
+from learner.runs.config import Text, resolve
 from learner.runs.page import asset, embed, quote, rerun_command, train_command
 from learner.runs.ranking import ScoreError
 from learner.runs.rundir import RunLock, create_run

@@ -23,8 +23,8 @@ from learner.steer.augment import (
     random_erase,
     random_flip,
 )
-from learner.watch.outputs import predictions
 from learner.watch.metrics import Metrics
+from learner.watch.outputs import predictions
 
 IMAGES = torch.rand(12, 3, 9, 7, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(12) % 4

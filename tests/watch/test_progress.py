@@ -21,7 +21,10 @@ from torch import nn
 from learner.loop.learner import Learner
 from learner.loop.stages import Callback, CancelBatchException, CancelEpochException, CancelTrainException
 from learner.watch import progress
-from learner.watch.progress import LogView, Progress, TerminalView
+from learner.watch.metrics import BinaryAUROC, Metrics, MulticlassAccuracy
+from learner.watch.notebook_view import LossGraph, NotebookView
+from learner.watch.progress import Progress
+from learner.watch.views import LogView, TerminalView, View
 
 SETUP = """
 import time, torch, torch.nn.functional as F
@@ -311,9 +314,11 @@ def test_notebook_shows_graph_table_and_test(cells):
     graph, rows, test = cells[1]
     assert "image/png" in graph.data
     head, *rows = table(rows.data["text/html"])
-    assert head == ["epoch", "train_loss", "validation_loss"]
+    assert head == ["epoch", "train_loss", "validation_loss", "seconds"]
     assert [row[0] for row in rows] == ["0", "1", "2"]
+    assert all(re.fullmatch(r"\d+\.\d", row[3]) for row in rows)
     assert [bool(row[2]) for row in rows] == [False, True, True]
+    assert re.search(r"<p[^>]*>3 epochs in \d+\.\d s</p>", cells[1][1].data["text/html"])
     assert re.search(r"<p[^>]*>test_loss 0\.\d{4}</p>", test.data["text/html"])
 
 
@@ -325,7 +330,7 @@ def test_notebook_marks_an_interruption(cells):
     graph, rows = cells[2]
     assert "image/png" in graph.data
     assert "progress-bar-interrupted" in rows.data["text/html"]
-    assert "interrupted: epoch 4/6 train" in rows.data["text/html"]
+    assert "interrupted: epoch 4/6 train, 6/8" in rows.data["text/html"] and re.search(r'value="6"', rows.data["text/html"])
     assert [row[0] for row in table(rows.data["text/html"])] == ["epoch", "3"]
 
 
@@ -346,7 +351,7 @@ def test_notebook_shows_the_last_rows_of_a_long_training(cells):
 
 def test_graph_keeps_no_more_points_than_can_be_told_apart(monkeypatch):
     monkeypatch.setattr("IPython.display.display", lambda *args, **kwargs: None)
-    graph = progress.LossGraph(5, 10)
+    graph = LossGraph(5, 10)
     for i in range(100_000): graph.add("batches", 5 + i / 10_000, float(i))
     assert 900 <= len(graph.curves["batches"][0]) <= 1001
     graph.add("validation_loss", 6, None)
@@ -547,3 +552,233 @@ def test_the_row_of_a_cancelled_epoch_is_shown(hook, capsys):
     learn.train(5)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [row[0] for row in rows if row and row[0].isdigit()] == ["0", "1"] and len(learn.history) == 2
+
+
+# A training that is resumed
+
+
+class Stop(Callback):
+    def after_batch(self, learn):
+        if (learn.epoch, learn.batch_num) == (7, 3): raise KeyboardInterrupt
+
+
+def stopped(tmp_path, *callbacks):
+    """A checkpoint of a training of twelve epochs that was stopped in the eighth, and a fresh learner."""
+    learn = learner()
+    with suppress(KeyboardInterrupt): learn.train(12, learning_rate=0.1, callbacks=Stop())
+    learn.save(tmp_path / "stopped")
+    return tmp_path / "stopped", learner(*callbacks)
+
+
+def epochs_in(text): return [line.split()[0] for line in text.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("view", [LogView, TerminalView])
+def test_a_resumed_training_shows_the_earlier_rows_and_goes_on(tmp_path, capsys, monkeypatch, view):
+    monkeypatch.setattr(progress, "new_view", lambda first, epochs, plot: view(first, epochs))
+    path, learn = stopped(tmp_path, Progress())
+    learn.train(12, resume=path)
+    written = capsys.readouterr().out
+    lines = [line for line in screen(written, 80)[0] if line]
+    assert [line.split()[0] for line in lines] == ["epoch", *map(str, range(12))] and len(learn.history) == 12
+    assert lines[1:] == repr(learn.history).splitlines()[1:]
+    if view is TerminalView: assert "epoch 7/11 train" in written and "epoch 0/" not in written
+
+
+def test_a_bar_of_a_resumed_pass_begins_where_it_stood(tmp_path, screen_and_clock, capsys):
+    class Tick(Callback):
+        def before_batch(self): screen_and_clock[0] += 1
+
+    path, learn = stopped(tmp_path, Progress(), Tick())
+    learn.train(12, resume=path)
+    bars = re.findall(r"epoch (\d+)/11 train [^\[]*\[(\d+)/8", capsys.readouterr().out)
+    assert [int(batch) for epoch, batch in bars if epoch == "7"] == [0, 4, 5, 6, 7]  # four were done
+    assert [int(batch) for epoch, batch in bars if epoch == "8"] == [0, *range(1, 8)]
+
+
+def test_time_left_in_a_resumed_pass_leaves_out_what_was_done_before(monkeypatch):
+    from fastprogress.fastprogress import ProgressBar
+
+    from learner.watch import views
+    now = [1000.0]
+    monkeypatch.setattr("time.time", lambda: now[0])
+    monkeypatch.setattr(views, "time", lambda: now[0])
+    bar = views.start_bar(ProgressBar(None, 100, display=False), now[0], skipped=90)
+    now[0] += 5
+    views.update_bar(bar, 95)  # five batches in five seconds
+    assert bar.pred_t - (bar.last_t - bar.start_t) == pytest.approx(5)
+
+
+def test_the_notebook_shows_the_epochs_that_are_done_of_all(monkeypatch):
+    pages = []
+
+    class Handle:
+        def update(self, page, raw=False): pages.append(page)
+    monkeypatch.setattr("IPython.display.display", lambda *args, **kwargs: Handle())
+    view = NotebookView(7, 5, False)
+    view.earlier([{"epoch": epoch, "train_loss": 1.0} for epoch in range(7)])
+    view.begin("train", 8)
+    view.update(4, 0.5)
+    view.row({"epoch": 7, "train_loss": 0.5})
+    assert [row[0] for row in table(pages[-1]["text/html"])] == ["epoch", *map(str, range(7))]
+    assert "[7/12 " in pages[-1]["text/html"]
+    view.begin("validation", 8)
+    view.update(1, 0.5)
+    assert "[8/12 " in pages[-1]["text/html"]
+
+
+def test_a_training_after_another_is_numbered_on_and_shows_its_own_rows(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "new_view", lambda first, epochs, plot: TerminalView(first, epochs))
+    learn = learner(Progress())
+    learn.train(2, learning_rate=0.1)
+    capsys.readouterr()
+    learn.train(2)
+    written = capsys.readouterr().out
+    assert "epoch 2/3 train" in written
+    assert [line.split()[0] for line in screen(written, 100)[0] if line] == ["epoch", "2", "3"]
+
+
+def test_steps_are_counted_in_the_bars(screen_and_clock, capsys):
+    class Tick(Callback):
+        def before_batch(self): screen_and_clock[0] += 1
+
+    learner(Progress(), Tick()).train(steps=10, validation_steps=4, learning_rate=0.1)
+    bars = re.findall(r"epoch (\d+)/2 train [^\[]*\[(\d+)/(\d+)", capsys.readouterr().out)
+    assert {(epoch, total) for epoch, _, total in bars} == {("0", "4"), ("1", "4"), ("2", "2")}
+
+
+# What stands beside a bar
+
+
+def test_the_bar_of_a_test_is_called_so(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "new_view", lambda first, epochs, plot: TerminalView(first, epochs))
+    learn = learner(Progress(), train=batches(), test=batches(2))
+    learn.train(3, learning_rate=0.1)
+    written = capsys.readouterr().out
+    assert "\rtest |" in written and not re.search(r"epoch \S+ test", written)
+
+
+def test_loaders_with_names_have_bars_with_names(screen_and_clock, capsys):
+    def tick(): screen_and_clock[0] += 1
+    learn = learner(Progress(), train=batches(), validation={"clean": batches(3), "noisy": batches(2)})
+    learn.on("before_validation", tick)
+    learn.train(1, learning_rate=0.1)
+    assert "epoch 0 validation noisy |" in capsys.readouterr().out
+
+
+def test_metrics_so_far_stand_beside_the_bar(screen_and_clock, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")
+    seen = []
+
+    class Tick(Callback):
+        def before_batch(self): screen_and_clock[0] += 1
+
+        def after_batch(self, predictions, labels):
+            seen.append((predictions.argmax(1) == labels).float().mean().item())
+
+    def hits(predictions, labels): return (predictions.argmax(1) == labels).float().mean()
+    metrics = Metrics(accuracy=MulticlassAccuracy(), hits=hits)
+    learner(Progress(), Tick(), metrics, train=batches(12)).train(1, learning_rate=0.1)
+    shown = re.findall(r"\[(\d+)/12[^\]]*?accuracy ([\d.]+), hits ([\d.]+)", capsys.readouterr().out)
+    assert [int(n) for n, *_ in shown] == list(range(1, 12))
+    for n, accuracy, hits in shown:
+        mean = sum(seen[:int(n)]) / int(n)
+        assert float(accuracy) == pytest.approx(mean, abs=6e-5) and float(hits) == pytest.approx(mean, abs=6e-5)
+
+
+@pytest.mark.parametrize("step", [0.0, 0.03, 1.0])
+def test_metrics_do_not_depend_on_who_looks(screen_and_clock, step):
+    class Tick(Callback):
+        def before_batch(self): screen_and_clock[0] += step
+
+    def mean(predictions, labels): return predictions.mean()
+
+    def rows(*callbacks):
+        metrics = Metrics(MulticlassAccuracy(average="macro", num_classes=2), mean)
+        learn = learner(metrics, Tick(), *callbacks, train=batches(200))
+        learn.train(2, learning_rate=0.1)
+        return learn.history.rows
+    assert rows(Progress()) == rows()
+
+
+def test_a_metric_that_keeps_much_is_not_copied_to_be_shown():
+    values = []
+
+    class Scores(nn.Linear):
+        def forward(self, x): return super().forward(x)[:, 0]
+    loaders = {"train": [(torch.randn(600, 4), torch.randint(2, (600,))) for _ in range(140)]}
+    metrics = Metrics(auroc=BinaryAUROC(), mean=lambda p, y: p.mean())
+    learn = Learner(Scores(4, 2), torch.optim.SGD, lambda p, y: p.square().mean(), loaders, metrics, device="cpu")
+    learn.on("after_batch", lambda: values.append(metrics.glance()), priority=10)
+    learn.train(1, learning_rate=0.1)
+    assert set(values[0]) == {"auroc", "mean"} and set(values[-1]) == {"mean"}
+
+
+# Narrow and simple places
+
+
+def test_rows_that_do_not_fit_are_wrapped(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    names = [f"{phase}_{name}" for name in ("loss", "accuracy", "f1", "precision") for phase in ("train", "validation")]
+    view = TerminalView(0, 2)
+    for epoch in range(2): view.row({"epoch": epoch} | dict.fromkeys(names, 0.5))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60 and lines[0].startswith("epoch 0  train_loss 0.5000") and lines[1].startswith("  ")
+    assert " ".join(lines).count("0.5000") == 16
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_at_60_columns_nothing_is_wider(columns):
+    code = """
+        from learner.watch.metrics import Metrics, MulticlassAccuracy
+        learn.add(Metrics(accuracy=MulticlassAccuracy()))
+        learn.train(2, learning_rate=0.1, callbacks=Slow())
+        """
+    written, status = in_terminal(code, columns)
+    lines, longest = screen(written, 1000)
+    assert status == 0 and longest < columns and max(map(len, lines)) <= columns
+    assert [line.split()[0] for line in lines if re.match(r" *\d", line)] == ["0", "1"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_place_that_knows_few_characters(encoding):
+    code = """
+        def wert_ä(predictions, labels): return predictions.mean()
+        from learner.watch.metrics import Metrics
+        learn.add(Metrics(wert_ä))
+        learn.train(2, learning_rate=0.1, callbacks=Slow())
+        """
+    terminal, inside = pty.openpty()
+    ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    process = subprocess.Popen(script(code), stdin=inside, stdout=inside, stderr=inside, env={**os.environ, "PYTHONIOENCODING": encoding})
+    os.close(inside)
+    written = b""
+    with suppress(OSError):
+        while part := os.read(terminal, 4096): written += part
+    assert process.wait(60) == 0, written.decode(encoding)
+    assert {"ascii": b"wert_?", "cp1252": b"wert_\xe4"}[encoding] in written and b"|XXX" in written
+
+
+def test_the_graph_is_never_empty(monkeypatch):
+    shown = []
+
+    class Handle:
+        def update(self, picture): shown.append(picture)
+    monkeypatch.setattr("IPython.display.display", lambda *args, **kwargs: Handle())
+    graph = LossGraph(0, 3)
+    graph.redraw()
+    graph.end()
+    assert shown == []  # an error before the first batch
+    graph.add("batches", 0.1, 2.0)
+    graph.redraw()
+    assert len(shown) == 1
+
+
+def test_a_view_of_ones_own_needs_no_more_than_it_shows(capsys):
+    class Rows(View):
+        def row(self, row): print(row["epoch"])
+
+    class Mine(Progress):
+        def new_view(self, learn, epochs): return Rows(len(learn.history), epochs)
+    learner(Mine()).train(2, learning_rate=0.1)
+    assert capsys.readouterr().out == "0\n1\n"
