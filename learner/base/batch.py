@@ -92,6 +92,7 @@ def _is_examples(value: Any) -> bool:
     if not isinstance(value, tuple | list) or is_leaf(value): return False
     return bool(value) and all(map(_is_one_example, value))
 
+# %% ../../nbs/base/batch.ipynb #535f9d98
 def _check_form(batch: Any, form: str, parts: Mapping[Any, Any], chosen: bool) -> None:
     "Raise BatchError for what is not a batch, or could be meant in two ways."
     if form == _NONE:
@@ -145,6 +146,7 @@ def _split(batch: Any, form: str, labels: Any, inputs: Any, whole: bool) -> _Par
     if key is None and default and form != _KEYWORDS: target = data
     return _Parts(data, target, others)
 
+# %% ../../nbs/base/batch.ipynb #e3c71dcb
 def _place_of(batch: Any, key: int | str) -> int | str:
     "Where among its parts the labels of a batch are."
     names = getattr(batch, "_fields", None)
@@ -260,6 +262,7 @@ def _agreed(parts: _Parts) -> int | None:
     agreed = all(isinstance(v, Tensor) and v.ndim and v.size(0) == size for v in others.values())
     return size if agreed else None
 
+# %% ../../nbs/base/batch.ipynb #419d4a98
 def _count(batch: Any, form: str, parts: _Parts) -> int:
     "The number of examples in a batch."
     own = None if type(batch) in (dict, tuple, list, Tensor) else _own_size(batch)

@@ -104,6 +104,7 @@ def _spread(positions: Sequence[Any], most: int) -> Sequence[Any]:
 
 # %% ../../nbs/base/data_hash.ipynb #cad16342
 _BYTES = 2**28  # of tensors; that takes about a third of a second
+
 _EXAMPLES = 1000  # of a dataset that is read item by item, and batches of a list
 
 def _with_share(digest: str, read: int, count: int) -> str:
@@ -143,6 +144,7 @@ def _examples_hash(loader: Any) -> str | None:
     digest = data_hash(dataset if everything else _Chosen(dataset, read))
     return _with_share(digest, len(read), len(positions))
 
+# %% ../../nbs/base/data_hash.ipynb #da707788
 def loader_hash(loader: Any) -> str | None:
     """SHA-256 of the examples that a loader gives, whatever their order.
 

@@ -58,6 +58,7 @@ def check_optimiser(
         raise ValueError(f"optimiser: {type(optimiser).__name__} has no parameter of the model in "
                          "it; make it from model.parameters()")
 
+# %% ../../nbs/base/parts.ipynb #45f465be
 def make_optimiser(
     factory: Callable[..., Any],  # called as `factory(model.parameters(), lr=learning_rate)`
     model: nn.Module,  # whose parameters it is to train
@@ -221,6 +222,7 @@ def check_loaders(
 
 # %% ../../nbs/base/parts.ipynb #4a1037c5
 _PLAIN = (str, bytes, Number, Tensor, nn.Module, type, FunctionType, MethodType, ModuleType)
+
 _MOST_PARTS, _MOST_ITEMS = 200, 32  # a loader is searched no further than that
 
 def _held_by(part: Any) -> dict[str, Any]:
@@ -260,6 +262,7 @@ def generators_of(
     "The generators of torch that a loader and its parts have for themselves, each once."
     return [part for part in samplers_of(loader) if isinstance(part, torch.Generator)]
 
+# %% ../../nbs/base/parts.ipynb #21f887e3
 def with_epochs(
     loader: Any,  # any iterable
 ) -> list[Any]:

@@ -67,6 +67,7 @@ def _total(batches: Any, loaders: Mapping[str, Any]) -> int:
                          "batches a pass has: Together(batches=100, ...)")
     return max(known) if batches == "longest" else min(known)
 
+# %% ../../nbs/loop/together.ipynb #5b72f2ab
 class Together:
     """Several loaders read at once; each batch is a mapping with a batch of each.
 
@@ -110,6 +111,7 @@ class Together:
         inner = ", ".join(f"{name}: {summary_of(loader)}" for name, loader in self.loaders.items())
         return f"Together({self.batches:,} batches of {inner})"
 
+# %% ../../nbs/loop/together.ipynb #1840db1f
 def _together(loader: Together, first: int) -> Iterator[TogetherBatch]:
     "The next pass of several loaders, without the batches before number `first`."
     epoch = loader.epoch

@@ -7,43 +7,78 @@ __all__ = ['Nested', 'write_plots', 'write_predictions', 'MetaFile', 'epochs_tex
 
 # %% ../../nbs/runs/run.ipynb #0e75d422
 import contextlib
+
 import os
+
 import re
+
 import socket
+
 import warnings
+
 from collections.abc import Callable, Iterable, Iterator, Mapping
+
 from contextlib import ExitStack
+
 from datetime import UTC, datetime
+
 from io import BytesIO
+
 from itertools import islice
+
 from pathlib import Path
+
 from time import monotonic
+
 from typing import Any, Self
 
 import torch
 
 from ..base.data_hash import loader_hash
+
 from ..base.files import AnyPath, append_text, is_file, remove, replacing, write_all
+
 from ..base.files import write_bytes, write_text
+
 from ..base.hashing import hash_file
+
 from ..base.history import History
+
 from ..base.provenance import git_state
+
+# %% ../../nbs/runs/run.ipynb #80902421
 from ..base.store import checkpoint_name
+
 from ..base.words import as_number, split_column
+
 from ..keep.checkpoint import Checkpoint
+
 from ..keep.fingerprints import Fingerprints
+
 from ..loop.learner import Learner
+
 from ..loop.stages import Callback, CancelException, provides
+
 from .config import Settings, settings_of
+
 from .facts import command_line, host_facts, model_hash, module_text, script_text
+
 from .facts import versions
+
 from .loggers import STEP_COLUMNS, BestSoFar, StepLogger, describe_settings
+
 from .output import kept_output
+
 from .rundir import FORMAT, VERSION, RunError, RunExistsError, RunLock, check_layout
+
 from .rundir import create_run, inner_folder, is_run, move_aside, run_path
+
 from .runfiles import GrowingTable, RunFiles, csv_text, iter_rows, list_in, mapping_in
+
 from .runfiles import now, read_run, write_json
+
 from .tensorboard import TensorBoard
+
 from ..watch.look import show_predictions
 
 Nested = Mapping[str, Any]
