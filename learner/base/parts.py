@@ -58,7 +58,7 @@ def check_optimiser(
         raise ValueError(f"optimiser: {type(optimiser).__name__} has no parameter of the model in "
                          "it; make it from model.parameters()")
 
-# %% ../../nbs/base/parts.ipynb #45f465be
+# %% ../../nbs/base/parts.ipynb #b41ac268
 def make_optimiser(
     factory: Callable[..., Any],  # called as `factory(model.parameters(), lr=learning_rate)`
     model: nn.Module,  # whose parameters it is to train
@@ -222,7 +222,6 @@ def check_loaders(
 
 # %% ../../nbs/base/parts.ipynb #4a1037c5
 _PLAIN = (str, bytes, Number, Tensor, nn.Module, type, FunctionType, MethodType, ModuleType)
-
 _MOST_PARTS, _MOST_ITEMS = 200, 32  # a loader is searched no further than that
 
 def _held_by(part: Any) -> dict[str, Any]:
@@ -250,6 +249,7 @@ def places_in(
         yield where, part
         waiting.extend((f"{where}{name}", inner) for name, inner in _held_by(part).items())
 
+# %% ../../nbs/base/parts.ipynb #c1ff8b97
 def samplers_of(
     loader: Any,  # any iterable
 ) -> Iterator[Any]:
@@ -262,7 +262,6 @@ def generators_of(
     "The generators of torch that a loader and its parts have for themselves, each once."
     return [part for part in samplers_of(loader) if isinstance(part, torch.Generator)]
 
-# %% ../../nbs/base/parts.ipynb #21f887e3
 def with_epochs(
     loader: Any,  # any iterable
 ) -> list[Any]:
