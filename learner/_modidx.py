@@ -314,6 +314,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'learner.base.words.did_you_mean': ('base/words.html#did_you_mean', 'learner/base/words.py'),
                                     'learner.base.words.flatten': ('base/words.html#flatten', 'learner/base/words.py'),
                                     'learner.base.words.format_value': ('base/words.html#format_value', 'learner/base/words.py'),
+                                    'learner.base.words.in_encoding': ('base/words.html#in_encoding', 'learner/base/words.py'),
                                     'learner.base.words.mode_of': ('base/words.html#mode_of', 'learner/base/words.py'),
                                     'learner.base.words.named_loaders': ('base/words.html#named_loaders', 'learner/base/words.py'),
                                     'learner.base.words.plain': ('base/words.html#plain', 'learner/base/words.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PHASES', 'MEASURES', 'did_you_mean', 'as_number', 'check_whole', 'check_number', 'plain', 'split_column', 'Column',
-           'read_column', 'named_loaders', 'mode_of', 'format_value', 'flatten']
+           'read_column', 'named_loaders', 'mode_of', 'format_value', 'in_encoding', 'flatten']
 
 # %% ../../nbs/base/words.ipynb #39f5036c
 import math
@@ -233,6 +233,29 @@ def format_value(value: Any) -> str:
     number = value if isinstance(value, float) else as_number(value)
     if not isinstance(number, float): return str(value)
     return f"{number:.4f}" if number == 0 or 1e-3 <= abs(number) < 1e5 else f"{number:.3g}"
+
+# %% ../../nbs/base/words.ipynb #cf532b51
+_SIMPLE = str.maketrans({"█": "#", "─": "-", "·": "*", "µ": "u", "→": "->", "…": "..."})
+
+def in_encoding(text: str, stream: Any) -> str:
+    """Text in the characters that a stream can write.
+
+    Args:
+        text: Anything.
+        stream: Such as `sys.stdout`; one without an encoding takes all characters.
+
+    Returns:
+        The text, with simpler characters in place of those that the stream does not know.
+
+    Example:
+        >>> print(in_encoding("50 µs", sys.stdout))
+        50 µs
+    """
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try: text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.translate(_SIMPLE).encode(encoding, "replace").decode(encoding)
+    return text
 
 # %% ../../nbs/base/words.ipynb #c63256ad
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
