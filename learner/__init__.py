@@ -34,8 +34,19 @@ def __getattr__(name: str) -> Any:
         if module: return import_module(module)
     main = import_module("learner.all")
     if name in main.__all__: return getattr(main, name)
+    message = _missing(name, main.__all__)
+    if sys._getframe(1).f_code.co_name == "_handle_fromlist":  # `from learner import name`, where Python
+        raise ImportError(message, name="learner")  # would say less
+    raise AttributeError(message)
+
+def _missing(name: str, main: list[str]) -> str:
+    "What to say of a name that is not handed on: where it is, or which was meant."
+    from learner._modidx import d
     from learner.base.words import did_you_mean
-    raise AttributeError(f"module learner has no attribute {name}{did_you_mean(name, main.__all__)}")
+    known: Any = d["syms"]
+    for module, symbols in known.items():
+        if f"{module}.{name}" in symbols: return f"{name} is in {module}: from {module} import {name}"
+    return f"learner has no {name}{did_you_mean(name, main)}"
 
 def __dir__() -> list[str]: return [*globals(), *import_module("learner.all").__all__]
 

@@ -13,28 +13,30 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
 import learner
-from learner.watch.activations import ActivationStats, GradientStats
-from learner.steer.augment import TTA, BatchTransform, CutMix, Mixup
-from learner.keep.checkpoint import Checkpoint
+from learner.base.hashing import hash_state
+from learner.base.store import snapshot
 from learner.check.bench import example_learner
 from learner.check.conformance import check_callback
 from learner.check.nan_guard import NaNGuard
-from learner.check.rules import RULES, Bystander
+from learner.check.rules import RULES
+from learner.check.watching import Bystander
+from learner.keep.checkpoint import Checkpoint
+from learner.keep.fingerprints import Fingerprints
 from learner.loop.learner import Learner
 from learner.loop.resume import Rewind
-from learner.keep.fingerprints import Fingerprints
+from learner.loop.stages import Callback, FunctionCallback
 from learner.runs.loggers import ConsoleTable, CSVLogger, JSONLinesLogger, Logger
-from learner.watch.metrics import Metrics, MulticlassAccuracy
+from learner.runs.runs import Run
+from learner.runs.tensorboard import TensorBoard
+from learner.steer.augment import TTA, BatchTransform, CutMix, Mixup
 from learner.steer.precision import ChannelsLast, Compile, MixedPrecision
+from learner.steer.schedule import BatchSchedule, EarlyStopping, EpochSchedule, PiecewiseSchedule, Schedule, cosine
+from learner.steer.update import EMA, Accumulate, ClipGradients, FreezeUntil
+from learner.watch.activations import ActivationStats, GradientStats
+from learner.watch.metrics import Metrics, MulticlassAccuracy
 from learner.watch.profiler import Profiler
 from learner.watch.progress import Progress
 from learner.watch.recorder import Recorder
-from learner.runs.runs import Run
-from learner.steer.schedule import BatchSchedule, EarlyStopping, EpochSchedule, PiecewiseSchedule, Schedule, cosine
-from learner.loop.stages import Callback, FunctionCallback
-from learner.base.store import hash_state, snapshot
-from learner.runs.tensorboard import TensorBoard
-from learner.steer.update import EMA, Accumulate, ClipGradients, FreezeUntil
 
 SCRATCH = TemporaryDirectory()  # until the process ends
 
@@ -87,7 +89,7 @@ def of_images():
 
 
 LEARNERS = {"CutMix": of_images}  # for those that the kit's own learner, with its rows of numbers, is not for
-BASES = {"ModuleStats"}  # of others; they have no hook that works alone
+BASES = {"ModuleStats", "HookedStats", "GradientNorm"}  # bases and parts of others, which do not work alone
 
 
 def public_callbacks():

@@ -1,4 +1,6 @@
 """The house rules: imports go down only, importing is cheap, what is installed works."""
+import ast
+import json
 import os
 import re
 import subprocess
@@ -12,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("base", "loop", "watch", "steer", "keep", "check", "runs", "use", "")  # folders from the ground up; on top the package itself
 MODULES = sorted(".".join(path.relative_to(ROOT / "learner").with_suffix("").parts) for path in (ROOT / "learner").rglob("*.py")
                  if path.stem not in ("_modidx", "__init__"))
+
+NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 
 
 def floor(module): return FLOORS.index(module.rpartition(".")[0])
@@ -52,6 +56,26 @@ def test_every_module_has_a_notebook_of_its_name():
     notebooks = {".".join(path.relative_to(ROOT / "nbs").with_suffix("").parts) for path in (ROOT / "nbs").rglob("*.ipynb")
                  if path.parent.name in FLOORS or path.parent == ROOT / "nbs"}
     assert set(MODULES) == {"__main__" if name == "main" else name for name in notebooks} - {"init", "check.init"}
+
+
+def long_functions(module):
+    source = (ROOT / "learner" / f"{module.replace('.', '/')}.py").read_text()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 40: yield node.name
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_and_functions_are_of_moderate_length(module):
+    lines = (ROOT / "learner" / f"{module.replace('.', '/')}.py").read_text().count("\n")
+    assert lines <= 500, f"{module} has {lines} lines"
+    assert list(long_functions(module)) == []
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: str(path.relative_to(ROOT / "nbs")))
+def test_exported_cells_are_of_moderate_length(notebook):
+    for cell in json.loads(notebook.read_text())["cells"]:
+        lines = "".join(cell["source"]).rstrip().split("\n")
+        if re.match(r"#\|\s*export", lines[0]): assert len(lines) - 1 <= 40, f"{lines[1]} ...: {len(lines) - 1} lines"
 
 
 def test_only_the_lowest_floors_know_torch():

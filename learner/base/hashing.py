@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCK', 'Where', 'tensor_bytes', 'sparse_parts', 'is_sparse', 'Hasher', 'hash_state', 'hash_file']
 
-# %% ../../nbs/base/hashing.ipynb #2366561b
+# %% ../../nbs/base/hashing.ipynb #3e8c1baf
 import hashlib
 import struct
 from collections.abc import Iterator, Mapping
@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .files import AnyPath, open_file
 
-# %% ../../nbs/base/hashing.ipynb #efde6270
+# %% ../../nbs/base/hashing.ipynb #76a1999d
 BLOCK = 2**22  # bytes that are hashed, read or written at a time
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -45,9 +46,10 @@ def _blocks(array: Any) -> Iterator[Any]:
     else:
         for row in array: yield from _blocks(row)
 
-# %% ../../nbs/base/hashing.ipynb #20af6669
+# %% ../../nbs/base/hashing.ipynb #7b11eec3
 Where = tuple[Any, Any] | None  # the way to a value: that to what holds it, and its index or key
 
+# %% ../../nbs/base/hashing.ipynb #4e58cfb4
 class Hasher:
     "Writes nested values to SHA-256 so that different values are different bytes."
 
@@ -96,7 +98,7 @@ class Hasher:
         kind = type(value).__name__
         return TypeError(f"{self.name}{steps} of type {kind} cannot be hashed: {fix}")
 
-# %% ../../nbs/base/hashing.ipynb #916d85ba
+# %% ../../nbs/base/hashing.ipynb #8286bfc8
 def _add_items(hasher: Hasher, value: list[Any] | tuple[Any, ...], where: Where) -> None:
     hasher.write(f"{'list' if isinstance(value, list) else 'tuple'} {len(value)}")
     for index, item in enumerate(value): hasher.add(item, (where, index))
@@ -113,8 +115,8 @@ def _add_mapping(hasher: Hasher, value: Mapping[Any, Any], where: Where) -> None
         hasher.add(item, (where, key))
 
 def _add_tensor(hasher: Hasher, value: Tensor, where: Where) -> None:
-    if value.is_meta or value.is_quantized or value.is_nested or not (
-            is_sparse(value) or value.layout == torch.strided):
+    known = is_sparse(value) or value.layout == torch.strided
+    if is_lazy(value) or value.is_meta or value.is_quantized or value.is_nested or not known:
         raise hasher.refused(value, where, "give a dense tensor with values")
     shape = ",".join(map(str, value.shape))
     if is_sparse(value):
@@ -133,7 +135,7 @@ def _add_array(hasher: Hasher, value: Any, where: Where) -> None:
     for block in _blocks(array):
         hasher.sha.update(np.asarray(block, block.dtype.newbyteorder("<"), order="C").tobytes())
 
-# %% ../../nbs/base/hashing.ipynb #113eaa8d
+# %% ../../nbs/base/hashing.ipynb #773bd265
 class _StateHasher(Hasher):
     def array(self, value: Any, where: Where) -> None:
         import numpy as np

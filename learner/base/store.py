@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .files import AnyPath, FileError, is_file, list_names, make_folder
+from .files import AnyPath, FileError, list_names, make_folder
 from .files import open_file, parse_json, replacing, tidy, write_all
 from .hashing import BLOCK, is_sparse, sparse_parts, tensor_bytes
 from .words import did_you_mean
 
-# %% ../../nbs/base/store.ipynb #d413886f
+# %% ../../nbs/base/store.ipynb #9e718bd6
 _NAMES = {  # safetensors' name of each dtype; the last ones are new
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "BOOL": "bool",
@@ -53,7 +53,7 @@ def _place(where: _Where) -> str:
     text = "state" + "".join(f"[{key!r}]" for key in where)
     return text if len(text) < 200 else f"{text[:100]} ... {text[-60:]}"
 
-# %% ../../nbs/base/store.ipynb #6215b036
+# %% ../../nbs/base/store.ipynb #2466c906
 class _Tensors:
     "The tensors of a state under their names in the file, each once; nothing is copied."
 
@@ -93,7 +93,7 @@ class _Tensors:
 
 def _utf8(text: str) -> str: return text.encode(errors="backslashreplace").decode()
 
-# %% ../../nbs/base/store.ipynb #47982619
+# %% ../../nbs/base/store.ipynb #14b228d9
 def _encode(value: Any, tensors: _Tensors, where: _Where = ()) -> Any:
     "A value as JSON; its tensors are gathered. Raises TypeError or ValueError."
     if value is None or isinstance(value, bool): return value
@@ -129,6 +129,7 @@ def _too_deep(where: _Where) -> ValueError:
     return ValueError(f"{_place(where)} is nested more than {_DEPTH} levels deep; does the state "
                       "contain itself?")
 
+# %% ../../nbs/base/store.ipynb #f3fb6589
 def _encode_numpy(value: Any, tensors: _Tensors, where: _Where) -> Any:
     numpy = sys.modules.get("numpy")  # where it was not imported, nothing is of its types
     plain = value.item() if numpy and isinstance(value, numpy.generic) else None
@@ -179,7 +180,7 @@ def _key(key: Any) -> str | int:
     if isinstance(key, str) or type(key) is int: return key
     raise ValueError(f"has the key {key!r:.40}; keys are text and whole numbers")
 
-# %% ../../nbs/base/store.ipynb #06d5084b
+# %% ../../nbs/base/store.ipynb #15595e91
 class _Builder:
     "Makes values of the tensors in a file, each once, so that ties hold; or only checks."
 
@@ -219,7 +220,7 @@ def _has_array(dtype: torch.dtype) -> bool:
     one_byte = (torch.uint8, torch.int8, torch.bool)  # the others are new kinds of floats
     return dtype in one_byte or (dtype.itemsize > 1 and dtype not in _NOT_NUMPY)
 
-# %% ../../nbs/base/store.ipynb #15fd9f1f
+# %% ../../nbs/base/store.ipynb #143b7ea8
 def _sparse(layout: torch.layout, content: list[Any], builder: _Builder) -> Tensor:
     "A sparse tensor of its parts; raises ValueError."
     coo = layout == torch.sparse_coo
@@ -265,7 +266,7 @@ def snapshot(state: Mapping[str, Any]) -> dict[str, Any]:
         for name, tensor in tensors.named.items()}
     return _decode(encoded, _Builder(copies, torch.device("cpu")))
 
-# %% ../../nbs/base/store.ipynb #f5b6d4f8
+# %% ../../nbs/base/store.ipynb #0f6d1762
 _HEADER = 100_000_000  # bytes that the format allows for the header
 _VERSION = 1  # of what is in the metadata
 _ZERO = b"0" * 64
@@ -381,6 +382,7 @@ def _blocks(head: bytes, tensors: Iterable[Tensor]) -> Iterator[memoryview]:
         for start in range(0, len(data), BLOCK): yield data[start : start + BLOCK]
     yield memoryview(small)
 
+# %% ../../nbs/base/store.ipynb #c4da35db
 def _write(file: int, head: bytes, tensors: Iterable[Tensor]) -> None:
     "Fill a new file and have it on the disk."
     with _Digest() as digest:
@@ -395,7 +397,7 @@ def _write(file: int, head: bytes, tensors: Iterable[Tensor]) -> None:
     write_all(file, digest.text())
     os.fsync(file)
 
-# %% ../../nbs/base/store.ipynb #11089ff5
+# %% ../../nbs/base/store.ipynb #af8a6f93
 _File = io.RawIOBase | io.BufferedIOBase
 
 def _fill(file: _File, block: memoryview) -> memoryview:
@@ -417,6 +419,7 @@ def _slices(tensors: Iterable[Tensor]) -> Iterator[memoryview]:
     for data in map(tensor_bytes, tensors):
         for start in range(0, len(data), BLOCK): yield data[start : start + BLOCK]
 
+# %% ../../nbs/base/store.ipynb #9d472619
 def _read(file: _File, device: torch.device | None) -> Any:
     "The state in a file, or None on no device, which only checks it; raises ValueError."
     size = os.fstat(file.fileno()).st_size
@@ -480,6 +483,7 @@ def save_state(path: AnyPath, state: Mapping[str, Any]) -> None:
         reason = f"{error.strerror}; what was saved before is kept"
         raise OSError(error.errno, reason, os.fspath(path)) from error
 
+# %% ../../nbs/base/store.ipynb #9f5a4d06
 def _check_written(file: int) -> None:
     "Read a new file back; raises OSError."
     os.lseek(file, 0, os.SEEK_SET)
@@ -491,8 +495,10 @@ def _check_written(file: int) -> None:
 
 def _check_replaceable(path: Path) -> None:
     "Raise FileError for a file that neither is nor was a checkpoint."
-    if path.suffix == ".safetensors" or not is_file(path): return
-    with open_file(path, None) as file: start = file.read(_SUM.start)
+    if path.suffix == ".safetensors": return
+    try:
+        with open_file(path, None) as file: start = file.read(_SUM.start)
+    except (FileNotFoundError, FileError): return  # `replacing` says what else is there
     if start and start[8:] != _BEGIN:
         raise FileError(path, "is a file but not a checkpoint, so it is not replaced; save to "
                               "another path")
@@ -538,8 +544,8 @@ def check_state(path: AnyPath, inside: AnyPath | None = None) -> None:
     "Read all of a checkpoint without keeping it; raises DamagedError or FileNotFoundError."
     _load(path, None, inside)
 
-# %% ../../nbs/base/store.ipynb #37aad195
-_NAME = re.compile(r"epoch-(\d{4,9})(?:-batch-(\d{5,12}))?\.safetensors")
+# %% ../../nbs/base/store.ipynb #3718007b
+_NAME = re.compile(r"epoch-([0-9]{4,9})(?:-batch-([0-9]{5,12}))?\.safetensors")
 
 def checkpoint_name(rows: int, batch: int = 0) -> str:
     "What a checkpoint in a folder is called, after rows of the history and batches of the next."
@@ -577,6 +583,7 @@ def newest_checkpoint(
             warnings.warn(f"{error}; the checkpoint before it is used", stacklevel=3)
     return None
 
+# %% ../../nbs/base/store.ipynb #81b422f9
 def read_checkpoint(path: AnyPath) -> dict[str, Any]:
     """Read the state in a checkpoint, or the newest good one in a folder of checkpoints.
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/check/init.ipynb #2af6e4af
+# %% ../../nbs/check/init.ipynb #d8f933a2
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -19,18 +19,19 @@ if TYPE_CHECKING:
     from learner.check.survey import data
     from learner.check.trials import short_trainings
 
-_NAMES = {  # by module
-    "checks": ("gradient_flow", "initial_loss", "overfit_one_batch"), "conformance": ("check_callback",),
-    "diagnosis": ("doctor",), "forward": ("forward_pass",), "leakage": ("batch_leakage",), "nan_guard": ("NaNGuard",),
-    "survey": ("data",), "trials": ("short_trainings",),
+_MODULE_OF = {
+    "NaNGuard": "nan_guard", "batch_leakage": "leakage", "check_callback": "conformance",
+    "data": "survey", "doctor": "diagnosis", "forward_pass": "forward", "gradient_flow": "checks",
+    "initial_loss": "checks", "overfit_one_batch": "checks", "short_trainings": "trials",
 }
-_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
-__all__ = sorted(_MODULE_OF)
+__all__ = ["NaNGuard", "batch_leakage", "check_callback", "data", "doctor", "forward_pass",
+           "gradient_flow", "initial_loss", "overfit_one_batch", "short_trainings"]
 
 def __getattr__(name: str) -> Any:
     "Hand on a check, which is imported when it is first asked for."
     if name in _MODULE_OF: return getattr(import_module(f"learner.check.{_MODULE_OF[name]}"), name)
     from learner.base.words import did_you_mean
-    raise AttributeError(f"module learner.check has no attribute {name}{did_you_mean(name, __all__)}")
+    raise AttributeError("module learner.check has no attribute "
+                         f"{name}{did_you_mean(name, __all__)}")
 
 def __dir__() -> list[str]: return [*globals(), *__all__]

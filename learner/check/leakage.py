@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEAK_GRADIENT', 'LEAK_CHANGE', 'batch_leakage']
 
-# %% ../../nbs/check/leakage.ipynb #2299f2b8
+# %% ../../nbs/check/leakage.ipynb #441d63a4
 import inspect
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -17,16 +17,19 @@ from torch.overrides import TorchFunctionMode
 
 from ..base.tree import map_tensors
 from .findings import Finding, Findings, fault, passed, skipped
-from .looking import any_loader, described, first_batches, has_rows, hooked, listed, on_a_copy, rows_in
+from .looking import any_loader, described, first_batches, has_rows, hooked, listed
+from .looking import on_a_copy, rows_in
 from .looking import take, visit
 from ..loop.learner import Learner
 
-# %% ../../nbs/check/leakage.ipynb #c1863e11
-LEAK_GRADIENT = 1e-6  # of the largest gradient; where nothing mixes, the others' gradients are zero exactly
-LEAK_CHANGE = 1e-5  # of the largest output; above the rounding of float32, below any mean over a batch
+# %% ../../nbs/check/leakage.ipynb #386e4b74
+# Of the largest gradient; where nothing mixes, the others' gradients are zero exactly.
+LEAK_GRADIENT = 1e-6
+# Of the largest output; above the rounding of float32, below any mean over a batch.
+LEAK_CHANGE = 1e-5
 
 class _HeldNorms(TorchFunctionMode):
-    "Batch norms that keep the statistics of the first pass, so that they do not mix examples in the next."
+    "Batch norms keep the statistics of the first pass, so that they mix nothing in the next."
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,9 +50,10 @@ class _HeldNorms(TorchFunctionMode):
             self.statistics.append((values.mean(across), values.var(across, unbiased=False)))
         mean, variance = self.statistics[self.calls]
         self.calls += 1
-        return F.batch_norm(**{**given, "running_mean": mean, "running_var": variance, "training": False})
+        return F.batch_norm(**{**given, "running_mean": mean, "running_var": variance,
+                               "training": False})
 
-# %% ../../nbs/check/leakage.ipynb #cfe60d8e
+# %% ../../nbs/check/leakage.ipynb #3498fa8d
 class _Prober:
     "Calls the model with other inputs, everything else held."
 
@@ -64,31 +68,24 @@ class _Prober:
         with self.norms: self.learn.act("predict")
         return rows_in(self.learn.predictions, self.size)
 
-    def others_replaced(self, row: int, draw: int) -> Any:
-        "The batch with every example but one replaced by a random one."
+    def with_others(self, replaced: list[int], draw: int) -> list[Tensor]:
+        "The outputs with some examples replaced by others, and noise on floating numbers."
         generator = torch.Generator().manual_seed(draw)
-        rows = torch.randint(self.size, (self.size,), generator=generator)
-        rows[row] = row
-        return self._with_noise(rows, [i for i in range(self.size) if i != row], generator)
-
-    def one_replaced(self, other: int, draw: int) -> Any:
-        "The batch with one example replaced."
+        steps = torch.randint(1, self.size, (len(replaced),), generator=generator)
         rows = torch.arange(self.size)
-        rows[other] = (other + 1 + draw) % self.size
-        return self._with_noise(rows, [other], torch.Generator().manual_seed(draw))
+        rows[replaced] = (rows[replaced] + steps) % self.size
 
-    def _with_noise(self, rows: Tensor, noisy: list[int], generator: torch.Generator) -> Any:
-        "The examples at some positions, with noise on the floating numbers of a few."
         def shake(leaf: Any) -> Any:
             if not has_rows(leaf, self.size) or not leaf.is_floating_point(): return leaf
-            spread = leaf.float().std().nan_to_num(0.0) + leaf.float().abs().mean().clamp(max=1e6) * 0.1
-            noise = torch.randn(leaf[noisy].shape, generator=generator).to(leaf)
+            size = leaf.float().abs().mean().clamp(max=1e6)
+            spread = leaf.float().std().nan_to_num(0.0) + 0.1 * size
+            noise = torch.randn(leaf[replaced].shape, generator=generator).to(leaf)
             changed = leaf.clone()
-            changed[noisy] += noise * spread.to(leaf)
+            changed[replaced] += noise * spread.to(leaf)
             return changed
-        return map_tensors(shake, take(self.data, rows, self.size))
+        return self.outputs(map_tensors(shake, take(self.data, rows, self.size)))
 
-# %% ../../nbs/check/leakage.ipynb #569591c4
+# %% ../../nbs/check/leakage.ipynb #60b50cda
 def _by_gradient(probe: _Prober, rows: list[int]) -> dict[int, list[int]]:
     "Which other examples' inputs have a gradient of each row's output."
     inputs: list[Tensor] = []
@@ -103,10 +100,14 @@ def _by_gradient(probe: _Prober, rows: list[int]) -> dict[int, list[int]]:
         outputs = probe.outputs(map_tensors(with_gradient, probe.data))
         outputs = [output for output in outputs if output.requires_grad]
         if not inputs or not outputs: return seen
-        weights = [torch.randn(output.shape[1:], device=output.device).to(output) for output in outputs]
+        weights = [torch.randn(output.shape[1:], device=output.device).to(output)
+                   for output in outputs]
         for row in rows:
-            total = torch.stack([(output[row] * weight).sum() for output, weight in zip(outputs, weights, strict=True)])
-            try: grads = torch.autograd.grad(total.sum(), inputs, retain_graph=True, allow_unused=True)
+            total = torch.stack([(output[row] * weight).sum() for output,
+                                 weight in zip(outputs, weights, strict=True)])
+            try:
+                grads = torch.autograd.grad(total.sum(), inputs, retain_graph=True,
+                                            allow_unused=True)
             except RuntimeError: return seen  # such as a recurrent net of cuDNN in evaluation
             sizes = [grad.detach().abs().reshape(probe.size, -1).amax(1).float() for grad in grads
                      if grad is not None and grad.numel()]
@@ -116,10 +117,11 @@ def _by_gradient(probe: _Prober, rows: list[int]) -> dict[int, list[int]]:
             if leaks := [other for other in others if other != row]: seen[row] = leaks
     return seen
 
-# %% ../../nbs/check/leakage.ipynb #5801dee8
+# %% ../../nbs/check/leakage.ipynb #ec6ede6c
 def _differ(before: Tensor, after: Tensor, row: int | None = None) -> bool:
     "Whether values, or those of one row, have changed by more than rounding."
-    if before.shape != after.shape or not before.numel(): return False  # of unequal lengths: not to be compared
+    if before.shape != after.shape or not before.numel():
+        return False  # of unequal lengths: not to be compared
     limit = LEAK_CHANGE * before.abs().max()
     if row is not None: before, after = before[row], after[row]
     return bool((before - after).abs().max() > limit)
@@ -132,18 +134,23 @@ def _by_change(probe: _Prober, rows: list[int]) -> dict[int, list[int]]:
     "Which examples change each row's output when they are replaced, as far as tried."
     before, again = probe.outputs(probe.data), probe.outputs(probe.data)
     seen: dict[int, list[int]] = {}
-    if any(_changed(before, again, row) for row in rows): return seen  # it has randomness of its own
+    if any(_changed(before, again, row) for row in rows):
+        return seen  # it has randomness of its own
     for row in rows:
-        try: changed = any(_changed(before, probe.outputs(probe.others_replaced(row, draw)), row) for draw in (1, 2))
+        all_others = [other for other in range(probe.size) if other != row]
+        try:
+            changed = any(_changed(before, probe.with_others(all_others, draw), row)
+                          for draw in (1, 2))
         except Exception: continue  # such as lengths that have to be in order
         if not changed: continue
         near = [(row + step) % probe.size for step in (1, -1, 2, -2, 3)]
-        others = {other: None for other in (*near, *range(min(probe.size, 16))) if other != row}
-        seen[row] = sorted(other for other in others if any(
-            _changed(before, probe.outputs(probe.one_replaced(other, draw)), row) for draw in (1, 2)))
+        tried = {*near, *range(min(probe.size, 16))} - {row}
+        seen[row] = [other for other in sorted(tried)
+                     if any(_changed(before, probe.with_others([other], draw), row)
+                            for draw in (1, 2))]
     return seen
 
-# %% ../../nbs/check/leakage.ipynb #5b3d7a5b
+# %% ../../nbs/check/leakage.ipynb #4d9abaa6
 class _Mixer(NamedTuple):
     "Where another example first shows in a row."
     path: str  # of a module
@@ -157,19 +164,20 @@ def _first_mixer(probe: _Prober, row: int, others: list[int]) -> _Mixer:
     def note(mixer: _Mixer, tree: Any) -> None:
         events.append((mixer, [leaf[row].detach().clone() for leaf in rows_in(tree, probe.size)]))
 
-    changed = probe.one_replaced(others[0], 1) if others else probe.others_replaced(row, 1)
+    replaced = others[:1] or [other for other in range(probe.size) if other != row]
     with hooked(probe.learn.model, lambda path, given: note(_Mixer(path, True), given),
                 lambda path, output: note(_Mixer(path, False), output)):
         probe.outputs(probe.data)
         before, events = events, []
-        probe.outputs(changed)
+        probe.with_others(replaced, 1)
     for (mixer, one), (_, two) in zip(before, events, strict=False):
         if any(_differ(a, b) for a, b in zip(one, two, strict=False)): return mixer
     return _Mixer("", False)
 
 def _advice(model: nn.Module, mixer: _Mixer) -> str:
     "Where the mixing happens and what to do about it."
-    where, causes = described(model, mixer.path), "a view, reshape, mean, cat or softmax over axis 0"
+    where = described(model, mixer.path)
+    causes = "a view, reshape, mean, cat or softmax over axis 0"
     if mixer.entering and mixer.path:
         parent = described(model, mixer.path.rpartition(".")[0])
         return f"in the forward of {parent}, before {where}; look there for {causes}"
@@ -177,15 +185,17 @@ def _advice(model: nn.Module, mixer: _Mixer) -> str:
     if getattr(module, "batch_first", True) is False:
         return f"in {where}, which takes axis 0 for the sequence; create it with batch_first=True"
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return f"in {where}, which has no running statistics to evaluate with; leave track_running_stats=True"
+        return (f"in {where}, which has no running statistics to evaluate with; leave "
+                "track_running_stats=True")
     return f"in {where}; look in its forward for {causes}"
 
-# %% ../../nbs/check/leakage.ipynb #788c4d2d
+# %% ../../nbs/check/leakage.ipynb #a6392057
 class _Search:
     "What a search for leaks has found, pass by pass."
 
     def __init__(self) -> None:
-        self.leaks: dict[str, dict[int, list[int]]] = {}  # by mode: the row and the examples that it depends on
+        # By mode: the row and the examples that it depends on.
+        self.leaks: dict[str, dict[int, list[int]]] = {}
         self.mixer = _Mixer("", False)  # of the first
         self.reason = "no batch was prepared"  # why nothing could be looked for
         self.looked = False
@@ -198,7 +208,8 @@ class _Search:
         probe = _Prober(copy)
         with torch.no_grad(): outputs = probe.outputs(probe.data)
         if not outputs: self.reason = f"no prediction has one row for each of the {size} examples"
-        elif not all(output.isfinite().all() for output in outputs): self.reason = "the predictions are not finite"
+        elif not all(output.isfinite().all() for output in outputs):
+            self.reason = "the predictions are not finite"
         else:
             self.looked = True
             rows = sorted({0, 1, size // 2, size - 2, size - 1})
@@ -207,16 +218,19 @@ class _Search:
             if not self.leaks: self.mixer = _first_mixer(probe, *next(iter(leaks.items())))
             self.leaks["training" if copy.phase == "train" else "evaluation"] = leaks
 
-# %% ../../nbs/check/leakage.ipynb #fb79ffab
+# %% ../../nbs/check/leakage.ipynb #cce0980f
 def batch_leakage(learn: Learner) -> Findings:
-    """Does an example's prediction depend on other examples of the batch? In training and in evaluation.
+    """Does an example's prediction depend on other examples of the batch?
+
+    It is tried in training and in evaluation.
 
     Args:
         learn: a learner; it stays as it is.
 
     Returns:
-        One finding, "batch leak". Its values are `pairs` (a row and an example it depends on), `modes`, `module` (the
-        path of the first module behind the mixing) and `norms` (the batch norms, which may mix in training).
+        One finding, "batch leak". Its values are `pairs` (a row and an example it depends on),
+        `modes`, `module` (the path of the first module behind the mixing) and `norms` (the batch
+        norms, which may mix in training).
 
     Raises:
         TypeError: if a loader can be read only once.
@@ -232,9 +246,11 @@ def batch_leakage(learn: Learner) -> Findings:
         for phase in ("train", "validation"): visit(copy, phase, batch, search.look)
     if search.leaks: return Findings([_leak(learn.model, search, norms)])
     if not search.looked: return Findings([skipped("batch leak", search.reason)])
-    note = f"; batch norm mixes them in training, as it is meant to: {listed(norms)}" if norms else ""
-    return Findings([passed("batch leak", f"no example's prediction depends on another{note}", norms=norms)])
+    message = "no example's prediction depends on another"
+    if norms: message += f"; batch norm mixes them in training, as it is meant to: {listed(norms)}"
+    return Findings([passed("batch leak", message, norms=norms)])
 
+# %% ../../nbs/check/leakage.ipynb #b131da8a
 def _leak(model: nn.Module, search: _Search, norms: list[str]) -> Finding:
     leaks = next(iter(search.leaks.values()))
     pairs = [(row, other) for row, others in leaks.items() for other in others]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Place', 'ReadBacks', 'tell_hooks', 'check_syncs']
 
-# %% ../../nbs/check/reads.ipynb #81048847
+# %% ../../nbs/check/reads.ipynb #031bc9b5
 import inspect
 import linecache
 import sys
@@ -23,15 +23,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..base.history import Mean
-from .bench import Bench
+from .bench import Bench, own_values
 from .findings import Finding, fault
 from .looking import tensors_in
 from ..loop.learner import Learner
 from ..loop.stages import Callback, FunctionCallback, StageTree, hooks_of
 
-# %% ../../nbs/check/reads.ipynb #3e844600
+# %% ../../nbs/check/reads.ipynb #247490cf
 # Operations. Not bincount: who knows that it waits on an accelerator counts otherwise there.
-_READS = ("_local_scalar_dense", "nonzero", "equal", "allclose", "masked_select", "_unique2", "unique_dim")
+_READS = ("_local_scalar_dense", "nonzero", "equal", "allclose", "masked_select", "_unique2",
+          "unique_dim")
 _FETCHES = ("tolist", "numpy", "__array__", "cpu")  # methods of a tensor
 
 class Place(NamedTuple):
@@ -41,15 +42,18 @@ class Place(NamedTuple):
     function: str
 
     def __str__(self) -> str:
-        return f"`{linecache.getline(self.file, self.line).strip()}` (line {self.line}, {self.function})"
+        source = linecache.getline(self.file, self.line).strip()
+        return f"`{source}` (line {self.line}, {self.function})"
 
+# %% ../../nbs/check/reads.ipynb #c4ceee10
 class ReadBacks:
     "Notes where values are read back from the device while a learner trains, for a `with`."
 
     def __init__(self, learn: Learner):
         self.learn = learn
         self.hook = ""  # of the callback under test, while it runs
-        self.found: dict[tuple[str, str], dict[int, Place]] = {}  # by phase and hook: the first line in each batch
+        # By phase and hook: the first line in each batch.
+        self.found: dict[tuple[str, str], dict[int, Place]] = {}
         self.local: dict[int, weakref.ref[Tensor]] = {}  # tensors that were made on the CPU, by id
         self.modes = ExitStack()
 
@@ -71,13 +75,15 @@ class ReadBacks:
 
     def note_read(self, given: Any) -> None:
         "A value is read; if it is on the device, in which batch, hook and line?"
-        if "batch" not in vars(self.learn) or all(map(self.is_local, tensors_in(given).values())): return
+        if not hasattr(self.learn, "batch") or all(map(self.is_local, tensors_in(given).values())):
+            return
         place = _caller(sys._getframe(2))
-        if (place.file, place.function) == _MEAN: return  # it looks where the value is, and reads on the CPU alone
+        if (place.file, place.function) == _MEAN:
+            return  # it looks where the value is, and reads on the CPU alone
         batches = self.found.setdefault((self.learn.phase, self.hook or place.function), {})
         batches.setdefault(self.learn.batch_num, place)
 
-# %% ../../nbs/check/reads.ipynb #d46e43aa
+# %% ../../nbs/check/reads.ipynb #172256fc
 class _Operations(TorchDispatchMode):
     "Sees the operations, also those inside PyTorch."
 
@@ -90,13 +96,14 @@ class _Operations(TorchDispatchMode):
         given = [args, kwargs]
         if name in _READS or _is_masked(name, args): self.reads.note_read(given)
         made = func(*args, **kwargs)
-        local = name.startswith("lift_fresh") or all(map(self.reads.is_local, tensors_in(given).values()))
-        self.reads.note_origin(made, local)
+        local = all(map(self.reads.is_local, tensors_in(given).values()))
+        self.reads.note_origin(made, local or name.startswith("lift_fresh"))
         return made
 
 def _is_masked(name: str, args: Any) -> bool:
     "Whether values are picked by a mask, which has to be counted first."
-    return name == "index" and any(part is not None and part.dtype in (torch.bool, torch.uint8) for part in args[1])
+    return name == "index" and any(part is not None and part.dtype in (torch.bool, torch.uint8)
+                                   for part in args[1])
 
 class _Calls(TorchFunctionMode):
     "Sees the calls of a program: some are not an operation where the tensor is on the CPU already."
@@ -111,30 +118,24 @@ class _Calls(TorchFunctionMode):
         to_cpu = name == "to" and "cpu" in targets and not kwargs.get("non_blocking")
         if name in _FETCHES or to_cpu: self.reads.note_read(args[:1])
         made = func(*args, **kwargs)
-        if kwargs.get("device") is not None: self.reads.note_origin(made, False)  # asked for on a certain device
+        if kwargs.get("device") is not None:
+            self.reads.note_origin(made, False)  # asked for on a certain device
         return made
 
 _MEAN = Mean.add.__code__.co_filename, Mean.add.__code__.co_qualname
 _TORCH, _HERE = f"{Path(torch.__file__).parent}/", _is_masked.__code__.co_filename
 
+# %% ../../nbs/check/reads.ipynb #73b3fb6c
 def _caller(frame: FrameType | None) -> Place:
     "The innermost line that is neither PyTorch's nor in this module."
-    while frame and frame.f_back and frame.f_code.co_filename.startswith((_TORCH, _HERE)): frame = frame.f_back
+    while frame and frame.f_back and frame.f_code.co_filename.startswith((_TORCH, _HERE)):
+        frame = frame.f_back
     if frame is None: return Place("", 0, "")
     return Place(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname)
 
-# %% ../../nbs/check/reads.ipynb #ab6d2b57
-def tell_hooks(callback: Callback, tree: StageTree, tell: Callable[[str], Any]) -> Callback:
-    """Make a callback say which of its hooks is running.
-
-    Args:
-        callback: which is changed.
-        tree: of the learner that it goes to.
-        tell: called with the name of each hook that begins, and with "" when it ends.
-
-    Returns:
-        The same callback.
-    """
+# %% ../../nbs/check/reads.ipynb #b6362f1d
+def tell_hooks(callback: Callback, tree: StageTree, tell: Callable[[str], Any]) -> None:
+    "Make a callback say which of its hooks begins, and \"\" when it ends."
     def telling(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(hook)
         def plain(*args: Any, **kwargs: Any) -> Any:
@@ -147,16 +148,16 @@ def tell_hooks(callback: Callback, tree: StageTree, tell: Callable[[str], Any]) 
         return around if inspect.isgeneratorfunction(hook) else plain
 
     for name, hook in list(hooks_of(callback, tree)):
-        setattr(callback, "function" if isinstance(callback, FunctionCallback) else name, telling(name, hook))
-    return callback
+        setattr(callback, "function" if isinstance(callback, FunctionCallback) else name,
+                telling(name, hook))
 
-# %% ../../nbs/check/reads.ipynb #1e6bc159
+# %% ../../nbs/check/reads.ipynb #8825e1e4
 def _reads_in_every_batch(bench: Bench, callback: Callback | None) -> dict[tuple[str, str], Place]:
     "Where values are read back in every batch of a pass: by phase and hook, the line."
     with bench.learner(batches=6) as learn:
         with ReadBacks(learn) as reads:
             if callback:
-                reads.note_origin(bench.attributes(callback, learn), True)
+                reads.note_origin(own_values(callback, learn), True)
                 tell_hooks(callback, learn.tree, partial(setattr, reads, "hook"))
             learn.train(callbacks=callback)
         batches = {phase: sum(1 for _ in loader) for phase, loader in learn.dataloaders.items()}
@@ -168,5 +169,5 @@ def check_syncs(bench: Bench) -> Iterator[Finding]:
     usual = set(_reads_in_every_batch(bench, None).values())
     for (phase, hook), place in _reads_in_every_batch(bench, bench.fresh()).items():
         if place not in usual:
-            yield fault("syncs", f"{hook} reads from the device in every {phase} batch: {place}; keep the tensor, "
-                                 "detached, and read it at the end of the pass")
+            yield fault("syncs", f"{hook} reads from the device in every {phase} batch: {place}; "
+                                 "keep the tensor, detached, and read it at the end of the pass")

@@ -5,22 +5,23 @@
 # %% auto #0
 __all__ = ['SCALE', 'TINY', 'SHIFT', 'SPREAD_RATIO', 'MANY', 'PURE', 'SINGLE', 'OVERLAP', 'data']
 
-# %% ../../nbs/check/survey.ipynb #66f097a8
+# %% ../../nbs/check/survey.ipynb #bedf93c8
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from ..base.words import check_whole
 from .findings import Finding, Findings, fault, passed, skipped
-from .looking import described, first_batches, has_rows, hooked, listed, loss_kind, on_a_copy, tensors_in
+from .looking import described, first_batches, has_rows, hooked, listed, loss_kind
+from .looking import on_a_copy, tensors_in
 from .looking import visit
 from ..loop.learner import Learner
 from ..loop.stages import CancelEpochException
 
-# %% ../../nbs/check/survey.ipynb #711576d5
+# %% ../../nbs/check/survey.ipynb #47ff5afb
 class _Input:
     "What is known of one input over all examples of a pass."
 
@@ -28,7 +29,8 @@ class _Input:
         self.first, self.floating = first.clone(), first.is_floating_point()
         self.count, self.total, self.squares = 0, 0.0, 0.0
         self.means: list[float] = []  # of the examples
-        self.constant, self.flat = True, True  # the same for all examples; one number throughout in each of them
+        # The same for all examples; one number throughout in each of them.
+        self.constant, self.flat = True, True
         self.bad: list[int] = []  # batches with something that is not finite
         self.bad_examples = 0
 
@@ -51,14 +53,30 @@ class _Input:
     def mean(self) -> float: return self.total / max(self.count, 1)
 
     @property
-    def deviation(self) -> float: return math.sqrt(max(self.squares / max(self.count, 1) - self.mean**2, 0.0))
+    def deviation(self) -> float:
+        return math.sqrt(max(self.squares / max(self.count, 1) - self.mean**2, 0.0))
 
     @property
     def noise(self) -> float:
         "The variance of the mean, as far as it comes from the choice of examples."
         return float(torch.tensor(self.means).var()) / len(self.means)
 
-# %% ../../nbs/check/survey.ipynb #efca5337
+# %% ../../nbs/check/survey.ipynb #b5fd0433
+def _hashed(leaves: Iterable[Tensor]) -> bytes:
+    "What tells an example from others."
+    digest = hashlib.blake2b(digest_size=16)
+    for leaf in leaves: digest.update(leaf.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+def _kind(copy: Learner) -> tuple[str, int]:
+    "The kind of the loss and, if it is one of classes, how many the model tells apart."
+    try:
+        with torch.no_grad(): copy.act("predict")
+        kind, axis = loss_kind(copy.loss_func, copy.predictions, copy.labels)
+    except Exception: return "", 0  # the doctor says what is wrong
+    return kind, copy.predictions.shape[axis] if kind in ("cross entropy", "log likelihood") else 0
+
+# %% ../../nbs/check/survey.ipynb #5a772894
 class _Survey:
     "What is known of the data of one pass."
 
@@ -71,30 +89,19 @@ class _Survey:
 
     def look(self, copy: Learner) -> None:
         size, labels = copy.batch_size, copy.labels
-        if not self.examples: self._try(copy)
+        if not self.examples: self.kind, self.outputs = _kind(copy)
         rows: list[Tensor] = []
         for place, leaf in tensors_in(copy.data, "data").items():
             if not has_rows(leaf, size) or leaf is labels: continue
             leaf = leaf.detach().cpu()
             self.inputs.setdefault(place, _Input(leaf[0])).add(leaf, copy.batch_num)
             rows.append(leaf.contiguous())
-        for i in range(size if rows else 0):
-            digest = hashlib.blake2b(digest_size=16)
-            for leaf in rows: digest.update(leaf[i].reshape(-1).view(torch.uint8).numpy().tobytes())
-            self.hashes.append(digest.digest())
+        if rows: self.hashes += [_hashed(leaf[i] for leaf in rows) for i in range(size)]
         if isinstance(labels, Tensor): self.batches.append(labels.detach().cpu())
         self.examples += size
         if self.examples >= self.limit:
             self.whole = False
             raise CancelEpochException
-
-    def _try(self, copy: Learner) -> None:
-        "Find out the kind of the loss, if the model can be called; the doctor says so if it cannot."
-        try:
-            with torch.no_grad(): copy.act("predict")
-            self.kind, axis = loss_kind(copy.loss_func, copy.predictions, copy.labels)
-            if self.kind in ("cross entropy", "log likelihood"): self.outputs = copy.predictions.shape[axis]
-        except Exception: self.kind = ""
 
     @property
     def labels(self) -> Tensor | None:
@@ -103,26 +110,26 @@ class _Survey:
 
     @property
     def classes(self) -> Tensor:
-        "All labels that are classes, without those that torch leaves out; none if they are not classes."
+        "The labels that are classes, without those that PyTorch leaves out."
         labels = self.labels
         if labels is None or labels.is_floating_point(): return torch.empty(0, dtype=torch.int64)
         return labels[labels != -100]
 
 _Surveys = Mapping[str, _Survey]  # by phase
 
-# %% ../../nbs/check/survey.ipynb #f16607cf
+# %% ../../nbs/check/survey.ipynb #f00d4b76
 def _finite(surveys: _Surveys) -> Finding:
     name = "finite data"
     for phase, survey in surveys.items():
         for place, seen in survey.inputs.items():
             if seen.bad:
-                return fault(name, f"{seen.bad_examples} of {survey.examples} examples have NaN or infinity in {place}, "
-                                   f"first in {phase} batch {seen.bad[0]}; remove or repair them",
-                             phase=phase, batches=seen.bad)
+                return fault(name, f"{seen.bad_examples} of {survey.examples} examples have NaN or "
+                                   f"infinity in {place}, first in {phase} batch {seen.bad[0]}; "
+                                   "remove or repair them", phase=phase, batches=seen.bad)
         bad = [i for i, labels in enumerate(survey.batches) if not labels.isfinite().all()]
         if bad:
-            return fault(name, f"labels have NaN or infinity, first in {phase} batch {bad[0]}; remove or repair them",
-                         phase=phase, batches=bad)
+            return fault(name, f"labels have NaN or infinity, first in {phase} batch {bad[0]}; "
+                               "remove or repair them", phase=phase, batches=bad)
     return passed(name, "inputs and labels are finite")
 
 def _constant(survey: _Survey) -> Finding:
@@ -131,26 +138,29 @@ def _constant(survey: _Survey) -> Finding:
     for place, seen in survey.inputs.items():
         # Whole numbers beside another input may be masks or lengths, which are often all the same.
         if seen.constant and (seen.floating or len(survey.inputs) == 1):
-            return fault(name, f"{place} is the same in all {survey.examples} examples; look at how it is loaded",
-                         place=place)
+            return fault(name, f"{place} is the same in all {survey.examples} examples; look at "
+                               "how it is loaded", place=place)
         if seen.flat and seen.floating:
-            return fault(name, f"{place} has one value throughout in each of {survey.examples} examples; look at how "
-                               "it is loaded", place=place)
+            return fault(name, f"{place} has one value throughout in each of {survey.examples} "
+                               "examples; look at how it is loaded", place=place)
     return passed(name, "inputs differ from example to example")
 
-# %% ../../nbs/check/survey.ipynb #85c70247
-SCALE = 10.0  # inputs of the first layer with a larger mean or deviation are not normalised; pixels up to 255 have 80
+# %% ../../nbs/check/survey.ipynb #3a83273c
+# Inputs of the first layer with a larger mean or deviation are not normalised; pixels up to 255
+# have 80.
+SCALE = 10.0
 TINY = 0.01  # a smaller deviation is as bad: pixels that were divided by 255 twice have 0.001
 
 def _scale(copy: Learner) -> Finding:
     name, model = "input scale", copy.model
     layers = {path for path, module in model.named_modules()
-              if next(module.children(), None) is None and next(module.parameters(), None) is not None}
+              if next(module.children(), None) is None
+              and next(module.parameters(), None) is not None}
     seen: dict[str, Tensor] = {}  # of the first layer alone
 
     def note(path: str, given: object) -> None:
         leaves = [leaf for leaf in tensors_in(given).values() if leaf.is_floating_point()]
-        # Numbers that are not an input, such as what an embedding made of it, are the model's own affair.
+        # Numbers that are not an input, such as what an embedding makes of it, do not count.
         if path in layers and not seen and leaves: seen[path] = leaves[0].detach().float()
     try:
         with torch.no_grad(), hooked(model, note): copy.act("predict")
@@ -159,7 +169,8 @@ def _scale(copy: Learner) -> Finding:
     if not seen or not floating: return skipped(name, "the inputs are whole numbers")
     (path, values), = seen.items()
     where = described(model, path)
-    if type(model.get_submodule(path)).__name__.startswith(("BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm", "RMSNorm")):
+    if type(model.get_submodule(path)).__name__.startswith(("BatchNorm", "LayerNorm", "GroupNorm",
+                                                            "InstanceNorm", "RMSNorm")):
         return passed(name, f"{where} normalises the inputs")
     values = values[values.isfinite()]
     mean, deviation = float(values.mean()), float(values.std())
@@ -169,13 +180,16 @@ def _scale(copy: Learner) -> Finding:
                      mean=mean, deviation=deviation, module=path)
     return passed(name, text, mean=mean, deviation=deviation, module=path)
 
-# %% ../../nbs/check/survey.ipynb #00c558fd
-SHIFT = 0.5  # standard deviations between the means of training and validation; a fair split differs by some 0.05
+# %% ../../nbs/check/survey.ipynb #c7585468
+# Standard deviations between the means of training and validation; a fair split differs by some
+# 0.05.
+SHIFT = 0.5
 SPREAD_RATIO = 2.0  # ratio of their deviations
 
 def _preprocessing(surveys: _Surveys) -> Finding:
     name, train = "preprocessing", surveys.get("train")
-    if train is None or len(surveys) == 1: return skipped(name, "there are no two loaders to compare")
+    if train is None or len(surveys) == 1:
+        return skipped(name, "there are no two loaders to compare")
     for phase, survey in surveys.items():
         if phase == "train" or min(survey.examples, train.examples) < 30: continue
         for place, own in train.inputs.items():
@@ -185,12 +199,13 @@ def _preprocessing(surveys: _Surveys) -> Finding:
             if not spread: continue
             shifted = shift > SHIFT * spread and shift > 6 * math.sqrt(own.noise + other.noise)
             if shifted or spread > SPREAD_RATIO * max(min(own.deviation, other.deviation), 1e-30):
-                return fault(name, f"{place} has mean {own.mean:.3g} and deviation {own.deviation:.3g} in training, but "
-                                   f"{other.mean:.3g} and {other.deviation:.3g} in {phase}; treat both alike",
+                return fault(name, f"{place} has mean {own.mean:.3g} and deviation "
+                                   f"{own.deviation:.3g} in training, but {other.mean:.3g} and "
+                                   f"{other.deviation:.3g} in {phase}; treat both alike",
                              phase=phase, place=place)
     return passed(name, "training and held-out inputs are alike in mean and deviation")
 
-# %% ../../nbs/check/survey.ipynb #09b950bb
+# %% ../../nbs/check/survey.ipynb #533e7d1f
 def _label_range(surveys: _Surveys, first: _Survey) -> Finding:
     name, last = "label range", first.outputs - 1
     for phase, survey in surveys.items():
@@ -198,15 +213,17 @@ def _label_range(surveys: _Surveys, first: _Survey) -> Finding:
         if labels is None or not labels.numel(): continue
         low, high = labels.min().item(), labels.max().item()
         if first.kind.startswith("binary") and (low < 0 or high > 1):
-            return fault(name, f"{phase} labels go from {low:g} to {high:g}, and the loss wants 0 to 1; map them",
-                         phase=phase)
+            return fault(name, f"{phase} labels go from {low:g} to {high:g}, and the loss wants 0 "
+                               "to 1; map them", phase=phase)
         if first.outputs >= 2 and (low < 0 or high > last):
             cure = "map them to 0, 1, 2 ..."
             if low == 1 and high == first.outputs: cure = "subtract 1"
             elif low >= 0: cure = f"give the model {high + 1} outputs"
-            return fault(name, f"{phase} labels go from {low} to {high}, and the model has outputs 0 to {last}; {cure}",
-                         phase=phase, low=low, high=high, outputs=first.outputs)
-    if first.kind not in ("", "regression"): return passed(name, "labels are in the range that the loss wants")
+            return fault(name, f"{phase} labels go from {low} to {high}, and the model has outputs "
+                               f"0 to {last}; {cure}", phase=phase, low=low, high=high,
+                         outputs=first.outputs)
+    if first.kind not in ("", "regression"):
+        return passed(name, "labels are in the range that the loss wants")
     return skipped(name, "the loss is of no kind that restricts the labels")
 
 def _label_values(surveys: _Surveys, first: _Survey) -> Finding:
@@ -214,21 +231,26 @@ def _label_values(surveys: _Surveys, first: _Survey) -> Finding:
     if labels is None or first.examples < 8 or not labels.numel():
         return skipped(name, "there are no labels, or fewer than eight examples")
     if bool((labels == labels[0]).all()):
-        return fault(name, f"all {first.examples} labels are {labels[0].item():g}; there is nothing to learn")
+        return fault(name, f"all {first.examples} labels are {labels[0].item():g}; there is "
+                           "nothing to learn")
     if first.outputs and "train" in surveys and first.whole:
         known = set(first.classes.tolist())
         for phase, survey in surveys.items():
             values = survey.classes.tolist()
             new = sorted(set(values) - known)
             share = sum(value in new for value in values) / max(len(values), 1)
-            if known and share > 0.02:  # fewer may be rare classes, which a fair split can put on one side only
+            # Fewer may be rare classes, which a fair split can put on one side only.
+            if known and share > 0.02:
                 return fault(name, f"{share:.0%} of the {phase} labels never occur in training: "
-                                   f"{listed([str(value) for value in new])}; shuffle before you split", phase=phase)
+                                   f"{listed([str(value) for value in new])}; shuffle before you "
+                                   "split", phase=phase)
     return passed(name, f"labels take {len(labels.unique())} values")
 
-# %% ../../nbs/check/survey.ipynb #0002466d
+# %% ../../nbs/check/survey.ipynb #fcb9d47b
 MANY = 20  # examples for each output, before it can be said that one is never used
-PURE = 0.4  # share of batches with a single class, from which on the data must be sorted; shuffled they have none
+# Share of batches with a single class, from which on the data must be sorted; shuffled they have
+# none.
+PURE = 0.4
 SINGLE = 0.9  # share of the largest class; above it batches of one class are nothing special
 
 def _label_order(surveys: _Surveys) -> Finding:
@@ -240,40 +262,45 @@ def _label_order(surveys: _Surveys) -> Finding:
     pure = sum(len(labels.unique()) == 1 for labels in batches) / len(batches)
     largest = float(labels.unique(return_counts=True)[1].max()) / len(labels)
     if pure > PURE and largest < SINGLE:
-        return fault(name, f"{pure:.0%} of the training batches have a single class; shuffle the examples", share=pure)
+        return fault(name, f"{pure:.0%} of the training batches have a single class; shuffle the "
+                           "examples", share=pure)
     return passed(name, "the classes are mixed in the training batches")
 
 def _outputs(surveys: _Surveys, first: _Survey) -> Finding:
     name, outputs = "outputs", first.outputs
     if not outputs: return skipped(name, "the loss is not one of classes")
     if outputs == 1:
-        return fault(name, "the model has a single output, and the loss wants one for each class; give it as many")
+        return fault(name, "the model has a single output, and the loss wants one for each class; "
+                           "give it as many")
     used = set(torch.cat([survey.classes for survey in surveys.values()]).tolist())
     if not used or not first.whole or first.examples < MANY * outputs:
         return skipped(name, f"too few examples to tell which of {outputs} outputs are used")
     spare = [i for i in range(outputs) if i not in used]
     if spare:
-        return fault(name, f"{len(spare)} of {outputs} outputs have no example: {listed([str(i) for i in spare])}; "
-                           f"give the model {outputs - len(spare)} outputs", spare=spare)
+        return fault(name, f"{len(spare)} of {outputs} outputs have no example: "
+                           f"{listed([str(i) for i in spare])}; give the model "
+                           f"{outputs - len(spare)} outputs", spare=spare)
     return passed(name, f"each of {outputs} outputs has examples")
 
-# %% ../../nbs/check/survey.ipynb #a8b4f89a
+# %% ../../nbs/check/survey.ipynb #f32eaab6
 OVERLAP = 0.005  # share of the validation examples that may be in training as well
 
 def _overlap(surveys: _Surveys) -> Finding:
-    name, phases = "overlap", [phase for phase in ("train", "validation", "test") if phase in surveys]
+    name, phases = "overlap", [phase for phase in ("train", "validation", "test")
+                               if phase in surveys]
     if len(phases) < 2: return skipped(name, "there are no two loaders to compare")
     for one, two in ((one, two) for i, one in enumerate(phases) for two in phases[i + 1:]):
         known, hashes = surveys[one].hashes, surveys[two].hashes
         if not hashes or not known: continue
         lookup = set(known)
-        # Inputs of few possible values repeat by themselves; as many as within one loader are no news.
+        # Inputs of few possible values repeat by themselves; as many as in one loader are normal.
         repeats = 1 - len(lookup) / len(known)
         shared = sum(digest in lookup for digest in hashes)
         share = shared / len(hashes)
         if share > max(OVERLAP, 3 * repeats) and shared > 1:
-            return fault(name, f"{shared} of {len(hashes)} {two} examples ({share:.0%}) are in {one} as well; "
-                               "split before anything is repeated", pair=(one, two), share=share)
+            return fault(name, f"{shared} of {len(hashes)} {two} examples ({share:.0%}) are in "
+                               f"{one} as well; split before anything is repeated", pair=(one, two),
+                         share=share)
     part = "" if all(survey.whole for survey in surveys.values()) else " among those looked at"
     return passed(name, f"no example is in two loaders{part}")
 
@@ -282,17 +309,20 @@ def _contradictions(survey: _Survey) -> Finding:
     if labels is None or len(labels) != len(survey.hashes) or labels.is_floating_point():
         return skipped(name, "there is not one class for each example")
     classes: dict[bytes, set[int]] = {}
-    for digest, label in zip(survey.hashes, labels.tolist(), strict=True): classes.setdefault(digest, set()).add(label)
+    for digest, label in zip(survey.hashes, labels.tolist(), strict=True):
+        classes.setdefault(digest, set()).add(label)
     unlike = sum(len(classes[digest]) > 1 for digest in survey.hashes)
     copies = len(survey.hashes) - len(classes)
-    few_possible = len(classes) <= 0.5 * len(labels) or any(seen.constant for seen in survey.inputs.values())
+    few_possible = len(classes) <= 0.5 * len(labels) or any(seen.constant
+                                                            for seen in survey.inputs.values())
     if unlike > 0.1 * copies + 1 and unlike > 0.01 * len(labels) and not few_possible:
-        return fault(name, f"{unlike} of {len(labels)} training examples have the same input as one with another "
-                           "label; look at where the copies come from", count=unlike)
+        return fault(name, f"{unlike} of {len(labels)} training examples have the same input as "
+                           "one with another label; look at where the copies come from",
+                     count=unlike)
     if copies: return passed(name, f"{copies} exact copies in training, and their labels agree")
     return passed(name, "no exact copies in training")
 
-# %% ../../nbs/check/survey.ipynb #f79ee8d8
+# %% ../../nbs/check/survey.ipynb #a16f595a
 def data(learn: Learner, examples: int = 10_000) -> Findings:
     """Labels, inputs and splits: is the data what it should be?
 
@@ -301,8 +331,8 @@ def data(learn: Learner, examples: int = 10_000) -> Findings:
         examples: of each loader that are looked at.
 
     Returns:
-        Findings "finite data", "constant input", "input scale", "preprocessing", "label range", "label values",
-        "label order", "outputs", "overlap" and "contradictions".
+        Findings "finite data", "constant input", "input scale", "preprocessing", "label range",
+        "label values", "label order", "outputs", "overlap" and "contradictions".
 
     Raises:
         ValueError: if examples is not a positive whole number.
@@ -318,8 +348,7 @@ def data(learn: Learner, examples: int = 10_000) -> Findings:
         phase, loader = next(iter(loaders.items()))
         visit(copy, phase, first_batches(loader, 1), lambda copy: scale.append(_scale(copy)))
     first = surveys.get("train") or next(iter(surveys.values()))
-    return Findings([
-        _finite(surveys), _constant(first), *scale, _preprocessing(surveys), _label_range(surveys, first),
-        _label_values(surveys, first), _label_order(surveys), _outputs(surveys, first), _overlap(surveys),
-        _contradictions(first),
-    ])
+    return Findings([_finite(surveys), _constant(first), *scale, _preprocessing(surveys),
+                     _label_range(surveys, first), _label_values(surveys, first),
+                     _label_order(surveys), _outputs(surveys, first), _overlap(surveys),
+                     _contradictions(first)])

@@ -19,7 +19,7 @@ from ..base.files import AnyPath, FileError, FileLock, LockedError
 from ..base.files import make_folder, read_json, remove, tidy, write_json
 from ..base.store import check_state, checkpoint_name, list_checkpoints, load_state
 from ..base.store import newest_checkpoint, save_state, snapshot
-from ..base.words import check_number, check_whole
+from ..base.words import check_number, check_whole, plain
 from ..loop.learner import Learner
 from ..loop.stages import Callback
 from ..steer.stopping import MonitorError, check_mode, check_monitor, monitored
@@ -92,7 +92,7 @@ class _Folder:
 
     def write_index(self, index: Mapping[str, Any]) -> None:
         "Say whose the checkpoints are, and which is the best."
-        write_json(self.path / _INDEX, index, inside=self.path)
+        write_json(self.path / _INDEX, plain(index), inside=self.path)
 
     def remove_old(self, newest: str, best: str, keep: int | None) -> None:
         "Remove those that are too many, and those of a future that did not happen."
@@ -152,10 +152,50 @@ class _Best:
         self.found = {"checkpoint": name, "monitor": self.monitor, "value": value,
                       "mode": self.mode}
 
+# %% ../../nbs/keep/checkpoint.ipynb #a9a985b8
+class _Stored(Callback):
+    "What a Checkpoint saves, and what it keeps in its own state."
+    keep: int | None
+    background: bool
+    training: str  # whose checkpoints these are
+    taken: int  # batches since the last one
+    _folder: _Folder
+    _best: _Best
+    _writer: _Writer
+    _last_time: float
+
+    def check_folder(self, learn: Learner) -> None:
+        "Raise CheckpointError if the folder holds checkpoints of another training."
+        _check_owner(self._folder.path, self._folder.named, self.training, learn)
+
+    def _name(self, learn: Learner) -> str:
+        return checkpoint_name(len(learn.history), learn.place.batch)
+
+    def _save(self, learn: Learner) -> None:
+        self._last_time, self.taken = monotonic(), 0
+        state, name, best = learn.state_dict(), self._name(learn), self._best.found or {}
+        if not self.background: return self._write(name, state, best)
+        self._writer.wait()
+        copy = snapshot(state)  # training goes on and changes the tensors
+        self._writer.start(lambda: self._write(name, copy, best))
+
+    def _write(self, name: str, state: dict[str, Any], best: dict[str, Any]) -> None:
+        save_state(self._folder.path / name, state)
+        self._folder.write_index({"training": self.training, **best})
+        self._folder.remove_old(name, best.get("checkpoint", ""), self.keep)
+
+    def state_dict(self) -> dict[str, Any]:
+        "Whose checkpoints these are, which is the best, and how far the next is."
+        return {"training": self.training, "best": self._best.found, "taken": self.taken}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        "Go on with the folder of an earlier process."
+        self.training, self.taken = str(state["training"]), int(state["taken"])
+        self._best.found = None if state["best"] is None else dict(state["best"])
+
 # %% ../../nbs/keep/checkpoint.ipynb #038e7c9b
-class _Saving(Callback):
+class _Saving(_Stored):
     "When a Checkpoint saves."
-    folder: Path
     steps: int | None
     minutes: float | None
     every: str | None
@@ -194,41 +234,6 @@ class _Saving(Callback):
         try: self._writer.wait()
         finally: self._folder.close()
 
-# %% ../../nbs/keep/checkpoint.ipynb #a9a985b8
-class _Stored(_Saving):
-    "What a Checkpoint saves, and what it keeps in its own state."
-    keep: int | None
-    background: bool
-
-    def check_folder(self, learn: Learner) -> None:
-        "Raise CheckpointError if the folder holds checkpoints of another training."
-        _check_owner(self._folder.path, self._folder.named, self.training, learn)
-
-    def _name(self, learn: Learner) -> str:
-        return checkpoint_name(len(learn.history), learn.place.batch)
-
-    def _save(self, learn: Learner) -> None:
-        self._last_time, self.taken = monotonic(), 0
-        state, name, best = learn.state_dict(), self._name(learn), self._best.found or {}
-        if not self.background: return self._write(name, state, best)
-        self._writer.wait()
-        copy = snapshot(state)  # training goes on and changes the tensors
-        self._writer.start(lambda: self._write(name, copy, best))
-
-    def _write(self, name: str, state: dict[str, Any], best: dict[str, Any]) -> None:
-        save_state(self._folder.path / name, state)
-        self._folder.write_index({"training": self.training, **best})
-        self._folder.remove_old(name, best.get("checkpoint", ""), self.keep)
-
-    def state_dict(self) -> dict[str, Any]:
-        "Whose checkpoints these are, which is the best, and how far the next is."
-        return {"training": self.training, "best": self._best.found, "taken": self.taken}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        "Go on with the folder of an earlier process."
-        self.training, self.taken = str(state["training"]), int(state["taken"])
-        self._best.found = None if state["best"] is None else dict(state["best"])
-
 # %% ../../nbs/keep/checkpoint.ipynb #9259f27c
 class _Found:
     "How the checkpoints of a folder are found again."
@@ -261,7 +266,7 @@ class _Found:
         return None
 
 # %% ../../nbs/keep/checkpoint.ipynb #b36fdee5
-class Checkpoint(_Found, _Stored):
+class Checkpoint(_Found, _Saving):
     """Saves everything that training depends on, so that `train(resume=folder)` goes on exactly.
 
     Args:
@@ -298,6 +303,6 @@ class Checkpoint(_Found, _Stored):
         self.training = secrets.token_hex(8)  # whose checkpoints these are
         self.taken = 0  # batches since the last one
         self._folder, self._best, self._writer = _Folder(folder), _Best(best, mode), _Writer()
-        if steps is None and minutes is None: self.after_batch = None
+        if steps is None and minutes is None: self.after_batch = None  # type: ignore
 
     def __repr__(self) -> str: return f"Checkpoint({self._folder.named!r})"

@@ -26,7 +26,8 @@ from ..base.provenance import rng_state, set_rng_state
 from ..base.store import read_checkpoint, snapshot
 from ..base.tree import to_device
 from ..base.words import PHASES, check_whole, split_column
-from .loop import Pass, Plan, Stream, passes_of
+from .loop import Plan
+from .passes import Pass, Stream, passes_of
 from .stages import Callback, CancelException, CancelTrainException
 from .state import Place, ResumeError, batches_from, check_state, gather, groups_of
 from .state import has_state, loaders_of, order_state, put, put_gradients, set_order_state
@@ -39,6 +40,7 @@ def _gives_way(number: int, handler: Any) -> bool:
     asyncios = getattr(getattr(handler, "func", None), "__qualname__", "") == "Runner._on_sigint"
     return handler == _DEFAULTS[number] or asyncios or getattr(handler, "gives_way", False)
 
+# %% ../../nbs/loop/resume.ipynb #d97d1ac9
 class Signals:
     "Within a `with` the first Ctrl-C or SIGTERM is noted, and the second one acts at once."
 
@@ -74,7 +76,7 @@ class Signals:
         "What stops the run, with what a notebook shows of it."
         return stop_error(self.noted, notice)
 
-# %% ../../nbs/loop/resume.ipynb #c1bc2a5f
+# %% ../../nbs/loop/resume.ipynb #0fa3d55c
 STOPPING = b"stopping after this batch; Ctrl-C again stops at once"
 
 def stop_error(number: int, notice: str) -> BaseException:
@@ -84,7 +86,7 @@ def stop_error(number: int, notice: str) -> BaseException:
     error._render_traceback_ = lambda: [notice]  # type: ignore[attr-defined]
     return error
 
-# %% ../../nbs/loop/resume.ipynb #284c3878
+# %% ../../nbs/loop/resume.ipynb #4446f918
 class Arriving(Plan):
     "Where a training stands, and how one that goes on gets back to its place."
 
@@ -120,6 +122,7 @@ class Arriving(Plan):
         orders = {each.prefix: order_state(loader) for each, loader in passes.items()}
         self.began = {"rng": rng_state(), "orders": orders}
 
+# %% ../../nbs/loop/resume.ipynb #d77a921c
 def set_random(learn: Any, loop: Mapping[str, Any]) -> None:
     "Put random numbers and the orders of the loaders as they were."
     loaders = loaders_of(learn)
@@ -127,7 +130,7 @@ def set_random(learn: Any, loop: Mapping[str, Any]) -> None:
         if name in loaders: set_order_state(loaders[name], order)
     set_rng_state(to_device(loop["rng"], torch.device("cpu")))
 
-# %% ../../nbs/loop/resume.ipynb #d9a00134
+# %% ../../nbs/loop/resume.ipynb #6175d082
 class Standing(Arriving):
     "The epochs and passes that are left of a training."
 
@@ -166,12 +169,13 @@ class Standing(Arriving):
 
     def end_epoch(self, learn: Any) -> None: self.place = Place(learn.epoch + 1)
 
+# %% ../../nbs/loop/resume.ipynb #468101d0
 def tell_epoch(loader: Any, epoch: int) -> Any:
     "A training loader; whatever shuffles by epoch in it learns which epoch it is."
     for part in with_epochs(loader): part.set_epoch(epoch)
     return loader
 
-# %% ../../nbs/loop/resume.ipynb #c1ecb3c0
+# %% ../../nbs/loop/resume.ipynb #76570a73
 class Batches(Standing):
     "The batches of a pass from a place on."
 
@@ -250,10 +254,10 @@ class Batches(Standing):
 
     def stopped(self, learn: Any) -> str:
         "What a notebook shows of a stop."
-        goes_on = "; train(resume=True) goes on from there" if learn._running == "train" else ""
+        goes_on = "; train(resume=True) goes on from there" if learn.call == "train" else ""
         return f"stopped after {learn.position()}{goes_on}"
 
-# %% ../../nbs/loop/resume.ipynb #b7bef73b
+# %% ../../nbs/loop/resume.ipynb #4d7f1c15
 AGAIN = ("the batch that failed is done again, and what its first half drew from the random numbers, "
          "added to batch statistics or told callbacks stays")
 COUNTED = ("the batch that failed had taken its step and counts as done, without the hooks that had not "
@@ -294,7 +298,7 @@ class Keeping(Batches):
         if between and self.place.phase != "test":
             with learn.stage("interrupt"): pass
 
-# %% ../../nbs/loop/resume.ipynb #76203c4b
+# %% ../../nbs/loop/resume.ipynb #3de7341c
 def kept_state(learn: Any, half: str) -> dict[str, Any]:
     "What a training that is stopped keeps beside the model and the optimiser, which stay as they are."
     groups = [{key: deepcopy(value) for key, value in group.items() if key != "params"}
@@ -303,6 +307,7 @@ def kept_state(learn: Any, half: str) -> dict[str, Any]:
     if half: beside["loop"]["half"] = COUNTED if learn.batches_stepped > learn.batch_num else half
     return {"groups": groups, **beside}
 
+# %% ../../nbs/loop/resume.ipynb #bfddd9c4
 class Cursor(Keeping):
     "The plan of a training that can begin in the middle, and knows at any time where it stands."
 
@@ -338,7 +343,7 @@ class Cursor(Keeping):
         self.saved = None
         return super().arrive(learn)
 
-# %% ../../nbs/loop/resume.ipynb #4d4545ae
+# %% ../../nbs/loop/resume.ipynb #747ca8ee
 def begin(cursor: Cursor, learn: Any, state: Any, learning_rate: float | None) -> None:
     "Get ready to train from the beginning, or to go on from a state."
     if state: put(learn, state)  # or it raises, and nothing has changed
@@ -375,7 +380,7 @@ def state_to_resume(cursor: Cursor, resume: Any) -> Mapping[str, Any] | None:
                       "so is a copy in memory, with the callback Rewind", stacklevel=3)
     return state
 
-# %% ../../nbs/loop/resume.ipynb #277b6382
+# %% ../../nbs/loop/resume.ipynb #5896aa05
 def set_steps(
     cursor: Cursor, state: Mapping[str, Any] | None, steps: int | None, every: int | None,
     epochs: int | None,
@@ -412,7 +417,7 @@ def lengths(
                          "from its beginning: ask for more, or leave epochs out")
     return epochs, every
 
-# %% ../../nbs/loop/resume.ipynb #2a25c258
+# %% ../../nbs/loop/resume.ipynb #b23d7346
 class Rewind(Callback):
     """Keep copies of the state in memory, so that training can go back to one when a batch fails.
 

@@ -25,7 +25,7 @@ from .rundir import RunError, create_run, is_run
 from .runfiles import RunFiles, read_run
 from .rundir import new_name as free_name
 
-# %% ../../nbs/runs/cli.ipynb #fc8f4890
+# %% ../../nbs/runs/cli.ipynb #3f80631c
 _commands: dict[str, Command] = {}
 
 def _command(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,7 +70,7 @@ def _training(run_dir: str) -> Iterator[None]:
                 where = f"the traceback is in {log}"
         raise _TrainingError(f"{words}; {where}") from error
 
-# %% ../../nbs/runs/cli.ipynb #2cbcc7f8
+# %% ../../nbs/runs/cli.ipynb #3199e3ca
 def _resume_line(run_dir: str) -> str:
     "The command that goes on with a run, and allows the module that its config is in."
     try: module, colon, _ = str(read_run(run_dir).config.get("config")).partition(":")
@@ -90,7 +90,7 @@ def _report(run_dir: str) -> None:
     plots = sorted(Path(run_dir, "plots").glob("*.png"))
     if plots: say(f"pictures: {', '.join(map(str, plots))}")
 
-# %% ../../nbs/runs/cli.ipynb #700ff113
+# %% ../../nbs/runs/cli.ipynb #302fb251
 def _check_least(option: str, value: int | None, least: int, meaning: str = "") -> None:
     if value is not None and value < least:
         raise UsageError(f"--{option} is {value}; it must be a whole number of at least {least}"
@@ -160,7 +160,7 @@ def _train(
                   callbacks=_console(quiet), **options)
     _report(run_dir)
 
-# %% ../../nbs/runs/cli.ipynb #edac3c5b
+# %% ../../nbs/runs/cli.ipynb #3003981c
 @_command
 def _resume(
     run_dir: str,  # a run that was stopped, or has been trained too little
@@ -181,7 +181,7 @@ def _resume(
         resume_run(run_dir, epochs, allow, _console(quiet))
     _report(run_dir)
 
-# %% ../../nbs/runs/cli.ipynb #ae38cb07
+# %% ../../nbs/runs/cli.ipynb #7b2cbbc2
 @_command
 def _evaluate(
     run_dir: str,  # a run
@@ -215,7 +215,7 @@ def _rerun(
     _report(new_dir)
     say(found)
 
-# %% ../../nbs/runs/cli.ipynb #3e5aab0c
+# %% ../../nbs/runs/cli.ipynb #2e81f7d2
 @_command
 def _scores(
     folder: str,  # with runs in it
@@ -240,7 +240,7 @@ def _scores(
         for option, path in paths.items(): getattr(found, f"to_{option}")(path)
     say("\n".join([str(found), *(f"written: {path}" for path in paths.values())]))
 
-# %% ../../nbs/runs/cli.ipynb #4997c166
+# %% ../../nbs/runs/cli.ipynb #efec38bc
 @_command
 def _compare(
     run_a: str,  # a run
@@ -335,7 +335,7 @@ def main(words: Sequence[str] | None = None) -> int:
             say(f"{command}: {line}".replace("\n", " "), error=True)
             return 2 if isinstance(error, _BAD_INPUT) else 1
 
-# %% ../../nbs/runs/cli.ipynb #93e088dd
+# %% ../../nbs/runs/cli.ipynb #dcbfd019
 def _run(words: list[str]) -> int:
     "Do what the words ask for."
     name = words[0] if words else ""

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Words', 'printable', 'say', 'UsageError', 'Command', 'split_words', 'help_parser']
 
-# %% ../../nbs/runs/command.ipynb #7489c59a
+# %% ../../nbs/runs/command.ipynb #77ba12dc
 import inspect
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from ..base.words import did_you_mean
 from .config import Text, nested
 from .signature import Form, comments, read_signature
 
-# %% ../../nbs/runs/command.ipynb #74dfec37
+# %% ../../nbs/runs/command.ipynb #cfb814c2
 def printable(text: object) -> str:
     r"""A text whose control characters, except for line ends and tabs, are shown as escapes.
 
@@ -32,11 +32,11 @@ def say(text: object, end: str = "\n", error: bool = False) -> None:
     "The only way to the terminal."
     print(printable(text), end=end, file=sys.stderr if error else sys.stdout)
 
-# %% ../../nbs/runs/command.ipynb #622e3f49
+# %% ../../nbs/runs/command.ipynb #ec54ca2b
 class UsageError(ValueError):
     "A command line that makes no sense."
 
-# %% ../../nbs/runs/command.ipynb #b00e885d
+# %% ../../nbs/runs/command.ipynb #5e6c6fca
 class Command:
     "A function as a command: what must be given, what may be given, and how both are written."
 
@@ -66,7 +66,7 @@ class Command:
         for key in options: options[key] = self.form.typed(key, f"--{key}", options[key])
         self.function(*positionals, **options, **settings)
 
-# %% ../../nbs/runs/command.ipynb #1bb7e708
+# %% ../../nbs/runs/command.ipynb #8492d193
 Words = dict[str, Any]  # by the name of an option or setting
 
 def split_words(command: Command, words: Sequence[str]) -> tuple[list[str], Words, Words]:
@@ -106,7 +106,7 @@ def split_words(command: Command, words: Sequence[str]) -> tuple[list[str], Word
         else: target[key] = Text(value)
     return positionals, given, settings
 
-# %% ../../nbs/runs/command.ipynb #975733d8
+# %% ../../nbs/runs/command.ipynb #5aed3bd3
 def _next_value(command: Command, key: str, rest: list[str]) -> str:
     "The value of an option that has no `=`: the next word, or true for a switch."
     option = command.form.settings.get(key)
@@ -132,7 +132,7 @@ def _check(command: Command, given: Sequence[str]) -> None:
     fix = f"write --{extra}" if "=" in extra else command.usage
     raise UsageError(f"{extra!r} is one word too many: {fix}")
 
-# %% ../../nbs/runs/command.ipynb #261f9130
+# %% ../../nbs/runs/command.ipynb #e4ba6b1c
 def help_parser(command: Command) -> Any:
     "A parser of jsonargparse that prints the help of a command."
     from jsonargparse import ArgumentParser

@@ -39,7 +39,7 @@ _COMMON = (
     Setting("seed", int, 0, "decides the initial weights and all that is random"),
 )
 
-# %% ../../nbs/runs/config.ipynb #1e7967f2
+# %% ../../nbs/runs/config.ipynb #85745e42
 class _Written:
     "Settings as they are written down."
 
@@ -77,7 +77,7 @@ def _rows(part: Part, indent: str) -> Iterator[tuple[str, str]]:
             yield from _rows(inner, f"{indent}  ")
         else: yield f"{indent}{write_yaml(name)}: {write_yaml(value, flow=True)}", help
 
-# %% ../../nbs/runs/config.ipynb #032b2ab3
+# %% ../../nbs/runs/config.ipynb #a173414d
 _settings: WeakKeyDictionary[Any, "Settings"] = WeakKeyDictionary()
 
 class Settings(_Written):
@@ -117,12 +117,12 @@ class Settings(_Written):
         _settings[learn] = self
         return learn
 
-# %% ../../nbs/runs/config.ipynb #34c334fc
+# %% ../../nbs/runs/config.ipynb #f7f6536d
 def settings_of(learn: "Learner") -> Settings | None:
     "The settings that a learner was built with; None if it was made by hand."
     return _settings.get(learn)
 
-# %% ../../nbs/runs/config.ipynb #e1ae9c50
+# %% ../../nbs/runs/config.ipynb #f70e9593
 def _as_learner(config: str, made: Any) -> "Learner":
     "What a config has returned: a learner, or a dict of its arguments."
     from learner.loop.learner import Learner
@@ -173,7 +173,7 @@ def _file_text(path: Path) -> str:
         raise ConfigError(f"there is no such file{did_you_mean(path.name, beside)}") from None
     except OSError as error: raise ConfigError(f"it cannot be read: {error.strerror}") from None
 
-# %% ../../nbs/runs/config.ipynb #9c8db36f
+# %% ../../nbs/runs/config.ipynb #e0f488d7
 def _file_of(config: Config) -> str:
     "The path of a file or folder that is meant; empty for a name or a function."
     if not isinstance(config, str): return str(config) if isinstance(config, Path) else ""
@@ -182,11 +182,12 @@ def _file_of(config: Config) -> str:
     return config if "/" in config and ":" not in config else ""
 
 def _run_record(folder: str) -> Mapping[str, Any]:
-    from learner.runs.rundir import RunError, read_run
+    from learner.runs.rundir import RunError
+    from learner.runs.runfiles import read_run
     try: return read_run(folder).config
     except RunError as error: raise ConfigError(str(error)) from None
 
-# %% ../../nbs/runs/config.ipynb #a057764e
+# %% ../../nbs/runs/config.ipynb #d7a30f9b
 def resolve(config: Config, *layers: Mapping[str, Any], allow: Allow = None) -> Settings:
     """Find all settings of a learner.
 
@@ -217,7 +218,7 @@ def resolve(config: Config, *layers: Mapping[str, Any], allow: Allow = None) -> 
     if folder not in sys.path: sys.path.append(folder)
     return _settings_from(find_config(f"{source}: ", config, allow), [(source, given), *own], allow)
 
-# %% ../../nbs/runs/config.ipynb #c5d2cc0f
+# %% ../../nbs/runs/config.ipynb #25b5e3c7
 def from_record(
     record: Mapping[str, Any], *layers: Mapping[str, Any], allow: Collection[str] = (),
 ) -> Settings:
@@ -243,7 +244,7 @@ def from_record(
     all_layers = [("", nested(layer)) for layer in (settings, *layers)]
     return _settings_from(find_config("config ", config, allow), all_layers, allow)
 
-# %% ../../nbs/runs/config.ipynb #72119358
+# %% ../../nbs/runs/config.ipynb #0f21b74f
 def build(config: Config, /, **settings: Any) -> "Learner":
     """Build a learner from settings, ready to be trained: the same as the command line builds.
 
@@ -259,7 +260,7 @@ def build(config: Config, /, **settings: Any) -> "Learner":
     """
     return resolve(config, settings).build()
 
-# %% ../../nbs/runs/config.ipynb #258f5660
+# %% ../../nbs/runs/config.ipynb #adaaaeae
 def _settings_from(entry: Entry, layers: Sequence[Layer], allow: Allow) -> Settings:
     function, name = entry.load(), entry.recorded
     own = read_signature(function, entry.defaults, "config")

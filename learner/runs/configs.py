@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LrSchedule']
 
-# %% ../../nbs/runs/configs.ipynb #18059b4a
+# %% ../../nbs/runs/configs.ipynb #a889dadc
 from collections.abc import Collection
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from ..base.words import check_whole
 from .registry import register_config, register_model
 from .signature import Callbacks, Model, Optimiser
 
-# %% ../../nbs/runs/configs.ipynb #045c5ce4
+# %% ../../nbs/runs/configs.ipynb #6b6b8c4f
 @register_model(name="ConvNet")
 def _conv_net(width: int = 32, classes: int = 10, dropout: float = 0.2) -> Any:
     """Three convolutions with batch normalisation and an average: for grey images of any size.
@@ -48,7 +48,7 @@ def _lenet(classes: int = 10) -> Any:
         nn.Linear(16 * 5 * 5, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(),
         nn.Linear(84, classes))
 
-# %% ../../nbs/runs/configs.ipynb #eb47652b
+# %% ../../nbs/runs/configs.ipynb #3215d5b8
 LrSchedule = Literal["constant", "linear", "cosine"] | list[tuple[int, float]]
 
 def _classifier(
@@ -68,7 +68,7 @@ def _classifier(
     callbacks = [Metrics(accuracy=MulticlassAccuracy()), *steering, *callbacks]
     return Learner(model, optimiser, F.cross_entropy, loaders, callbacks, device)
 
-# %% ../../nbs/runs/configs.ipynb #9df14921
+# %% ../../nbs/runs/configs.ipynb #48715608
 @register_config(name="digits", model="ConvNet", optimiser="AdamW", learning_rate=3e-3, epochs=12)
 def _digits(
     model: Model,
@@ -83,7 +83,7 @@ def _digits(
     splits: Collection[str] = ("train", "validation"),
 ) -> Any:
     "1,797 handwritten digits, 8 x 8, of scikit-learn: a small network is right on 99% in seconds."
-    from learner.loop.data import digits
+    from learner.loop.datasets import digits
     loaders = digits(batch_size, validation, seed, test="test" in splits)
     return _classifier(model, optimiser, loaders, lr_schedule, learning_rate, callbacks, device)
 
@@ -103,6 +103,6 @@ def _fashion_mnist(
     splits: Collection[str] = ("train", "validation"),
 ) -> Any:
     "70,000 pictures of clothes, 28 x 28, of Zalando (Xiao et al., 2017)."
-    from learner.loop.data import fashion_mnist
+    from learner.loop.datasets import fashion_mnist
     loaders = fashion_mnist(root, batch_size, validation, seed, test="test" in splits)
     return _classifier(model, optimiser, loaders, lr_schedule, learning_rate, callbacks, device)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Layer', 'Allow', 'Given', 'nested', 'Part', 'fill', 'show_value']
 
-# %% ../../nbs/runs/layers.ipynb #711f265b
+# %% ../../nbs/runs/layers.ipynb #bc931e23
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, is_dataclass
@@ -18,7 +18,7 @@ from ..base.words import did_you_mean
 from .registry import ConfigError, Entry, find_part, registered
 from .signature import NOTHING, Form, Setting, Text, add_to, read_signature, without_text
 
-# %% ../../nbs/runs/layers.ipynb #ce88d11e
+# %% ../../nbs/runs/layers.ipynb #5b739f8c
 Layer = tuple[str, Mapping[str, Any]]  # its file ("": the caller), and nested settings
 
 def _merged(low: Any, high: Any) -> Any:
@@ -52,7 +52,7 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
         result[first] = _merged(result[first], value) if first in result else value
     return result
 
-# %% ../../nbs/runs/layers.ipynb #9b48053b
+# %% ../../nbs/runs/layers.ipynb #09156b89
 @dataclass
 class Part:
     "Something with settings, resolved: what makes it, and the values of its parameters."
@@ -93,7 +93,7 @@ class Part:
             raise ConfigError(f"{where}: {what}, which is not a model")
         return made
 
-# %% ../../nbs/runs/layers.ipynb #ee43fcec
+# %% ../../nbs/runs/layers.ipynb #5b16765c
 def _as_plain(value: Any) -> Any:
     "A typed value as a file has it; NOTHING if a file cannot have it."
     if value is None or isinstance(value, bool | int | float | str): return value
@@ -109,7 +109,7 @@ def _as_plain(value: Any) -> Any:
 def _error(origin: str, text: object) -> ConfigError:
     return ConfigError(f"{origin}: {text}" if origin else str(text))
 
-# %% ../../nbs/runs/layers.ipynb #b904a129
+# %% ../../nbs/runs/layers.ipynb #fc3d0e8b
 _PARTS = ("model", "optimiser", "callbacks")
 
 Allow = Collection[str] | None  # modules that may be imported when they are named; None: any
@@ -134,7 +134,7 @@ def fill(part: Part, where: str, form: Form, layers: Sequence[Layer], allow: All
     part.helps = {setting.name: setting.help for setting in known.values()}
     return part
 
-# %% ../../nbs/runs/layers.ipynb #cf1df569
+# %% ../../nbs/runs/layers.ipynb #f76ec138
 def _unknown(part: Part, prefix: str, name: str, known: Mapping[str, Setting]) -> str:
     "The message for a name that is not a setting."
     if part.kind == "optimiser" and name == "lr":
@@ -154,7 +154,7 @@ def _settings_of_default(setting: Setting) -> Collection[str]:
     entry = next((entry for entry in registered("model") if entry.name == name), None)
     return read_signature(entry.load()).settings if entry else ()
 
-# %% ../../nbs/runs/layers.ipynb #f8d748dd
+# %% ../../nbs/runs/layers.ipynb #e44fd862
 Given = Sequence[tuple[str, Any, bool]]  # of one setting, by layer: file, value, is it added?
 
 def _value(form: Form, setting: Setting, where: str, given: Given, allow: Allow) -> Any:
@@ -179,7 +179,7 @@ def _value(form: Form, setting: Setting, where: str, given: Given, allow: Allow)
         except ConfigError as error: raise _error(origin, error) from None
     return result
 
-# %% ../../nbs/runs/layers.ipynb #3f3338c6
+# %% ../../nbs/runs/layers.ipynb #96324d7d
 def _spec(where: str, origin: str, value: Any) -> dict[str, Any]:
     "What a layer says of a part, as a mapping."
     value = _read(value)
@@ -194,7 +194,7 @@ def show_value(value: Any) -> str:
     from learner.runs.text import quoted
     return quoted(without_text(value))
 
-# %% ../../nbs/runs/layers.ipynb #8ce023ab
+# %% ../../nbs/runs/layers.ipynb #ad66f28f
 def _named(kind: str, where: str, given: Given, allow: Allow) -> Part:
     "A part that has a name: the layers since the one that chose it."
     name, owner = "", ""
@@ -217,7 +217,7 @@ def _named(kind: str, where: str, given: Given, allow: Allow) -> Part:
                           "itself; rename it")
     return fill(Part(entry, kind, name=name), where, form, layers, allow)
 
-# %% ../../nbs/runs/layers.ipynb #ff4e3e28
+# %% ../../nbs/runs/layers.ipynb #8dd1b552
 def _by_name(where: str, origin: str, value: Any) -> Mapping[str, Any]:
     "What a layer says of callbacks: names, each with its settings."
     value = _read(value)
@@ -250,7 +250,7 @@ def _callbacks(where: str, default: Any, given: Given, allow: Allow) -> Part:
         part.values[name] = inner
     return part
 
-# %% ../../nbs/runs/layers.ipynb #4665bebe
+# %% ../../nbs/runs/layers.ipynb #0870870c
 def _group(setting: Setting, where: str, given: Given, allow: Allow) -> Part:
     "A dataclass."
     default = vars(setting.default) if is_dataclass(setting.default) else setting.default

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ScreenLines', 'Tee', 'kept_output']
 
-# %% ../../nbs/runs/output.ipynb #28f2fe7e
+# %% ../../nbs/runs/output.ipynb #0d990ca1
 import contextlib
 import os
 import re
@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..base.files import open_append
+from ..base.files import AnyPath, open_append
 
-# %% ../../nbs/runs/output.ipynb #8a36a3af
+# %% ../../nbs/runs/output.ipynb #e2838873
 _CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # of colours and the like
 
 class ScreenLines:
@@ -41,11 +41,14 @@ class ScreenLines:
                 self.at += len(part)
         return "".join(lines)
 
-# %% ../../nbs/runs/output.ipynb #2639966c
+# %% ../../nbs/runs/output.ipynb #f29f5754
 class Tee:
-    "A stream that hands on what is written, and keeps the lines in a file; raises FileError or OSError if that cannot be opened."
+    """A stream that hands on what is written, and keeps the lines in a file.
 
-    def __init__(self, stream: Any, path: str | os.PathLike[str]):
+    Raises FileError or OSError if that cannot be opened.
+    """
+
+    def __init__(self, stream: Any, path: AnyPath):
         self._stream, self._lock, self._process = stream, threading.RLock(), os.getpid()
         self._file: Any = open_append(path)
         self._lines = ScreenLines()
@@ -78,9 +81,9 @@ class Tee:
 
     def __iter__(self) -> Any: return iter(self._stream)
 
-# %% ../../nbs/runs/output.ipynb #4b9ceb58
+# %% ../../nbs/runs/output.ipynb #828df3db
 @contextlib.contextmanager
-def kept_output(folder: str | os.PathLike[str]) -> Iterator[None]:
+def kept_output(folder: AnyPath) -> Iterator[None]:
     "Append what is printed to stdout.txt and stderr.txt, as long as the `with` lasts."
     tees = []
     try:
@@ -91,5 +94,6 @@ def kept_output(folder: str | os.PathLike[str]) -> Iterator[None]:
         yield
     finally:
         for name, tee in reversed(tees):
-            if getattr(sys, name) is tee: setattr(sys, name, tee._stream)  # else somebody has put in another, around it
+            # else somebody has put in another, around it
+            if getattr(sys, name) is tee: setattr(sys, name, tee._stream)
             tee.close_file()

@@ -7,7 +7,7 @@ __all__ = ['USUAL', 'STATUSES', 'Where', 'ScoreError', 'format_cell', 'Score', '
            'number_in', 'evaluations_of', 'metrics_of', 'value_of', 'mode_among', 'check_metric', 'check_arguments',
            'check_status', 'select', 'ranked', 'data_sets']
 
-# %% ../../nbs/runs/ranking.ipynb #0979d1b5
+# %% ../../nbs/runs/ranking.ipynb #7c5984ab
 import json
 import math
 import os
@@ -21,15 +21,17 @@ from ..base.words import did_you_mean, flatten, format_value, mode_of, plain
 from .rundir import RunError, printable
 from .runfiles import RunFiles, list_in, mapping_in
 
-# %% ../../nbs/runs/ranking.ipynb #88b3c804
+# %% ../../nbs/runs/ranking.ipynb #789e41db
 class ScoreError(ValueError):
     "Runs that cannot be ranked in this way."
 
 def format_cell(value: Any) -> str:
     "A value as a table shows it."
     if value is None or isinstance(value, float): return format_value(value)
-    return printable(value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False))
+    if isinstance(value, str): return printable(value)
+    return printable(json.dumps(plain(value), ensure_ascii=False))
 
+# %% ../../nbs/runs/ranking.ipynb #d7bc85d2
 @dataclass(frozen=True)
 class Score:
     """A run and its place; what else its folder says is in `run`.
@@ -64,7 +66,7 @@ class Score:
         "What the tables show besides the value and the settings."
         return facts_of(self.run)
 
-# %% ../../nbs/runs/ranking.ipynb #10cb6895
+# %% ../../nbs/runs/ranking.ipynb #215078c9
 def facts_of(run: RunFiles) -> dict[str, Any]:
     "What a run says of itself besides its values and settings."
     meta, git = run.meta, mapping_in(run.meta, "git")
@@ -76,7 +78,7 @@ def known_of(score: Score) -> dict[str, Any]:
     "Facts and settings by name."
     return score.facts | score.settings
 
-# %% ../../nbs/runs/ranking.ipynb #0dfc0591
+# %% ../../nbs/runs/ranking.ipynb #aec77057
 class Unranked(Exception):
     "Why a run has no place."
 
@@ -102,12 +104,13 @@ def evaluations_of(run: RunFiles) -> list[Mapping[str, Any]]:
 
 def metrics_of(run: RunFiles) -> list[str]:
     "The names of the values that a run has."
-    names = [*run.score, *(name for row in run.rows[:1] for name in row if name != "epoch")]
-    return list(dict.fromkeys([*names, *(str(name) for entry in evaluations_of(run) for name in entry["results"])]))
+    in_history = [name for row in run.rows[:1] for name in row if name != "epoch"]
+    evaluated = [str(name) for entry in evaluations_of(run) for name in entry["results"]]
+    return list(dict.fromkeys([*run.score, *in_history, *evaluated]))
 
-# %% ../../nbs/runs/ranking.ipynb #90498f28
+# %% ../../nbs/runs/ranking.ipynb #33396676
 def _from_score(run: RunFiles, metric: str, mode: str, by: str) -> Value | None:
-    "The value in score.json; None where that is the best in the other direction. It does not know the last epoch."
+    "The value in score.json; None where that is the best in the other direction."
     entry = run.score.get(metric) or {}
     value, last = number_in(entry.get(by)), number_in(entry.get("last"))
     if value is None or (by == "best" and entry.get("mode") != mode): return None
@@ -124,8 +127,9 @@ def _from_history(run: RunFiles, metric: str, mode: str, by: str) -> Value | Non
 
 def _from_evaluations(run: RunFiles, metric: str, mode: str, by: str) -> Value | None:
     "The latest evaluation."
-    found = [number_in(entry["results"][metric]) for entry in evaluations_of(run) if metric in entry["results"]]
-    return Value(found[-1], None, None) if found and found[-1] is not None else None
+    results = [entry["results"] for entry in evaluations_of(run) if metric in entry["results"]]
+    value = number_in(results[-1][metric]) if results else None
+    return None if value is None else Value(value, None, None)
 
 def value_of(run: RunFiles, metric: str, mode: str, by: str) -> Value:
     "The value that a run is ranked by; raises Unranked or RunError."
@@ -136,17 +140,19 @@ def value_of(run: RunFiles, metric: str, mode: str, by: str) -> Value:
     if not math.isfinite(found.value): raise Unranked(f"its {metric} is {found.value}")
     return found
 
-# %% ../../nbs/runs/ranking.ipynb #ba7c30ca
-USUAL = ("validation_accuracy", "validation_loss", "train_loss")  # what runs are ranked by: the first that there is
+# %% ../../nbs/runs/ranking.ipynb #45857423
+USUAL = ("validation_accuracy", "validation_loss", "train_loss")  # the first that there is
 
 def mode_among(metric: str, runs: Iterable[RunFiles]) -> str:
     "Whether low or high values are good: what the runs say, else the name; raises ScoreError."
-    stated = {entry.get("mode") for run in runs if (entry := run.score.get(metric))} & {"min", "max"}
+    stated = {entry.get("mode") for run in runs
+              if (entry := run.score.get(metric))} & {"min", "max"}
     if len(stated) == 1: return str(stated.pop())
     mode = mode_of(metric)
     if mode is not None: return mode
     why = "the runs disagree about it" if stated else "its name does not tell"
-    raise ScoreError(f"is a high {metric} good or a low one? {why}; say mode=\"max\" or mode=\"min\"")
+    raise ScoreError(f"is a high {metric} good or a low one? {why}; say mode=\"max\" or "
+                     "mode=\"min\"")
 
 def check_metric(metric: str, runs: Iterable[RunFiles]) -> None:
     "Raise ScoreError if none of the runs has the metric, not even as nan."
@@ -158,15 +164,17 @@ def check_metric(metric: str, runs: Iterable[RunFiles]) -> None:
         near = did_you_mean(metric, names) or f"; there are {', '.join(names)}"
         raise ScoreError(f"no run has {metric}{near}")
 
-# %% ../../nbs/runs/ranking.ipynb #d079f351
+# %% ../../nbs/runs/ranking.ipynb #ccacf3e2
 STATUSES = ("finished", "running", "stopped", "failed", "unknown")
 
 def check_arguments(folder: Any, metric: Any, mode: Any, by: Any, status: Any) -> tuple[str, ...]:
     "The statuses that are wanted; raises ScoreError, or FileNotFoundError."
     if metric is not None and (not isinstance(metric, str) or not metric):
         raise ScoreError(f"metric is {metric!r}; name one, such as \"validation_accuracy\"")
-    if mode not in (None, "min", "max"): raise ScoreError(f"mode is {mode!r}; it must be \"min\" or \"max\"")
-    if by not in ("best", "last"): raise ScoreError(f"by is {by!r}; it must be \"best\" or \"last\"")
+    if mode not in (None, "min", "max"):
+        raise ScoreError(f"mode is {mode!r}; it must be \"min\" or \"max\"")
+    if by not in ("best", "last"):
+        raise ScoreError(f"by is {by!r}; it must be \"best\" or \"last\"")
     if status is None: wanted = STATUSES
     else: wanted = (status,) if isinstance(status, str) else tuple(status)
     for name in wanted:
@@ -174,9 +182,10 @@ def check_arguments(folder: Any, metric: Any, mode: Any, by: Any, status: Any) -
             near = did_you_mean(str(name), STATUSES)
             raise ScoreError(f"status is {name!r}; it must be one of {', '.join(STATUSES)}{near}")
     if os.path.isdir(folder): return wanted
-    if os.path.lexists(folder): raise ScoreError(f"{folder} is a file; name a folder with runs in it")
+    if os.path.lexists(folder):
+        raise ScoreError(f"{folder} is a file; name a folder with runs in it")
     parent = Path(folder).parent
-    beside = [entry.name for entry in os.scandir(parent) if entry.is_dir()] if parent.is_dir() else []
+    beside = [entry.name for entry in os.scandir(parent)] if parent.is_dir() else []
     raise FileNotFoundError(f"there is no folder {folder}{did_you_mean(Path(folder).name, beside)}")
 
 def check_status(run: RunFiles, wanted: Collection[str]) -> None:
@@ -184,11 +193,13 @@ def check_status(run: RunFiles, wanted: Collection[str]) -> None:
     if run.status in wanted: return
     epochs, error = run.last_epoch, run.meta.get("error")
     after = f" after {epochs} epoch{'s' * (epochs != 1)}" if epochs else ""
-    reasons = {"running": "it is still running", "finished": "it is finished", "stopped": f"it was stopped{after}",
-               "failed": f"it failed{f': {error}' if error else ''}", "unknown": "its meta.json has no status"}
+    because = f": {error}" if error else ""
+    reasons = {"running": "it is still running", "finished": "it is finished",
+               "stopped": f"it was stopped{after}", "failed": f"it failed{because}",
+               "unknown": "its meta.json has no status"}
     raise Unranked(reasons[run.status])
 
-# %% ../../nbs/runs/ranking.ipynb #b810557d
+# %% ../../nbs/runs/ranking.ipynb #8e83d19f
 Where = Mapping[str, Any] | Callable[[Score], Any]
 
 def _fits(value: Any, wanted: Any) -> bool:
@@ -200,7 +211,8 @@ def select(rows: list[Score], where: Where | None) -> list[Score]:
     if where is None: return rows
     if callable(where): return [row for row in rows if where(row)]
     if not isinstance(where, Mapping):
-        raise ScoreError(f"where is {where!r}; give a mapping such as {{\"model.width\": 32}}, or a function of a row")
+        raise ScoreError(f"where is {where!r}; give a mapping such as {{\"model.width\": 32}}, or "
+                         "a function of a row")
     names = dict.fromkeys(name for row in rows for name in known_of(row))
     for name in where:
         if rows and name not in names:
@@ -219,9 +231,9 @@ def ranked(rows: Sequence[Score], mode: str) -> list[Score]:
         found.append(Score(rank, row.name, row.value, row.epoch, row.last, row.run))
     return found
 
-# %% ../../nbs/runs/ranking.ipynb #cad1fc74
+# %% ../../nbs/runs/ranking.ipynb #7035f2d7
 def data_sets(rows: Sequence[Score], metric: str) -> dict[str, list[str]]:
-    "The names of the runs by the hash of the data that a metric was measured on; runs that do not know it are left out."
+    "The names of the runs by the hash of the data that a metric was measured on."
     phase = metric.partition("_")[0]
     found: dict[str, list[str]] = {}
     for row in rows:

@@ -6,7 +6,7 @@
 __all__ = ['ConfigError', 'Entry', 'registered', 'register_model', 'register_config', 'import_named', 'find_code',
            'import_allowed', 'find_part', 'find_config']
 
-# %% ../../nbs/runs/registry.ipynb #121bcf51
+# %% ../../nbs/runs/registry.ipynb #840bcbfc
 import inspect
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -17,11 +17,11 @@ from typing import Any
 
 from ..base.words import did_you_mean
 
-# %% ../../nbs/runs/registry.ipynb #dc5fb4f5
+# %% ../../nbs/runs/registry.ipynb #880eb46d
 class ConfigError(ValueError):
     "Settings that make no sense: what is wrong, where, and the fix, in one line."
 
-# %% ../../nbs/runs/registry.ipynb #20158a4b
+# %% ../../nbs/runs/registry.ipynb #92704de4
 @dataclass(frozen=True)
 class Entry:
     "What a name stands for."
@@ -52,7 +52,7 @@ class Entry:
         "The first line of its docstring."
         return (inspect.getdoc(self.load()) or "").partition("\n")[0]
 
-# %% ../../nbs/runs/registry.ipynb #c991f8fe
+# %% ../../nbs/runs/registry.ipynb #9be30042
 _OPTIMISERS = ("Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam",
                "RAdam", "RMSprop", "Rprop", "SGD")
 _CALLBACKS = {
@@ -71,7 +71,7 @@ _registered: dict[str, dict[str, Entry]] = {
 }
 _BASES = {"model": "Module", "optimiser": "Optimizer", "callback": "Callback"}
 
-# %% ../../nbs/runs/registry.ipynb #3d197bde
+# %% ../../nbs/runs/registry.ipynb #05f7460e
 def registered(kind: str = "config") -> list[Entry]:
     """List what is registered.
 
@@ -87,7 +87,7 @@ def registered(kind: str = "config") -> list[Entry]:
     """
     return [_registered[kind][name] for name in sorted(_registered[kind], key=str.lower)]
 
-# %% ../../nbs/runs/registry.ipynb #668696e1
+# %% ../../nbs/runs/registry.ipynb #6629bef0
 def _places(factory: Any) -> set[tuple[str, str]]:
     "Where it is defined, by module and by file: a cell that is run again shares one of them."
     code = getattr(factory, "__code__", None)
@@ -108,7 +108,7 @@ def _register(kind: str, factory: Any, name: str | None, defaults: Mapping[str, 
     _registered[kind][name] = Entry(name, factory, dict(defaults))
     return factory
 
-# %% ../../nbs/runs/registry.ipynb #f0e5b695
+# %% ../../nbs/runs/registry.ipynb #c7b225b1
 def register_model(factory: Callable[..., Any] | None = None, *, name: str | None = None) -> Any:
     """Make a model known by its name, for settings such as `model: Perceptron`.
 
@@ -145,7 +145,7 @@ def register_config(
     """
     return _register("config", builder, name, defaults)
 
-# %% ../../nbs/runs/registry.ipynb #a023860e
+# %% ../../nbs/runs/registry.ipynb #a58d33af
 def import_named(module: str, where: str) -> Any:
     "Import a module that `where` names; raises ConfigError if it is missing or fails."
     try: return import_module(module)
@@ -159,7 +159,7 @@ def import_named(module: str, where: str) -> Any:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ConfigError(f"{where}: importing {module} failed: {reason}") from error
 
-# %% ../../nbs/runs/registry.ipynb #9d70196f
+# %% ../../nbs/runs/registry.ipynb #66b89a7a
 def find_code(where: str, module: str, name: str, allow: Collection[str] | None) -> Any:
     "A class or function by its place, if `allow` has its module (None: the user has named it)."
     path = f"{module}.{name}"
@@ -178,7 +178,7 @@ def find_code(where: str, module: str, name: str, allow: Collection[str] | None)
         raise ConfigError(f"{where}: {path} is not a class or function defined in that module")
     return found
 
-# %% ../../nbs/runs/registry.ipynb #adc75ebf
+# %% ../../nbs/runs/registry.ipynb #60c0f366
 def import_allowed(allow: Collection[str] | str) -> list[str]:
     "Import the modules that a folder may name, so that what they register is known."
     modules = [allow] if isinstance(allow, str) else list(allow)
@@ -188,7 +188,7 @@ def import_allowed(allow: Collection[str] | str) -> list[str]:
         import_named(module, "allow")
     return modules
 
-# %% ../../nbs/runs/registry.ipynb #ab9df543
+# %% ../../nbs/runs/registry.ipynb #e931f6c6
 def find_part(kind: str, where: str, name: str, allow: Collection[str] | None) -> Entry:
     "The entry of a model, an optimiser or a callback, registered or by its place."
     known, base = _registered[kind], _BASES[kind]

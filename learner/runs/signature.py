@@ -6,7 +6,7 @@
 __all__ = ['NOTHING', 'plain_hint', 'members', 'describe', 'Setting', 'make_setting', 'comments', 'read_signature', 'Text',
            'without_text', 'refusal', 'Form', 'add_to', 'Model', 'Optimiser', 'Callbacks']
 
-# %% ../../nbs/runs/signature.ipynb #ff782e0e
+# %% ../../nbs/runs/signature.ipynb #03d7ac45
 import ast
 import inspect
 import io
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from learner.loop.stages import Callback
 
-# %% ../../nbs/runs/signature.ipynb #5b15fe8a
+# %% ../../nbs/runs/signature.ipynb #c0bb20dc
 if TYPE_CHECKING:
     Model = nn.Module
     Optimiser = Callable[..., Optimizer]
@@ -41,10 +41,14 @@ else:
 
 _all_ = ["Model", "Optimiser", "Callbacks"]
 
-# %% ../../nbs/runs/signature.ipynb #5da81f26
+# %% ../../nbs/runs/signature.ipynb #70e2d8fe
 _PLAIN = (Any, int, float, str, bool, NoneType, Path)
+
 _COLLECTIONS = (list, tuple, dict, set, frozenset, Sequence, Mapping, Iterable, Collection)
+
 _UNIONS = (Union, UnionType)
+
+_BARE = {Sequence: list, Iterable: list, Collection: list, Mapping: dict}  # what holds any values
 
 def plain_hint(hint: Any) -> Any:
     "The part of an annotation that settings can give; None if nothing is left."
@@ -53,11 +57,13 @@ def plain_hint(hint: Any) -> Any:
     if hint is None: return NoneType
     if hint in _PLAIN or hint in _COLLECTIONS or origin is Literal: return hint
     if isinstance(hint, type) and issubclass(hint, Enum): return hint
+    inner = [arg if arg is ... else plain_hint(arg) for arg in args]
     if origin in _UNIONS:
-        members = [plain for plain in map(plain_hint, args) if plain is not None]
-        return None if set(members) <= {NoneType} else Union[tuple(members)]  # noqa: UP007
-    whole = all(arg is ... or plain_hint(arg) is not None for arg in args)
-    return hint if origin in _COLLECTIONS and whole else None
+        inner = [plain for plain in inner if plain is not None]
+        if Any in inner: return Any
+        return None if set(inner) <= {NoneType} else Union[tuple(inner)]  # noqa: UP007
+    if origin not in _COLLECTIONS or None in inner: return None
+    return _BARE.get(origin, origin) if Any in inner else origin[tuple(inner)]
 
 def members(hint: Any) -> tuple[Any, ...]:
     "The types that a value may have: the members of a union, or the annotation itself."
@@ -67,6 +73,7 @@ def members(hint: Any) -> tuple[Any, ...]:
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false",
           NoneType: "null", Path: "a path"}
 
+# %% ../../nbs/runs/signature.ipynb #d113eb1d
 def describe(hint: Any) -> str:
     "An annotation in words, for messages."
     origin, args = get_origin(hint), get_args(hint)
@@ -81,7 +88,7 @@ def describe(hint: Any) -> str:
         return f"a list of {describe(args[0])}" if args else "a list"
     return _WORDS.get(hint, "any value")
 
-# %% ../../nbs/runs/signature.ipynb #52f7d455
+# %% ../../nbs/runs/signature.ipynb #e7c5e9c0
 NOTHING: Any = object()  # the default of a setting that has none
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ def make_setting(name: str, hint: Any, default: Any = NOTHING, help: str = "") -
     kind = _kind(hint)
     return Setting(name, hint if kind else plain_hint(hint), default, help, kind)
 
-# %% ../../nbs/runs/signature.ipynb #78658cfa
+# %% ../../nbs/runs/signature.ipynb #705b8313
 @cache
 def comments(function: Any) -> dict[str, str]:
     "What the comments behind the parameters of a function, or the fields of a dataclass, say."
@@ -139,11 +146,11 @@ def _sentence(doc: str | None) -> str:
     words = re.sub(r"\s*\([Dd]efaults?:?.*?\)+(?=[\s.]|$)", "", " ".join((doc or "").split()))
     return re.split(r"(?<=[a-z)])\.(?:\s|$)", re.sub(r"`+([^`]*)`+_?", r"\1", words))[0]
 
-# %% ../../nbs/runs/signature.ipynb #13c0cc5a
+# %% ../../nbs/runs/signature.ipynb #315c272c
 _FROM_ELSEWHERE = {"optimiser": {"lr"}, "config": {"splits"}}  # not given by the settings of a part
 _EMPTY = inspect.Parameter.empty
 
-# %% ../../nbs/runs/signature.ipynb #b8a99eee
+# %% ../../nbs/runs/signature.ipynb #1cf7baf2
 def read_signature(
     function: Any, defaults: Mapping[str, Any] | None = None, kind: str = "",
 ) -> "Form":
@@ -173,7 +180,7 @@ def read_signature(
     keywords = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
     return Form(found, takes_any=keywords and {setting.name for setting in found} <= own.keys())
 
-# %% ../../nbs/runs/signature.ipynb #fdfa1eb8
+# %% ../../nbs/runs/signature.ipynb #eb9f53a2
 class Text(str):
     "A word of a command line: the type of its setting decides what it means."
 
@@ -206,7 +213,7 @@ def refusal(where: str, value: Any, hint: Any) -> ConfigError:
     shown = quoted(without_text(value))
     return ConfigError(f"{where} is {shown}; it must be {describe(hint)}{near}")
 
-# %% ../../nbs/runs/signature.ipynb #4ff79344
+# %% ../../nbs/runs/signature.ipynb #0b268a84
 class Form:
     "The settings that a function asks for, and the parser that types them."
 
@@ -242,7 +249,7 @@ class Form:
             if isinstance(given, Text) and str in allowed: return str(given)
             raise refusal(where, given, hint) from error
 
-# %% ../../nbs/runs/signature.ipynb #01db44c5
+# %% ../../nbs/runs/signature.ipynb #6e796fbc
 def add_to(form: Form, name: str, where: str, value: Any, more: Any) -> Any:
     "A list with more in it, for `--names+=x`; raises ConfigError that begins with `where`."
     from learner.runs.text import read_word

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_yaml', 'read_scalar', 'read_word', 'write_yaml', 'quoted']
 
-# %% ../../nbs/runs/text.ipynb #742a6bda
+# %% ../../nbs/runs/text.ipynb #3f3b8dfc
 import json
 import re
 from typing import Any
@@ -14,7 +14,7 @@ import yaml  # type: ignore[import-untyped]
 
 from .registry import ConfigError
 
-# %% ../../nbs/runs/text.ipynb #62db6199
+# %% ../../nbs/runs/text.ipynb #be8ab5fb
 _CORE = {  # tag: pattern, first letters
     "null": (r"~|null|Null|NULL|", "~nN\0"),
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -50,7 +50,7 @@ def _check_keys(node: Any) -> None:
         if key.value in seen: raise yaml.YAMLError(f"{line}: {key.value} is there twice")
         seen.add(key.value)
 
-# %% ../../nbs/runs/text.ipynb #00b73c5e
+# %% ../../nbs/runs/text.ipynb #b3772039
 class _Reader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
@@ -91,7 +91,7 @@ _Reader.add_constructor(f"{_TAG}int", _Reader.whole)
 _RawReader.yaml_constructors = _Reader.yaml_constructors
 _Writer.add_representer(str, _Writer.text)
 
-# %% ../../nbs/runs/text.ipynb #efc1ddd1
+# %% ../../nbs/runs/text.ipynb #e3ae0043
 def read_yaml(text: str, raw: bool = False) -> Any:
     """Read a value from YAML 1.2, or from JSON, which is part of it.
 
@@ -117,7 +117,7 @@ def read_yaml(text: str, raw: bool = False) -> Any:
     except RecursionError: raise ConfigError("it is nested too deep") from None
     except ValueError as error: raise ConfigError(str(error)) from None  # an int of 5,000 digits
 
-# %% ../../nbs/runs/text.ipynb #2b84bf88
+# %% ../../nbs/runs/text.ipynb #5fb0b918
 def read_scalar(text: str) -> Any:
     "What a plain word means: a number, a truth value, null, or itself."
     reader = _Reader("")
@@ -136,7 +136,7 @@ def read_word(text: str, raw: bool = False) -> Any:
     if isinstance(value, list | dict) or text[:1] in ("'", '"'): return value
     return str(text) if raw else read_scalar(text)
 
-# %% ../../nbs/runs/text.ipynb #ebca869e
+# %% ../../nbs/runs/text.ipynb #e020f3a8
 def write_yaml(value: Any, flow: bool = False) -> str:
     """Write a value as YAML.
 

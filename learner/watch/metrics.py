@@ -23,7 +23,7 @@ from ..base.batch import unpack
 from ..base.tree import map_tensors
 from ..base.words import PHASES, did_you_mean
 from ..loop.learner import Learner
-from ..loop.loop import Pass
+from ..loop.passes import Pass
 from ..loop.stages import Callback
 from .metric_forms import FunctionMean, MetricError, check_metric, compute, form_of
 from .metric_forms import metric_name, name_metrics, picker, say_which, set_state_of
@@ -146,7 +146,7 @@ class _Copies:
         "Hand the batches that are held to the metrics."
         if not self.chunk.count: return
         predictions, labels = self.chunk.take()
-        _update(self.additive, predictions, labels, len(labels))
+        _update(self.additive, predictions, labels, 0)
 
 # %% ../../nbs/watch/metrics.ipynb #1130faf1
 class PassMetrics(_Copies):
@@ -250,7 +250,7 @@ class _Measuring(Callback):
                               "Metrics(..., phases=...)") from None
         if self.pick: predictions, labels = self.pick(predictions, labels)
         elif learn.loss_func is None: predictions = _logits(predictions)
-        size = learn.batch_size if "batch_size" in vars(learn) else unpack(learn.batch)[3]
+        size = learn.batch_size if hasattr(learn, "batch_size") else unpack(learn.batch)[3]
         now.add(predictions, labels, size)
         if not self.tried:
             try_out(now.running)

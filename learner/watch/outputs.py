@@ -27,7 +27,7 @@ from ..base.batch import size_of, unpack
 from ..base.tree import is_leaf, map_tensors
 from ..base.words import check_whole, did_you_mean
 from ..loop.learner import Learner
-from ..loop.loop import PASSES
+from ..loop.passes import PASSES
 from ..loop.stages import Callback, CancelBatchException, CancelEpochException
 
 # %% ../../nbs/watch/outputs.ipynb #9c8bd785

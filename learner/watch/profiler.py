@@ -14,8 +14,9 @@ import torch
 from ..base.history import History
 from ..base.words import did_you_mean
 from ..loop.learner import Learner
-from ..loop.loop import PASSES
-from ..loop.stages import Callback, Times
+from ..loop.passes import PASSES
+from ..loop.explain import Times
+from ..loop.stages import Callback
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,7 +13,7 @@ from time import monotonic
 from ..base.history import History
 from ..base.parts import length_of
 from ..loop.learner import Learner
-from ..loop.loop import PASSES
+from ..loop.passes import PASSES
 from ..loop.stages import Callback
 from .metrics import Metrics
 from .notebook_view import NotebookView
@@ -89,7 +89,7 @@ class _Looking(_Watching):
     def _look(self, learn: Learner, batches: int) -> None:
         "Redraw; only here is anything read from the device."
         if self.view is None: return
-        loss = vars(learn).get("loss")
+        loss = getattr(learn, "loss", None)  # a routine may leave none
         self.view.values = {}
         for callback in learn.callbacks:
             if isinstance(callback, Metrics): self.view.values |= callback.glance()

@@ -146,6 +146,15 @@ def comments_of(loss: float | None, values: Mapping[str, float]) -> list[str]:
     return [f"{name} {format_value(value)}" for name, value in {**shown, **values}.items()]
 
 # %% ../../nbs/watch/views.ipynb #cfe508fc
+_LEAST = 5  # characters that are left for the bar itself
+
+def _without_comments(text: str, room: int) -> str:
+    "The text beside a bar, without the last of its comments if there is no room for them."
+    while len(text) > room and "... " in text:
+        head, more, _ = text.rpartition(", ")
+        text = f"{head if more else text.partition('... ')[0]}]"
+    return text
+
 @cache
 def _terminal_bar() -> type:
     "The class of fastprogress' bar for terminals, made to fit the line."
@@ -157,12 +166,14 @@ def _terminal_bar() -> type:
 
         def on_update(self, val: int, text: str) -> None:
             # fastprogress writes past the end of a line, and leaves the tail of a longer text
-            text = in_encoding(text.rpartition("% ")[2], sys.stdout)  # the bar says how many %
-            self.longest = max(self.longest, len(text))
             room = max(self.cols - len(f"{self.prefix} || "), 0)
+            text = in_encoding(text.rpartition("% ")[2], sys.stdout)  # the bar says how many %
+            text = _without_comments(text, room - _LEAST)
+            self.longest = max(self.longest, len(text))
             super().on_update(val, text.ljust(self.longest)[:room])
     return TerminalBar
 
+# %% ../../nbs/watch/views.ipynb #c022e738
 class _Bar(LogView):
     "The bar of a terminal, drawn and rubbed out."
     bar: Any = None  # of the pass, as soon as it is on the screen
@@ -172,6 +183,7 @@ class _Bar(LogView):
         "Begin a bar."
         self.bar = _terminal_bar()(None, "noinfer" if total is None else total)
         self.bar.cols -= 1  # a full line would wrap on some terminals
+        self.bar.length = 40  # at most: it shrinks to what the text leaves
         label = in_encoding(self.label, sys.stdout)
         self.bar.prefix = label[:max(self.bar.cols - len(" || "), 0)]
         start_bar(self.bar, since, self.skipped)

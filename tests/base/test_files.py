@@ -185,7 +185,7 @@ def test_the_levels_that_are_allowed_are_allowed():
     assert parse_json("[" * 100 + "]" * 100)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}, object()], ids=repr)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}, object()])
 def test_what_json_cannot_hold_is_not_written(tmp_path, value):
     write_json(tmp_path / "x", 1)
     with pytest.raises((TypeError, ValueError)): write_json(tmp_path / "x", {"a": value})

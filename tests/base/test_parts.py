@@ -10,7 +10,17 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Subset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from learner.base.parts import cannot_restore, check_loaders, check_parts, generators_of, kept_order, loaders_of, places_in, samplers_of, with_epochs
+from learner.base.parts import (
+    cannot_restore,
+    check_loaders,
+    check_parts,
+    generators_of,
+    kept_order,
+    loaders_of,
+    places_in,
+    samplers_of,
+    with_epochs,
+)
 from learner.loop.data import DatasetLoader, TensorLoader
 
 NUMBERS = torch.arange(12.0)
@@ -119,7 +129,7 @@ def test_loaders_with_names():
     ({"validation": {3: []}}, ValueError, "dataloaders[\"validation\"] has a loader named 3; use *"), ({"test": {"": []}}, ValueError, "dataloaders[\"test\"] has a loader named ''; use *"),
     ({"test": {}}, ValueError, "dataloaders[\"test\"] is an empty mapping; name a loader in it"), ({"test": {"a": 3}}, TypeError, "dataloaders[\"test\"][\"a\"] is 3; pass an iterable of batches"),
     ({"test": {"a": {"b": []}}}, TypeError, "dataloaders[\"test\"][\"a\"] is {'b': []}; pass an iterable of batches"),
-    ({"train": {"a": []}}, ValueError, "dataloaders[\"train\"] is a mapping; training reads one loader, and learner.loop.data.Together makes one of several"),
+    ({"train": {"a": []}}, ValueError, "dataloaders[\"train\"] is a mapping; training reads one loader, and learner.loop.together.Together makes one of several"),
     ({"train": "abc"}, TypeError, "dataloaders[\"train\"] is 'abc'; pass an iterable of batches"),
     ({"valid": []}, ValueError, "dataloaders: 'valid' is not one of ['train', 'validation', 'test']; did you mean validation?")])
 def test_loaders_that_cannot_be(loaders, kind, message):

@@ -1,25 +1,19 @@
-import enum
-import hashlib
 import json
 import math
 import os
 import random
 import shutil
-import struct
 import subprocess
 import sys
-from collections import OrderedDict, namedtuple
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from learner.base import provenance
+from learner.base.data_hash import data_hash
 from learner.base.provenance import (
     GitState,
-    data_hash,
     git_state,
     kept_rng,
     rng_state,
@@ -205,7 +199,7 @@ def bad_states():
     yield {"python.version": 3}, "KeyError: 'state'"
     yield state | {"numpy.bit_generator": "Dice"}, "ValueError: "
     yield state | {"numpy.state.key": [1, 2]}, ""
-    yield state | {"tensorflow": 1}, "ValueError: 'tensorflow' names no generator"
+    yield state | {"tensorflow": 1}, "ValueError: 'tensorflow' is not the name of a generator"
     yield [1, 2], "AttributeError"
     yield None, "AttributeError"
 
@@ -546,7 +540,7 @@ def test_a_file_that_goes_away_meanwhile(git, monkeypatch):
 
     def slow(folder, *arguments, **options):
         output = real(folder, *arguments, **options)
-        if arguments[0] == "ls-files":
+        if "--others" in arguments:
             (git.work / "a.txt").unlink()
         return output
 
@@ -620,263 +614,103 @@ def test_variables_of_a_hook_name_another_repository(git, monkeypatch, tmp_path)
     assert git_state(git.work) == expected
 
 
-# Data
-
-
-def sha(*parts):
-    return hashlib.sha256(b"".join(parts)).hexdigest()
-
-
-def test_by_hand():
-    assert data_hash(None) == sha(b"None\n")
-    assert data_hash(True) == sha(b"bool True\n")
-    assert data_hash(-7) == sha(b"int -7\n")
-    assert data_hash(10**40) == sha(b"int 1" + b"0" * 40 + b"\n")
-    assert data_hash(0.1) == sha(b"float\n", struct.pack("<d", 0.1))
-    assert data_hash(1 - 2j) == sha(b"complex\n", struct.pack("<dd", 1, -2))
-    assert data_hash("é") == sha(b"str 2\n\xc3\xa9")
-    assert data_hash(b"\0\n") == data_hash(bytearray(b"\0\n")) == sha(b"bytes 2\n\0\n")
-    assert data_hash([]) == sha(b"list 0\n")
-    assert data_hash(("a", [1])) == sha(b"tuple 2\nstr 1\nalist 1\nint 1\n")
-    assert data_hash({"a": 1}) == sha(b"dict 1\n", hashlib.sha256(b"str 1\na").digest(), b"int 1\n")
-    assert data_hash(torch.tensor(2.5)) == sha(b"array float32 \n", struct.pack("<f", 2.5))
-    assert data_hash(torch.tensor([True, False])) == sha(b"array bool 2\n\1\0")
-    assert data_hash(torch.tensor([1.0, -2.0], dtype=torch.bfloat16)) == sha(b"array bfloat16 2\n\x80\x3f\x00\xc0")
-    assert data_hash(np.array([[1, 2, 3]], dtype=np.int16)) == sha(b"array int16 1,3\n", struct.pack("<3h", 1, 2, 3))
-    items = [(torch.tensor([5], dtype=torch.uint8), 0), (torch.tensor([6], dtype=torch.uint8), 1)]
-    by_hand = b"dataset 2\ntuple 2\narray uint8 1\n\5int 0\ntuple 2\narray uint8 1\n\6int 1\n"
-    assert data_hash(Items(items)) == sha(by_hand)
-
-
-def test_different_values_have_different_hashes():
-    x = torch.arange(6)
-    values = [None, True, False, 0, 1, -1, 0.0, -0.0, 1.0, 0j, "", "0", "None", b"", b"0"]
-    values += [[], (), {}, [[]], [()], [[], []]]
-    values += ["ab", ["ab"], ["a", "b"], ["ab", ""], ["", "ab"], [["a"], "b"], [["a", "b"]], ["a", ["b"]], ("a", "b")]
-    values += [{"a": "b"}, {"b": "a"}, {"a": ["b"]}, {"a": {"b": 1}}, {"a": {}, "b": 1}, {0: 1}, {"0": 1}, {(0,): 1}]
-    values += [x, x.view(2, 3), x.view(3, 2), x.view(1, 6), x.int(), x.float(), x.double(), x.half(), x.bfloat16()]
-    values += [x.flip(0), x[:5], x[0], x[:1], x[:0], x[:0].view(0, 3), x[:0].view(3, 0), [x], (x,), [x, x], x.tolist()]
-    values += [x.to(torch.complex64), torch.view_as_real(x.to(torch.complex64)), x.to(torch.uint8), x.to(torch.int8)]
-    values += [Items([]), Items([1]), Items([x]), np.array(["a"]), np.array(["a"], "U2"), np.array([b"a"])]
-    values += [np.array([1], "datetime64[s]"), np.array([1], "datetime64[D]"), np.array([1], "m8[s]"), np.int64(1)]
-    values += ["array int64 1\n" + "\1" + "\0" * 7, "list 1\nint 1\n", "\ud800"]
-    assert len({data_hash(value) for value in values}) == len(values)
-
-
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.complex64, torch.bool]
-DTYPES += [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64, torch.uint64]
-
-
-@pytest.mark.parametrize("block", [1, 7, 16, 100, 2**24])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_layout_and_blocks_do_not_count(monkeypatch, dtype, block):
-    x = (torch.arange(2 * 3 * 4 * 5) % 7).float().view(2, 3, 4, 5).to(dtype)
-    expected = data_hash(x)
-    monkeypatch.setattr(provenance, "_BLOCK", block)
-    wide = torch.zeros(2, 3, 4, 10, dtype=dtype)
-    wide[..., ::2] = x
-    same = [x, x.clone(), torch.nn.Parameter(x, requires_grad=False), wide[..., ::2], x.detach()]
-    same += [x.permute(order).contiguous().permute(back) for order, back in [((3, 1, 0, 2), (2, 1, 3, 0))]]
-    same += [x.contiguous(memory_format=torch.channels_last), x.as_subclass(torch.Tensor)]
-    if dtype not in (torch.bfloat16, torch.float8_e4m3fn):
-        array = x.numpy()
-        frozen = array.copy()
-        frozen.flags.writeable = False
-        swapped = array.astype(array.dtype.newbyteorder(">"))
-        same += [array, np.asfortranarray(array), np.ascontiguousarray(array[::-1])[::-1], swapped, frozen]
-    assert {data_hash(value) for value in same} == {expected}
-
-
-def test_views_that_are_lazy():
-    z = torch.tensor([1 + 2j, 3 - 4j])
-    assert data_hash(z.conj()) == data_hash(torch.tensor([1 - 2j, 3 + 4j]))
-    assert data_hash(z.conj().imag) == data_hash(torch.tensor([-2.0, 4.0]))
-    assert data_hash(torch.zeros(()).expand(3, 4)) == data_hash(torch.zeros(3, 4))
-    assert data_hash(torch.ones(2, requires_grad=True) * 2) == data_hash(torch.full((2,), 2.0))
-
-
-def test_numbers_and_scalars():
-    class Colour(enum.IntEnum):
-        RED = 3
-
-    Point = namedtuple("Point", "x y")
-    assert data_hash(Colour.RED) == data_hash(3)
-    assert data_hash(Point(1, 2)) == data_hash((1, 2))
-    assert data_hash(np.float64(1)) == data_hash(np.array(1.0)) == data_hash(torch.tensor(1.0).double())
-    assert data_hash(np.float64(1)) != data_hash(1.0)
-    assert data_hash(np.bool_(True)) == data_hash(torch.tensor(True)) != data_hash(True)
-    assert data_hash(Image.new("RGB", (3, 2), "red")) == data_hash(np.array([[[255, 0, 0]] * 3] * 2, dtype=np.uint8))
-
-
-def test_the_order_of_a_mapping_does_not_count():
-    keys = ["b", "a", 3, 1.5, None, (1, "x"), b"y", True]
-    expected = data_hash({key: i for i, key in enumerate(keys)})
-    for seed in range(5):
-        pairs = list(enumerate(keys))
-        random.Random(seed).shuffle(pairs)
-        assert data_hash({key: i for i, key in pairs}) == expected
-        assert data_hash(OrderedDict((key, i) for i, key in pairs)) == expected
-    model = torch.nn.Linear(3, 2)
-    assert data_hash(model.state_dict()) == data_hash({"bias": model.bias, "weight": model.weight})
-
-
-def test_a_hash_is_the_same_in_every_process():
-    code = """
-import torch
-from learner.base.provenance import data_hash
-print(data_hash({"x": torch.arange(5), "y": ["a", 1.5, None], "z": {"k": (True, b"0")}, 7: "seven"}))
+EVIL = """#!/bin/sh
+touch '{flag}'
+cat
 """
-    for seed in ("1", "2"):
-        assert run(code, PYTHONHASHSEED=seed) == "0c6dfbc58b003b0a283e6a4a7db1e9dcdaa881dba799deab2e64950bfaec7ada"
 
 
-class Items(Dataset):
-    def __init__(self, items):
-        self.items = items
+@pytest.fixture
+def evil(git, tmp_path):
+    "A program that leaves a trace, and whether it has run."
+    program = tmp_path / "evil"
+    program.write_text(EVIL.format(flag=tmp_path / "it-ran"))
+    program.chmod(0o755)
 
-    def __len__(self):
-        return len(self.items)
+    def ran():
+        flag = tmp_path / "it-ran"
+        there = flag.exists()
+        flag.unlink(missing_ok=True)
+        return there
 
-    def __getitem__(self, i):
-        return self.items[i]
-
-
-class Fetched(Items):
-    """Gives many items at once, and counts how often."""
-
-    calls = 0
-
-    def __getitems__(self, indices):
-        self.calls += 1
-        return [self.items[i] for i in indices]
+    ran.program = str(program)
+    return ran
 
 
-class Batched(Items):
-    """Gives a batch at once, not items."""
-
-    def __getitems__(self, indices):
-        return torch.stack([self.items[i][0] for i in indices]), [self.items[i][1] for i in indices]
-
-
-class Plain:
-    """A map-style dataset by its methods alone."""
-
-    def __init__(self, items):
-        self.items = items
-
-    __len__, __getitem__ = Items.__len__, Items.__getitem__
+def bring_filter(git, evil, folder, place="config"):
+    "Settings that came along with a repository: every file goes through a program."
+    settings = f"[filter \"x.y\"]\n\tclean = {evil.program}\n\tsmudge = {evil.program}\n\tprocess = {evil.program}\n\trequired = true\n"
+    if place == "config":
+        with (folder / ".git" / "config").open("a") as file: file.write(settings)
+    elif place == "include":
+        (folder / ".git" / "more").write_text(settings)
+        git("config", "include.path", "more", folder=folder)
+    else:
+        git("config", "extensions.worktreeConfig", "true", folder=folder)
+        (folder / ".git" / "config.worktree").write_text(settings)
+    (folder / ".git" / "info" / "attributes").write_text("* filter=x.y\n")
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 5, 1024, 1025, 3000])
-def test_datasets(count):
-    x, y = torch.rand(count, 2, 3), torch.arange(count)
-    items = [(x[i], int(y[i])) for i in range(count)]
-    fetched = Fetched(items)
-    datasets = [Items(items), Plain(items), fetched, Batched(items), Subset(Items(items), range(count))]
-    hashes = {data_hash(dataset) for dataset in datasets}
-    assert len(hashes) == 1
-    assert fetched.calls == math.ceil(count / 1024)
-    assert data_hash(items) not in hashes
-    if count:
-        changed = list(items)
-        changed[-1] = (items[-1][0], 99999)
-        assert data_hash(Items(changed)) not in hashes
-        changed[-1] = (items[-1][0] + 1, items[-1][1])
-        assert data_hash(Fetched(changed)) not in hashes
-    assert data_hash(TensorDataset(x, y)) == data_hash((x, y))
+@pytest.mark.parametrize("place", ["config", "include", "worktree"])
+def test_filters_that_came_along_do_not_run(git, evil, place):
+    bring_filter(git, evil, git.work, place)
+    edit(git.work / "package" / "model.py")
+    (git.work / "new.py").write_text("new\n")
+    evil()
+    state = git_state(git.work)
+    assert not evil() and state.problem == "" and "+line three" in state.diff and "+new" in state.diff
+    subprocess.run(["git", "diff"], cwd=git.work, capture_output=True)
+    assert evil()  # git alone runs it
 
 
-def test_a_tensor_dataset_of_ones_own_is_read_by_its_items():
-    class Doubled(TensorDataset):
-        def __getitem__(self, i):
-            return self.tensors[0][i] * 2
-
-    x = torch.arange(3.0)
-    assert data_hash(Doubled(x)) == data_hash(Items([x[i] * 2 for i in range(3)]))
-
-
-class Augmented(Items):
-    def __getitem__(self, i):
-        return self.items[i], *normals()
+def test_hooks_and_monitors_that_came_along_do_not_run(git, evil):
+    hooks = git.work / ".git" / "hooks"
+    hooks.mkdir(exist_ok=True)
+    for name in ("post-index-change", "fsmonitor-watchman", "query-watchman"): shutil.copy(evil.program, hooks / name)
+    git("config", "core.fsmonitor", str(hooks / "query-watchman"))
+    edit(git.work / "package" / "model.py")
+    evil()
+    assert "+line three" in git_state(git.work).diff and not evil()
 
 
-def test_reading_a_random_dataset_is_repeatable_and_leaves_no_trace():
-    dataset = Augmented([1, 2, 3])
-    first = data_hash(dataset)
-    normals()
-    before = rng_state()
-    assert data_hash(dataset) == first
-    assert equal(rng_state(), before)
-    assert data_hash(Augmented([1, 2, 4])) != first
+def test_a_filter_of_the_user_is_used(git, tmp_path):
+    with (tmp_path / "config").open("a") as file: file.write('[filter "lower"]\n\tclean = "tr A-Z a-z"\n')
+    (git.work / ".git" / "info" / "attributes").write_text("*.py filter=lower\n")
+    (git.work / "old.py").write_text("OLD\n")
+    assert not git_state(git.work).dirty
+    git("config", "filter.lower.clean", "false")  # the repository says otherwise
+    assert git_state(git.work).dirty
 
 
-class Broken(Items):
-    def __getitem__(self, i):
-        torch.rand(1)
-        if i == 2:
-            raise OSError("no such image")
-        return i
+def test_a_filter_that_cannot_be_named_is_refused(git, evil):
+    git("config", "filter.a=b.clean", evil.program)
+    state = git_state(git.work)
+    assert state.problem == "the repository has a filter with an odd name, 'filter.a=b'" and not evil()
 
 
-class Endless(IterableDataset):
-    def __iter__(self):
-        return iter(range(3))
+def test_a_submodule(git, evil, tmp_path):
+    inner = tmp_path / "inner"
+    git("clone", "-q", str(git.work), str(inner))
+    git("-c", "protocol.file.allow=always", "submodule", "-q", "add", str(inner), "sub")
+    git("commit", "-q", "-m", "two")
+    assert git_state(git.work) == GitState(git("rev-parse", "HEAD"), "main", False, "", "")
+    settings = git.work / ".git" / "modules" / "sub"
+    with (settings / "config").open("a") as file: file.write(f'[filter "x"]\n\tclean = {evil.program}\n')
+    (settings / "info" / "attributes").write_text("* filter=x\n")
+    (git.work / "sub" / "old.py").write_text("other\n")
+    evil()
+    assert git_state(git.work).diff == "# left out: 'sub': changes inside this submodule\n" and not evil()
+    assert "+other" in git_state(git.work / "sub").diff and not evil()
 
 
-def test_an_error_of_the_dataset_passes_through():
-    before = rng_state()
-    with pytest.raises(OSError, match="no such image"):
-        data_hash(Broken([0] * 5))
-    assert equal(rng_state(), before)
-
-
-GIVE = "give tensors, arrays, numbers, text, or lists, tuples, mappings and map-style datasets of them"
-BAD_DATA = [
-    (object(), f"data of type object cannot be hashed: {GIVE}"),
-    ({1, 2}, f"data of type set cannot be hashed: {GIVE}"),
-    ((i for i in range(3)), f"data of type generator cannot be hashed: {GIVE}"),
-    (Endless(), f"data of type Endless cannot be hashed: {GIVE}"),
-    (print, f"data of type builtin_function_or_method cannot be hashed: {GIVE}"),
-    (torch.nn.Linear, f"data of type type cannot be hashed: {GIVE}"),
-    ([1, {"a": (0, {2})}], f"data[1]['a'][1] of type set cannot be hashed: {GIVE}"),
-    ({frozenset(): 1}, f"data[frozenset()] of type frozenset cannot be hashed: {GIVE}"),
-    (Items([(1, 2), (1, {2})]), f"data[1][1] of type set cannot be hashed: {GIVE}"),
-    (DataLoader(Items([1])), "data of type DataLoader cannot be hashed: give its .dataset"),
-    (torch.eye(2).to_sparse(), "data of type Tensor cannot be hashed: give a dense tensor with values"),
-    ([torch.empty(2, device="meta")], "data[0] of type Tensor cannot be hashed: give a dense tensor with values"),
-    (np.array([1, "a"], dtype=object), "data of type ndarray cannot be hashed: its dtype is object; convert it"),
-    (np.zeros(2, "V3"), "data of type ndarray cannot be hashed: its dtype is |V3; convert it"),
-]
-
-
-@pytest.mark.parametrize(("data", "message"), BAD_DATA)
-def test_what_cannot_be_hashed(data, message):
-    before = rng_state()
-    with pytest.raises(TypeError) as caught:
-        data_hash(data)
-    assert str(caught.value) == message
-    assert equal(rng_state(), before)
-
-
-@pytest.mark.skipif(np.dtype(np.longdouble).itemsize == 8, reason="long double is double here")
-def test_long_doubles_have_bytes_without_meaning():
-    with pytest.raises(TypeError, match="convert it"):
-        data_hash(np.zeros(2, np.longdouble))
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the unit of ru_maxrss differs")
-def test_large_tensors_are_not_copied():
-    code = """
-import resource, torch
-from learner.base.provenance import data_hash
-x = torch.ones(9000, 9000)  # 324 MB
-data_hash(x[0]), x.numpy()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for view in (x, x.t(), x[:, ::2], x.t().numpy(), x.view(1, 1, -1), x[:1].expand(9000, -1)):
-    data_hash(view)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
-"""
-    assert int(run(code)) < 80
+def test_a_repository_whose_files_are_elsewhere(git, tmp_path):
+    secret, bait = tmp_path / "secret", tmp_path / "bait"
+    for folder in (secret, bait): folder.mkdir()
+    (secret / "password.txt").write_text("hunter2\n")
+    git("init", "-q", folder=bait)
+    git("config", "core.worktree", str(secret), folder=bait)
+    state = git_state(bait)
+    assert "hunter2" not in state.diff and state.problem == f"the repository of {bait} has its files elsewhere, in {secret}"
 
 
 def test_import_is_cheap():

@@ -9,33 +9,51 @@ import math
 import os
 import pickle
 import random
+import re
 import resource
+import socket
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, load_model, save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from learner.base import store
+from learner.base.files import FileError
+from learner.base.hashing import sparse_parts, tensor_bytes
 from learner.base.provenance import kept_rng, rng_state, set_rng_state
-from learner.base.store import DamagedError, check_state, hash_state, list_states, load_state, save_state, snapshot
+from learner.base.store import (
+    DamagedError,
+    check_state,
+    checkpoint_name,
+    checkpoint_place,
+    list_checkpoints,
+    load_state,
+    newest_checkpoint,
+    read_checkpoint,
+    save_state,
+    snapshot,
+)
 
 LONG = os.environ.get("LEARNER_LONG") == "1"
-FILES = ["model.safetensors", "optimiser.safetensors", "state.json", "state.json.sha256"]
 
 
 def same(a, b):
     "Equal and of the same types, bit by bit."
+    if isinstance(a, torch.Tensor) and a.layout != torch.strided:
+        if (a.layout, a.dtype, a.shape) != (b.layout, b.dtype, b.shape): return False
+        return all(map(same, sparse_parts(a), sparse_parts(b))) and (a.layout != torch.sparse_coo or a.is_coalesced() == b.is_coalesced())
     if isinstance(a, torch.Tensor):
         return (type(b) is torch.Tensor and a.dtype == b.dtype and a.shape == b.shape
-                and bytes(store._bytes(a.detach().contiguous())) == bytes(store._bytes(b)))
+                and bytes(tensor_bytes(a)) == bytes(tensor_bytes(b)))
     if isinstance(a, np.ndarray): return type(b) is np.ndarray and a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
     if type(a) is not type(b): return False
     if isinstance(a, dict): return list(a) == list(b) and [type(k) for k in a] == [type(k) for k in b] and all(same(a[k], b[k]) for k in a)
@@ -62,6 +80,7 @@ VALUES = {
     "nested": ((), [], {}, ((1,), [2, (3, [])]), {"a": {"b": ({},)}}),
     "keys": {0: "int", "0": "text", -5: 1, 2**70: 2, "": 3, "$tuple": [1], "a.b": {"c": 4}, "a": {"b.c": 5}, "__metadata__": 6},
     "tags": {"$int": "0x1", "inner": [{"$tensor": ["model", "w"]}, {"$dict": []}, {"$": 1}]},
+    "../a\0/b": {"C:\\": torch.ones(1), "": torch.ones(2)},
     "bytes": [b"", b"\x00\xff", bytes(range(256)) * 50],
 }
 
@@ -82,10 +101,60 @@ def test_tensors_of_every_type_come_back_and_the_library_agrees(tmp_path, code, 
     tensor = raw.view(dtype).reshape(shape) if raw.numel() else torch.empty(shape, dtype=dtype)
     save_state(tmp_path / "c", {"model": {"odd": torch.ones(3, dtype=torch.bool), "x": tensor}})
     assert same(tensor, load_state(tmp_path / "c")["model"]["x"])
-    assert same(tensor, load_file(tmp_path / "c" / "model.safetensors")["x"])
-    save_file({"x": tensor, "odd": torch.ones(3, dtype=torch.bool)}, tmp_path / "y.safetensors")  # and theirs is read here
-    data = (tmp_path / "y.safetensors").read_bytes()
-    assert same(tensor, store._read_part(tmp_path, "y", len(data), hashlib.sha256(data).hexdigest(), True)["x"])
+    assert same(tensor, load_file(tmp_path / "c")["model.x"])
+    save_file({"x": tensor, "odd": torch.ones(3, dtype=torch.bool)}, tmp_path / "y", {"learner": "1", "state": '{"y": {"$tensor": "x"}}'})
+    raw = (tmp_path / "y").read_bytes()  # and theirs is read here
+    head = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    forge(tmp_path / "y", **{**head.pop("__metadata__"), "header": head}, data=raw[8 + int.from_bytes(raw[:8], "little"):])
+    assert same(tensor, load_state(tmp_path / "y")["y"])
+
+
+COMPLEX = [torch.complex128, torch.complex32]
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize("dtype", COMPLEX, ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3)], ids=str)
+def test_complex_numbers_that_the_format_does_not_know_come_back(tmp_path, dtype, shape):
+    tensor = torch.view_as_complex(torch.randn(*shape, 2, dtype=torch.float64 if dtype == torch.complex128 else torch.float16))
+    tied = nn.Parameter(tensor)
+    state = {"m": {"t": tensor, "turned": tensor.T if len(shape) == 2 else tensor, "conj": tensor.conj(), "p": tied, "q": tied}}
+    save_state(tmp_path / "c", state)
+    for loaded in (load_state(tmp_path / "c"), snapshot(state)):
+        assert same(loaded["m"]["t"], tensor) and loaded["m"]["conj"].dtype == dtype and not loaded["m"]["p"].requires_grad
+        assert same(loaded["m"]["conj"], tensor.conj().resolve_conj()) and same(loaded["m"]["turned"], state["m"]["turned"].contiguous())
+        assert loaded["m"]["p"] is loaded["m"]["q"] or not tensor.numel()
+    assert load_file(tmp_path / "c")["m.t"].shape == (*shape, 2)
+    if dtype == torch.complex128:
+        save_state(tmp_path / "a", {"a": np.array([1 + 2j, 3.5]), "scalar": [np.array(1j)]})
+        assert same(load_state(tmp_path / "a"), {"a": np.array([1 + 2j, 3.5]), "scalar": [np.array(1j)]})
+
+
+def sparse(kind, dtype=torch.float32):
+    "A tensor of a layout, with an empty row and a zero that is stored."
+    dense = torch.tensor([[0, 0, 1, 0], [0, 0, 0, 0], [2, 3, 0, 0], [0, 0, 0, 4]]).to(dtype)
+    if kind == "uncoalesced": return torch.sparse_coo_tensor([[0, 0, 3], [1, 1, 0]], torch.tensor([1, 2, 0]).to(dtype), (4, 5))
+    if kind == "hybrid": return torch.sparse_coo_tensor([[0, 2]], torch.ones(2, 3).to(dtype), (4, 3))
+    if kind == "empty": return torch.sparse_coo_tensor(size=(3, 0)).to(dtype)
+    if kind == "coo": return dense.to_sparse()
+    if kind in ("bsr", "bsc"): return getattr(dense, f"to_sparse_{kind}")((2, 2))
+    return getattr(dense, f"to_sparse_{kind}")()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse ")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.complex128], ids=str)
+@pytest.mark.parametrize("kind", ["coo", "uncoalesced", "hybrid", "empty", "csr", "csc", "bsr", "bsc"])
+def test_sparse_tensors_come_back(tmp_path, kind, dtype):
+    tensor = sparse(kind, dtype)
+    state = {"model": {"adjacency": tensor, "again": tensor, "p": nn.Parameter(tensor, requires_grad=False)}}
+    save_state(tmp_path / "c", state)
+    for loaded in (load_state(tmp_path / "c"), snapshot(state)):
+        assert same(tensor, loaded["model"]["adjacency"])
+        if kind != "empty": assert loaded["model"]["again"] is loaded["model"]["adjacency"]  # ties hold
+    if kind != "empty": assert len(load_file(tmp_path / "c")) == len(sparse_parts(tensor))  # and take no room
+    if tensor.numel():
+        sparse_parts(loaded["model"]["adjacency"])[-1].fill_(7)
+        assert same(tensor, load_state(tmp_path / "c")["model"]["adjacency"])  # a snapshot has memory of its own
 
 
 def test_all_the_types_that_the_library_knows_are_known():
@@ -118,27 +187,26 @@ def test_a_tensor_that_appears_twice_is_stored_once_and_comes_back_as_one(tmp_pa
             self.head.weight = self.embed.weight
     model = Tied()
     save_state(tmp_path / "c", {"model": model.state_dict(), "ema": {"w": model.head.weight}, "again": [model.embed.weight.T]})
-    assert (tmp_path / "c" / "model.safetensors").stat().st_size < 50 * 8 * 4 + 400
-    assert not (tmp_path / "c" / "ema.safetensors").exists() or (tmp_path / "c" / "ema.safetensors").stat().st_size < 400
+    assert (tmp_path / "c").stat().st_size < 2 * 50 * 8 * 4 + 800
+    assert sorted(load_file(tmp_path / "c")) == ["again.0", "model.embed.weight"]
     loaded = load_state(tmp_path / "c")
     assert loaded["model"]["embed.weight"] is loaded["model"]["head.weight"] is loaded["ema"]["w"]
     assert loaded["again"][0] is not loaded["ema"]["w"] and torch.equal(loaded["again"][0], model.embed.weight.T)
     other = Tied()
     other.load_state_dict(loaded["model"])
     assert torch.equal(other.head.weight, model.head.weight)
-    with safe_open(tmp_path / "c" / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"head.weight": "embed.weight", "format": "pt"} and list(file.keys()) == ["embed.weight"]
+    weights = {name.removeprefix("model."): tensor for name, tensor in load_file(tmp_path / "c").items() if name.startswith("model.")}
     third = Tied()
-    load_model(third, tmp_path / "c" / "model.safetensors")  # the library's own way with ties
+    third.load_state_dict(weights, strict=False)  # as safetensors' own load_model does
     assert torch.equal(third.head.weight, model.head.weight)
 
 
 def test_names_that_would_be_the_same_in_a_file_are_told_apart(tmp_path):
     t = [torch.tensor(float(i)) for i in range(6)]
-    state = {"m": {"a": {"b": t[0]}, "a.b": t[1], "a.b'": t[2], "__metadata__": t[3], "\ud800": t[4], "format": t[5]}}
+    state = {"m": {"a": {"b": t[0]}, "a.b": t[1], "a.b'": t[2]}, "__metadata__": t[3], "\ud800": t[4], "format": t[5]}
     save_state(tmp_path / "c", state)
     assert same(load_state(tmp_path / "c"), state)
-    assert len(load_file(tmp_path / "c" / "m.safetensors")) == 6
+    assert len(load_file(tmp_path / "c")) == 6
 
 
 def test_subclasses_come_back_as_the_plain_type(tmp_path):
@@ -204,24 +272,28 @@ def test_optimisers_and_schedules_go_on_where_they_were(tmp_path, factory):
 
 def test_a_file_of_an_empty_state_and_many_tensors(tmp_path):
     save_state(tmp_path / "c", {})
-    assert load_state(tmp_path / "c") == {} and sorted(os.listdir(tmp_path / "c")) == FILES[2:]
+    assert load_state(tmp_path / "c") == {} and load_file(tmp_path / "c") == {}
     many = {"m": {str(i): torch.tensor(i) for i in range(3000)} | {"large": torch.arange(3_000_001, dtype=torch.int32)}}  # over two blocks
     save_state(tmp_path / "c", many)
     assert same(load_state(tmp_path / "c"), many)
-    assert same(many["m"]["large"], load_file(tmp_path / "c" / "m.safetensors")["large"])
+    assert same(many["m"]["large"], load_file(tmp_path / "c")["m.large"])
 
 
-def test_the_same_state_makes_the_same_bytes_and_standard_tools_check_them(tmp_path):
+def test_the_same_state_makes_the_same_bytes_and_the_hash_is_over_all_of_them(tmp_path):
     for name in "ab": save_state(tmp_path / name, made(1))
-    assert sorted(os.listdir(tmp_path / "a")) == FILES
-    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in FILES)
-    document = json.loads((tmp_path / "a" / "state.json").read_text())
-    assert (document["format"], document["version"]) == ("learner checkpoint", 1)
-    for part, facts in document["parts"].items():
-        data = (tmp_path / "a" / f"{part}.safetensors").read_bytes()
-        assert facts == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    text = (tmp_path / "a" / "state.json").read_bytes()
-    assert (tmp_path / "a" / "state.json.sha256").read_text() == f"{hashlib.sha256(text).hexdigest()}  state.json\n"
+    raw = (tmp_path / "a").read_bytes()
+    assert raw == (tmp_path / "b").read_bytes()
+    with safe_open(tmp_path / "a", "pt") as file: metadata = file.metadata()
+    assert metadata.keys() == {"sha256", "format", "learner", "state"} and (metadata["format"], metadata["learner"]) == ("pt", "1")
+    assert json.loads(metadata["state"])["step"] == 1
+    assert raw.count(metadata["sha256"].encode()) == 1
+    assert metadata["sha256"] == hashlib.sha256(raw.replace(metadata["sha256"].encode(), b"0" * 64)).hexdigest()
+
+
+def test_a_state_that_quotes_the_place_of_the_hash_is_saved(tmp_path):
+    state = {'"sha256":"': '{"__metadata__":{"sha256":"' + "0" * 64, "t": {"sha256": torch.ones(2)}}
+    save_state(tmp_path / "c", state)
+    assert same(load_state(tmp_path / "c"), state)
 
 
 def test_load_puts_tensors_on_the_device(tmp_path):
@@ -243,6 +315,10 @@ class Special(torch.Tensor): pass
 cycle: list = []
 cycle.append(cycle)
 t = torch.ones(2)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # both are prototypes, or will go
+    nested = torch.nested.nested_tensor([t, t[:1]])
+    quantized = torch.quantize_per_tensor(t, 0.1, 0, torch.quint8)
 REFUSED = [
     ({"callbacks": {"EMA": {"x": Foo()}}}, "state['callbacks']['EMA']['x'] is a Foo; a checkpoint holds None, bool"),
     ({"a": [1, (2, {3: Foo})]}, "state['a'][1][1][3] is a type; a checkpoint"),
@@ -253,25 +329,18 @@ REFUSED = [
     ({"a": np.array(["x"])}, "state['a'] is an array of <U1; convert it"),
     ({"a": np.array([Foo()])}, "state['a'] is an array of object; convert it"),
     ({"a": np.arange(3, dtype=">i4")}, "state['a'] is an array of >i4; convert it"),
-    ({"a": np.zeros(2, dtype="c16")}, "state['a'] is an array of complex128; convert it"),
     ({"a": np.ma.zeros(2)}, "state['a'] is a MaskedArray; a checkpoint"),
     ({"a": np.zeros(2, dtype=[("x", "f4")])}, "state['a'] is an array of [('x', '<f4')]; convert it"),
-    ({"a": torch.zeros(2, dtype=torch.complex128)}, "state['a'] is a tensor of torch.complex128, unknown to safetensors"),
-    ({"a": torch.eye(2).to_sparse()}, "state['a'] is a tensor that is sparse, quantized"),
-    ({"a": torch.ones(2, device="meta")}, "state['a'] is a tensor that is sparse, quantized, nested or without values"),
-    ({"a": t.as_subclass(Special)}, "state['a'] is a Special, a tensor of a special class"),
-    ({"a": nn.UninitializedParameter()}, "state['a'] is a UninitializedParameter, a tensor of a special class"),
-    ({"a": {(1, 2): 3}}, "state['a'] has the key (1, 2), a tuple; keys are str or int"),
-    ({"a": {True: 3}}, "state['a'] has the key True, a bool; keys are str or int"),
-    ({"a": {None: 3}}, "state['a'] has the key None, a NoneType; keys are str or int"),
-    ({"a": {1.0: 3}}, "state['a'] has the key 1.0, a float; keys are str or int"),
+    ({"a": torch.ones(2, device="meta")}, "state['a'] is a tensor that is quantized, nested or without values"),
+    ({"a": t.as_subclass(Special)}, "state['a'] is a Special, a special tensor; save plain ones"),
+    ({"a": nn.UninitializedParameter()}, "state['a'] is a UninitializedParameter, a special tensor; save plain ones"),
+    ({"a": {(1, 2): 3}}, "state['a'] has the key (1, 2), a tuple; keys must be str or int"),
+    ({"a": {True: 3}}, "state['a'] has the key True, a bool; keys must be str or int"),
+    ({"a": {None: 3}}, "state['a'] has the key None, a NoneType; keys must be str or int"),
+    ({"a": {1.0: 3}}, "state['a'] has the key 1.0, a float; keys must be str or int"),
     ({"a": cycle}, "state['a'][0][0]"),
-    ({"../a": t}, "state['../a'] holds tensors, so its key becomes the name of a file"),
-    ({"": t}, "state[''] holds tensors"),
-    ({"a\0": t}, "state['a\\x00'] holds tensors"),
-    ({"a.b": [t]}, "state['a.b'] holds tensors"),
-    ({"a" * 300: t}, "state['aaa"),
-    ({"Model": t, "model": t * 1}, "differ from the others by more than case"),
+    ({"a": quantized}, "state['a'] is a tensor that is quantized, nested or without values"),
+    ({"a": nested}, "state['a'] is a tensor that is quantized, nested or without values"),
     ({1: t}, "a state is a mapping with text as keys"),
     ([t], "a state is a mapping with text as keys"),
     (t, "a state is a mapping with text as keys"),
@@ -289,39 +358,47 @@ def test_what_cannot_be_kept_is_named_before_a_byte_is_written(tmp_path, state, 
     assert whole(load_state(tmp_path / "c")) == 1
 
 
+@pytest.mark.parametrize(("value", "message"), [(list(range(2_100_000)), "has more than 2,000,000 values"), (["x" * 1000] * 110_000, "has 110,")])
+def test_what_could_not_be_read_back_is_not_written(tmp_path, value, message):
+    save_state(tmp_path / "c", made(1))
+    with pytest.raises(ValueError, match=f"the state does not fit into a file, whose header then {message}.*; keep long lists of numbers as tensors"):
+        save_state(tmp_path / "c", {"a": value})
+    assert whole(load_state(tmp_path / "c")) == 1 and os.listdir(tmp_path) == ["c"]
+
+
 def test_folders_and_files_that_are_no_checkpoint_are_not_replaced(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "model.safetensors").write_text("not ours")
     (tmp_path / "file").write_text("x")
-    for name, message in {"photos": "is a folder but no checkpoint: it holds model.safetensors", "file": "is a file, a checkpoint is a folder", ".": "is a folder but no checkpoint"}.items():
-        with pytest.raises(FileExistsError, match=message): save_state(tmp_path / name, made(1))
+    for name, message in {"photos": "is a folder, which is not replaced", "file": "is a file but not a checkpoint, so it is not replaced; save to another path"}.items():
+        with pytest.raises(FileError, match=message): save_state(tmp_path / name, made(1))
     with pytest.raises(OSError): save_state(tmp_path / "file" / "c", made(1))
     assert (tmp_path / "photos" / "model.safetensors").read_text() == "not ours" and (tmp_path / "file").read_text() == "x"
-    (tmp_path / "empty").mkdir()
-    save_state(tmp_path / "empty", made(1))
+    (tmp_path / "empty").touch()
+    for name in ("empty", "photos/model.safetensors"):  # this name is that of a checkpoint
+        save_state(tmp_path / name, made(1))
+        assert whole(load_state(tmp_path / name)) == 1
     save_state(tmp_path / "deep" / "er" / "c", made(2))
     assert sorted(os.listdir(tmp_path)) == ["deep", "empty", "file", "photos"]
 
 
-def test_files_of_others_move_along_and_a_link_stays_a_link(tmp_path, monkeypatch):
-    save_state(tmp_path / "real", made(1))
-    (tmp_path / "link").symlink_to("real")
-    (tmp_path / "real" / "notes.txt").write_text("mine")
-    (tmp_path / "real" / "plots").mkdir()
-    (tmp_path / "real" / "plots" / "loss.png").write_text("picture")
-    (tmp_path / "real" / "ema.safetensors").write_text("a part that is no more")
-    for step in (2, 3):
-        save_state(tmp_path / "link", made(step))
-        assert sorted(os.listdir(tmp_path / "real")) == sorted([*FILES, "notes.txt", "plots"])
-        monkeypatch.setattr(store, "_exchange", lambda one, other: False)
-    assert (tmp_path / "link").is_symlink() and whole(load_state(tmp_path / "real")) == 3
-    assert (tmp_path / "real" / "plots" / "loss.png").read_text() == "picture"
-    assert sorted(os.listdir(tmp_path)) == ["link", "real"]
+def test_a_link_in_place_of_a_checkpoint_is_refused_and_folders_above_it_may_be_links(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "folder").symlink_to("real")
+    save_state(tmp_path / "folder" / "c", made(1))
+    (tmp_path / "link").symlink_to("real/c")
+    (tmp_path / "dangling").symlink_to("real/d")
+    for name in ("link", "dangling"):
+        with pytest.raises(FileError, match=f"{name} is a link, which is not replaced; choose another name"): save_state(tmp_path / name, made(2))
+        for read in (load_state, check_state):
+            with pytest.raises(DamagedError, match=f"{name} is a link, which is not followed"): read(tmp_path / name)
+    assert whole(load_state(tmp_path / "real" / "c")) == 1 and os.listdir(tmp_path / "real") == ["c"]
+    with pytest.raises(DamagedError, match="is a link"): load_state(tmp_path / "folder" / "c", inside=tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------- crashes
 
-OPS = ["open", "write", "fsync", "close", "mkdir", "rename", "unlink", "rmdir"]
+OPS = ["open", "write", "fsync", "close", "mkdir", "replace", "unlink", "lseek"]
 
 
 class Points:
@@ -340,10 +417,9 @@ class Points:
         return operation
 
     @contextlib.contextmanager
-    def watching(self, exchange):
+    def watching(self):
         with pytest.MonkeyPatch.context() as patch:
             for name in OPS: patch.setattr(os, name, self.wrap(name, getattr(os, name)))
-            patch.setattr(store, "_exchange", self.wrap("exchange", store._exchange if exchange else lambda one, other: False))
             yield
 
 
@@ -352,34 +428,36 @@ def fail(error):
     return act
 
 
-@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "aside"])
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()], ids=lambda e: type(e).__name__)
-def test_an_error_at_any_operation_leaves_the_old_or_the_new(tmp_path, error, exchange):
+def test_an_error_at_any_operation_leaves_the_old_or_the_new(tmp_path, error):
     place, steps, at = tmp_path / "c", [], 0
     while True:
         at += 1
         save_state(place, made(1))
         points = Points(at, fail(error))
-        with points.watching(exchange):
+        with points.watching():
             try: save_state(place, made(2))
             except (OSError, KeyboardInterrupt): failed = True
             else: failed = False
         check_state(place)
         steps.append(whole(load_state(place)))
         if not failed and len(points.seen) < at: break
-        if failed: assert place.exists()  # while the process lives, the path has a checkpoint again
         assert failed or steps[-1] == 2
+        assert os.listdir(tmp_path) == ["c"]
         save_state(place, made(3))
         assert os.listdir(tmp_path) == ["c"] and whole(load_state(place)) == 3
-    assert at > 35 and steps == sorted(steps) and set(steps) == {1, 2}
+    assert at > 15 and steps == sorted(steps) and set(steps) == {1, 2}
 
 
-def test_errors_before_the_exchange_leave_nothing_behind_and_say_that_the_old_one_is_kept(tmp_path):
+def test_errors_before_the_replacement_leave_nothing_behind_and_say_that_the_old_one_is_kept(tmp_path):
     save_state(tmp_path / "c", made(1))
-    with Points(8, fail(OSError(errno.ENOSPC, "No space left on device"))).watching(True), pytest.raises(OSError) as caught:
-        save_state(tmp_path / "c", made(2))
-    assert str(caught.value) == f"[Errno 28] No space left on device; what was saved before is kept: '{tmp_path}/c'"
-    assert caught.value.errno == errno.ENOSPC and os.listdir(tmp_path) == ["c"]
+    points = Points()
+    with points.watching(): save_state(tmp_path / "c", made(1))
+    for at in range(1, points.seen.index("replace") + 2):
+        with Points(at, fail(OSError(errno.ENOSPC, "No space left on device"))).watching(), pytest.raises(OSError) as caught:
+            save_state(tmp_path / "c", made(2))
+        assert str(caught.value) == f"[Errno 28] No space left on device; what was saved before is kept: '{tmp_path}/c'"
+        assert caught.value.errno == errno.ENOSPC and os.listdir(tmp_path) == ["c"]
 
 
 def child(work):
@@ -398,29 +476,27 @@ sys.path[:0] = [{tests!r}, *(f"{tests}/{{name}}" for name in ("base", "loop", "k
 from test_store import OPS, Points, child, made, store, whole
 os.chdir({folder!r})
 
-def killed_at(at, exchange):
+def killed_at(at):
     def work():
         points = Points(at, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        with points.watching(exchange): store.save_state("c", made(2))
+        with points.watching(): store.save_state("c", made(2))
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child(work), 0)[1])
 
-def at_every_point(exchange):
-    steps, gone, at = [], 0, 0
+def at_every_point():
+    steps, left, at = [], 0, 0
     while True:
         at += 1
         store.save_state("c", made(1))
-        code = killed_at(at, exchange)
+        code = killed_at(at)
         if code != -9: break
-        gone += not os.path.exists("c")
+        left += len(os.listdir()) > 1
         steps.append(whole(store.load_state("c")))
-        assert [str(p) for p in store.list_states(".")] == ["c"]
         if at % 2: store.save_state("c", made(1)); assert os.listdir() == ["c"]  # else the leftovers meet the next save to be killed
     assert code == 0
-    return dict(steps=steps, gone=gone)
+    return dict(steps=steps, left=left)
 
-def at_random(count, exchange):
-    if not exchange: store._exchange = lambda one, other: False
+def at_random(count):
     made_ = [made(step, 300_000) for step in range(40)]
     done, left = [], 0
     for _ in range(count):
@@ -462,89 +538,59 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 @needs_fork
-@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "aside"])
-def test_kill_at_every_operation_leaves_the_old_or_the_new(tmp_path, exchange):
-    found = serve(tmp_path, f"at_every_point({exchange})")
+def test_kill_at_every_operation_leaves_the_old_or_the_new(tmp_path):
+    found = serve(tmp_path, "at_every_point()")
     steps = found["steps"]
-    assert len(steps) > 35 and steps == sorted(steps) and set(steps) == {1, 2}
-    if exchange and sys.platform == "linux": assert found["gone"] == 0  # the path is never without a checkpoint
-    if not exchange: assert found["gone"] == 1  # the one point for which `.c.old` is there
+    assert len(steps) > 15 and steps == sorted(steps) and set(steps) == {1, 2}
+    assert found["left"] > 3  # temporary files, which the next save has removed
 
 
 @needs_fork
-@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "aside"])
-def test_kill_at_random_leaves_the_last_complete_or_the_new(tmp_path, exchange):
+def test_kill_at_random_leaves_the_last_complete_or_the_new(tmp_path):
     count = 600 if LONG else 30
-    found = serve(tmp_path, f"at_random({count}, {exchange})")
+    found = serve(tmp_path, f"at_random({count})")
     assert found["count"] == count and found["now"] == ["c"]
     assert found["left"] > count / 5  # the kills did hit saves
 
 
-@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "aside"])
-def test_everything_is_on_the_disk_before_what_depends_on_it(tmp_path, monkeypatch, exchange):
-    "For a loss of power: a rename comes after the content of what it renames, a removal after the rename of what replaces it."
-    place, log, opened = tmp_path / "new folder" / "c", [], {}
-    folder = str(place.parent)
+def test_everything_is_on_the_disk_before_what_depends_on_it(tmp_path, monkeypatch):
+    "For a loss of power: the new name comes after the content and the reading of it, and the folder is synced after it."
+    if not os.path.exists("/proc/self/fd"): pytest.skip("needs /proc")
+    place, log = tmp_path / "new folder" / "c", []
     def record(name, function):
         def operation(*arguments, **options):
-            result = function(*arguments, **options)
-            if name == "open": opened[result] = os.path.realpath(arguments[0])
-            log.append((name, opened[arguments[0]] if isinstance(arguments[0], int) else os.path.realpath(arguments[0])))
-            return result
+            path = os.readlink(f"/proc/self/fd/{arguments[0]}") if isinstance(arguments[0], int) else os.fspath(arguments[0])
+            log.append((name, path))
+            return function(*arguments, **options)
         return operation
-    if not exchange: monkeypatch.setattr(store, "_exchange", lambda one, other: False)
-    monkeypatch.setattr(store, "_exchange", record("rename", store._exchange))
-    for name in ("open", "write", "fsync", "rename", "unlink"): monkeypatch.setattr(os, name, record(name, getattr(os, name)))
-    save_state(place, made(1))  # a new one
-    assert log.index(("fsync", str(tmp_path))) < log.index(("open", str(place.parent / ".c.lock")))  # its folder is new, too
-    assert log[-4:-1] == [("rename", folder + "/.c.new"), ("open", folder), ("fsync", folder)]  # then the lock goes
-    os.mkdir(place.parent / ".c.new")
-    (place.parent / ".c.new" / "state.json").touch()
-    log.clear()
-    save_state(place, made(1))  # one that clears away what a crash left
-    assert log.index(("fsync", folder)) < log.index(("unlink", folder + "/.c.new/state.json"))
-    log.clear()
-    save_state(place, made(2))  # one that replaces another
-    monkeypatch.undo()
-    names = [name for name, _ in log]
-    renamed, removed = names.index("rename"), names.index("unlink")
-    new = folder + "/.c.new"
-    for file in FILES:
-        path = os.path.join(new, file)
-        last = max(i for i, entry in enumerate(log) if entry == ("write", path))
-        synced = log.index(("fsync", path))
-        assert last < synced < log.index(("fsync", new)) < renamed
-        assert ("open", path) in log[log.index(("fsync", new)) : renamed]  # read back
-    assert renamed < log.index(("fsync", folder), renamed) < removed
-    assert names.index("rename", renamed + 1) < removed
+    for name in ("write", "fsync", "replace", "mkdir", "unlink"): monkeypatch.setattr(os, name, record(name, getattr(os, name)))
+    monkeypatch.setattr(store, "_check_written", record("read", store._check_written))
+    for step in (1, 2):
+        log.clear()
+        save_state(place, made(step))
+        new = next(path for name, path in log if name == "write")
+        assert os.path.dirname(new) == str(place.parent) and new.endswith(".tmp")
+        kinds = [(name, "file" if path == new else "folder" if path == str(place.parent) else path) for name, path in log]
+        first = [("mkdir", "folder"), ("fsync", str(tmp_path))] if step == 1 else []  # its folder is new, too
+        assert kinds == [*first, ("write", "file"), ("write", "file"), ("fsync", "file"), ("read", "file"), ("fsync", "file"),
+                         ("replace", os.path.basename(new)), ("fsync", "folder")]
 
 
-def test_a_checkpoint_left_aside_is_found_and_put_back(tmp_path):
+def test_a_save_removes_what_killed_saves_to_its_path_left_and_nothing_else(tmp_path):
     save_state(tmp_path / "c", made(1))
-    os.rename(tmp_path / "c", tmp_path / ".c.old")
-    (tmp_path / ".c.new").mkdir()
-    (tmp_path / ".c.new" / "model.safetensors").write_text("half")
-    (tmp_path / ".c.lock").touch()
-    assert list_states(tmp_path) == [tmp_path / "c"]
-    check_state(tmp_path / "c")
-    assert whole(load_state(tmp_path / "c")) == 1
-    with Points(12, fail(OSError(errno.EIO, "x"))).watching(True), pytest.raises(OSError): save_state(tmp_path / "c", made(2))
-    assert os.listdir(tmp_path) == ["c"] and whole(load_state(tmp_path / "c")) == 1
-    save_state(tmp_path / "d", made(4))
-    assert list_states(tmp_path) == [tmp_path / "c", tmp_path / "d"]
-    os.rename(tmp_path / "c", tmp_path / ".c.new")  # a half made one is never taken for a checkpoint
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint .*/c$"): load_state(tmp_path / "c")
-    with pytest.raises(FileNotFoundError, match="did you mean d"): load_state(tmp_path / "dd")
+    others = [".c.tmp", ".d.0123456789abcdef.tmp", "c.0123456789abcdef.tmp", ".c.0123456789abcdef.new"]
+    for name in (".c.0123456789abcdef.tmp", *others): (tmp_path / name).write_text("half")
+    save_state(tmp_path / "c", made(2))
+    assert sorted(os.listdir(tmp_path)) == sorted(["c", *others]) and list_checkpoints(tmp_path) == []
 
 
 def test_a_damaged_checkpoint_can_be_replaced(tmp_path):
-    for damage in (lambda f: f.unlink(), lambda f: f.write_bytes(b"")):
-        for name in FILES:
-            save_state(tmp_path / "c", made(1))
-            damage(tmp_path / "c" / name)
-            with pytest.raises(DamagedError): load_state(tmp_path / "c")
-            save_state(tmp_path / "c", made(2))
-            assert whole(load_state(tmp_path / "c")) == 2
+    for damage in (lambda f: f.unlink(), lambda f: f.write_bytes(b""), lambda f: f.write_bytes(f.read_bytes()[:1000])):
+        save_state(tmp_path / "c", made(1))
+        damage(tmp_path / "c")
+        with pytest.raises((DamagedError, FileNotFoundError)): load_state(tmp_path / "c")
+        save_state(tmp_path / "c", made(2))
+        assert whole(load_state(tmp_path / "c")) == 2
 
 
 def test_what_is_written_wrongly_never_replaces(tmp_path, monkeypatch):
@@ -555,19 +601,17 @@ def test_what_is_written_wrongly_never_replaces(tmp_path, monkeypatch):
         if len(data) > 500: data[400] ^= 1  # a disk or a memory that is not sound
         return write(file, data)
     monkeypatch.setattr(os, "write", flips)
-    with pytest.raises(OSError, match=r"what was read back is not what was written \(model.safetensors is damaged.*what was saved before is kept"):
+    with pytest.raises(OSError, match=r"what was read back is not what was written \(it is damaged.*what was saved before is kept"):
         save_state(tmp_path / "c", made(2))
     monkeypatch.undo()
     assert whole(load_state(tmp_path / "c")) == 1 and os.listdir(tmp_path) == ["c"]
 
 
-@pytest.mark.parametrize("path", ["", ".", Path("")], ids=repr)
-def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch, path):
+@pytest.mark.parametrize("path", ["", ".", Path(""), "..", "c/.."], ids=repr)
+def test_a_path_that_names_no_file_is_refused(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
-    before = tmp_path.stat()
-    with pytest.raises(ValueError, match="the current folder, and a save would replace it; give the checkpoint a folder") as error:
-        save_state(path, made(1))
-    assert "\n" not in str(error.value) and os.listdir(tmp_path) == [] and tmp_path.stat().st_ino == before.st_ino
+    with pytest.raises(FileError, match="does not name a file") as error: save_state(path, made(1))
+    assert "\n" not in str(error.value) and set(os.listdir(tmp_path)) <= {"c"}
 
 
 def test_a_write_may_take_less_than_it_was_given(tmp_path, monkeypatch):
@@ -589,30 +633,14 @@ def test_two_saves_to_one_path_do_not_mix(tmp_path, monkeypatch):
     thread = threading.Thread(target=save_state, args=(tmp_path / "c", snapshot(made(1))))
     thread.start()
     assert started.wait(10)
-    with pytest.raises(RuntimeError, match="another save to c is under way"): save_state(tmp_path / "c", made(2))
-    save_state(tmp_path / "d", made(3))  # its neighbours are free
+    save_state(tmp_path / "c", made(2))  # does not take the file of the other for that of a killed save
+    assert whole(load_state(tmp_path / "c")) == 2
     go.set()
     thread.join()
-    assert whole(load_state(tmp_path / "c")) == 1
-    save_state(tmp_path / "c", made(2))
-    assert sorted(os.listdir(tmp_path)) == ["c", "d"]
+    assert whole(load_state(tmp_path / "c")) == 1 and os.listdir(tmp_path) == ["c"]  # the one that ends last
 
 
-def test_a_lock_that_goes_in_between_is_one_of_another_save(tmp_path, monkeypatch):
-    fcntl = pytest.importorskip("fcntl")
-    flock, exists = fcntl.flock, Path.exists
-    def owner_removes_it(file, how): flock(file, how); os.unlink(tmp_path / ".c.lock")
-    monkeypatch.setattr(fcntl, "flock", owner_removes_it)
-    monkeypatch.setattr(Path, "exists", lambda path, **options: path.name == ".c.lock" or exists(path, **options))
-    with pytest.raises(RuntimeError, match="another save to c is under way"): save_state(tmp_path / "c", made(1))
-    monkeypatch.undo()
-    save_state(tmp_path / "c", made(2))
-    assert whole(load_state(tmp_path / "c")) == 2 and os.listdir(tmp_path) == ["c"]
-
-
-@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "aside"])
-def test_a_reader_sees_whole_checkpoints_while_they_are_replaced(tmp_path, monkeypatch, exchange):
-    if not exchange: monkeypatch.setattr(store, "_exchange", lambda one, other: False)
+def test_a_reader_sees_whole_checkpoints_while_they_are_replaced(tmp_path):
     save_state(tmp_path / "c", made(0))
     stop, failures = threading.Event(), []
     def saves():
@@ -644,12 +672,12 @@ def test_no_thread_or_file_is_left_open(tmp_path, monkeypatch):
     save_state(tmp_path / "c", made(1, 2_000_000))
     before = count()
     for _ in range(3): save_state(tmp_path / "c", made(1, 2_000_000)); load_state(tmp_path / "c"); check_state(tmp_path / "c")
-    (tmp_path / "c" / "model.safetensors").write_bytes((tmp_path / "c" / "model.safetensors").read_bytes()[:-1] + b"x")
+    (tmp_path / "c").write_bytes((tmp_path / "c").read_bytes()[:-1] + b"x")
     with pytest.raises(DamagedError): load_state(tmp_path / "c")
-    for at in range(2, 40, 5):
+    for at in range(2, 40, 3):
         points = Points(at, fail(OSError(5, "x")))
-        with points.watching(True), contextlib.suppress(OSError): save_state(tmp_path / "d", made(1, 2_000_000))
-        if points.seen[at - 1] == "close": before = count()  # this one could not be closed
+        with points.watching(), contextlib.suppress(OSError): save_state(tmp_path / "d", made(1, 2_000_000))
+        if len(points.seen) >= at and points.seen[at - 1] == "close": before = count()  # this one could not be closed
     assert count() == before
 
 
@@ -665,57 +693,54 @@ def test_a_snapshot_is_what_load_would_give_and_stays(tmp_path):
     assert copy["a"][0].tolist() == [1, 1, 1] and copy["b"][1].tolist() == [1, 1] and list(copy["a"]) == [0, "p"]
     assert copy["a"][0] is copy["b"][0] and copy["row"].tolist() == [[1], [1]]
     save_state(tmp_path / "d", copy)
-    assert all((tmp_path / "c" / f).read_bytes() == (tmp_path / "d" / f).read_bytes() for f in os.listdir(tmp_path / "c"))
+    assert (tmp_path / "c").read_bytes() == (tmp_path / "d").read_bytes()
 
 
 # ---------------------------------------------------------------------------------------------------- damage
 
-def damaged(folder, name=None):
+def damaged(file, readers=(check_state, load_state)):
     "Whether both readers see it, and name the file."
-    for read in (check_state, load_state):
-        with pytest.raises(DamagedError) as caught: read(folder)
-        assert str(caught.value).startswith(str(folder)) and "\n" not in str(caught.value) and len(str(caught.value)) < 500
-        assert caught.value.part in ([name] if name else FILES)
+    for read in readers:
+        with pytest.raises(DamagedError) as caught: read(file)
+        assert str(caught.value).startswith(f"{file} ") and "\n" not in str(caught.value) and len(str(caught.value)) < 500
         copy = pickle.loads(pickle.dumps(caught.value))  # it may come from another process
-        assert (str(copy), copy.part) == (str(caught.value), caught.value.part)
+        assert (str(copy), copy.path, copy.what) == (str(caught.value), caught.value.path, caught.value.what)
     return str(caught.value)
 
 
 def test_every_truncation_is_found_and_named(tmp_path):
-    save_state(tmp_path / "c", made(1, 20_000))
-    for name in FILES:
-        file = tmp_path / "c" / name
-        good = file.read_bytes()
-        for length in sorted({0, 1, 7, 8, 9, 100, len(good) - 1, *range(0, len(good), 1024)}):
-            if length < len(good): os.truncate(file, length); damaged(tmp_path / "c", None if name.startswith("state") else name); file.write_bytes(good)
-        file.write_bytes(good + b"\0")
-        damaged(tmp_path / "c", None if name.startswith("state") else name)
+    file = tmp_path / "c"
+    save_state(file, made(1, 20_000))
+    good = file.read_bytes()
+    for length in sorted({0, 1, 7, 8, 9, 100, 1000, len(good) - 1, *range(0, len(good), 1024)}):
+        os.truncate(file, length)
+        damaged(file)
         file.write_bytes(good)
-    assert whole(load_state(tmp_path / "c")) == 1
+    for end in (b"\0", good): file.write_bytes(good + end); damaged(file)
+    file.write_bytes(good)
+    assert whole(load_state(file)) == 1
 
 
 def test_every_flipped_bit_is_found_and_named(tmp_path):
-    save_state(tmp_path / "c", made(1))
-    draw = random.Random(5)
-    for name in FILES:
-        file = tmp_path / "c" / name
-        good = file.read_bytes()
-        bits = range(len(good) * 8)
-        for bit in bits if LONG else sorted({*range(0, 640, 7), *draw.sample(bits, min(400, len(bits)))} & {*bits}):
-            bad = bytearray(good)
-            bad[bit // 8] ^= 1 << bit % 8
-            file.write_bytes(bad)
-            damaged(tmp_path / "c", None if name.startswith("state") else name)
-        file.write_bytes(good)
-    assert whole(load_state(tmp_path / "c")) == 1
+    file = tmp_path / "c"
+    save_state(file, made(1))
+    draw, good = random.Random(5), file.read_bytes()
+    bits = range(len(good) * 8)
+    head = 8 * int.from_bytes(good[:8], "little")
+    for bit in bits if LONG else sorted({*range(0, head, 11), *draw.sample(bits, 1000)}):
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(bad)
+        damaged(file)
+    file.write_bytes(good)
+    assert whole(load_state(file)) == 1
 
 
-def test_parts_of_two_checkpoints_do_not_fit(tmp_path):
-    save_state(tmp_path / "a", made(1))
-    save_state(tmp_path / "b", made(2))
-    os.replace(tmp_path / "a" / "model.safetensors", tmp_path / "b" / "model.safetensors")
-    assert "is damaged: its SHA-256 is not the one that was written" in damaged(tmp_path / "b", "model.safetensors")
-    assert "model.safetensors is missing" in damaged(tmp_path / "a", "model.safetensors")
+def test_tensors_of_two_checkpoints_do_not_fit(tmp_path):
+    for step in (1, 2): save_state(tmp_path / str(step), made(step))
+    one, two = ((tmp_path / str(step)).read_bytes() for step in (1, 2))
+    (tmp_path / "3").write_bytes(one[:-1000] + two[-1000:])
+    assert "is damaged: its SHA-256 is not the one that was written" in damaged(tmp_path / "3")
 
 
 def test_a_full_disk_keeps_the_old_one(tmp_path):
@@ -726,7 +751,7 @@ def test_a_full_disk_keeps_the_old_one(tmp_path):
     if not mounted: pytest.skip("needs the right to mount a small disk")
     try:
         save_state(disk / "c", made(1, 30_000))
-        for size in (150_000, 120_000, 100_000):
+        for size in (150_000, 130_000, 110_000):
             with pytest.raises(OSError, match="No space left on device; what was saved before is kept") as caught: save_state(disk / "c", made(2, size))
             assert caught.value.errno == errno.ENOSPC and os.listdir(disk) == ["c"] and whole(load_state(disk / "c")) == 1
         save_state(disk / "c", made(2, 30_000))
@@ -750,7 +775,7 @@ def test_a_folder_that_cannot_be_written_keeps_the_old_one(tmp_path):
     if os.geteuid(): os.chmod(tmp_path / "fixed", 0o555)
     elif subprocess.run(["chattr", "+i", tmp_path / "fixed"], capture_output=True).returncode: pytest.skip("root may write everywhere here")
     try:
-        with pytest.raises(PermissionError, match="nothing can be saved there, and nothing was changed"): save_state(place, made(2))
+        with pytest.raises(PermissionError, match="what was saved before is kept"): save_state(place, made(2))
         assert whole(load_state(place)) == 1
         check_state(place)
     finally:
@@ -761,21 +786,27 @@ def test_a_folder_that_cannot_be_written_keeps_the_old_one(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- files made to deceive
 
-def forge(folder, state="{}", header=None, part="x", data=b"", raw=None, **facts):
-    "A checkpoint with hashes that fit, whatever it holds."
-    folder.mkdir(exist_ok=True)
+def forge(file, state="{}", header=None, data=b"", raw=None, text=None, begin=None, **metadata):
+    "A file with a hash that fits, whatever it holds."
     if raw is None:
-        text = header if isinstance(header, (bytes, type(None))) else json.dumps(header).encode()
-        raw = len(text or b"").to_bytes(8, "little") + (text or b"") + data
-    if header is not None or data or raw[8:]: (folder / "x.safetensors").write_bytes(raw)
-    parts = {part: {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}} if header is not None or raw[8:] else {}
-    whole_text = facts.pop("text", None) or json.dumps({"format": "learner checkpoint", "version": 1, "parts": parts, "state": None, **facts}).replace('"state": null', f'"state": {state}')
-    text = whole_text if isinstance(whole_text, bytes) else whole_text.encode()
-    (folder / "state.json").write_bytes(text)
-    (folder / "state.json.sha256").write_text(f"{hashlib.sha256(text).hexdigest()}  state.json\n")
+        if text is None:
+            facts = {"sha256": "0" * 64, "format": "pt", "learner": "1", "state": state, **metadata, **({} if begin is None else begin)}
+            text = json.dumps({"__metadata__": facts, **(header or {})}, separators=(",", ":"))
+            text = text.replace('"sha256":"' + facts["sha256"], '"sha256":"' + "0" * 64, 1)
+        text = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
+        raw = len(text).to_bytes(8, "little") + text + data
+    where = store._SUM
+    if raw[8:where.start] == store._BEGIN and raw[where] == b"0" * 64:
+        raw = raw[:where.start] + hashlib.sha256(raw).hexdigest().encode() + raw[where.stop:]
+    file.write_bytes(raw)
 
 
 def tensor(dtype="F32", shape=(2,), offsets=(0, 8)): return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def after(rest):
+    "The text of a header that begins as it should."
+    return '{"__metadata__":{"sha256":"' + "0" * 64 + '"' + rest
 
 
 class Evil:
@@ -783,143 +814,245 @@ class Evil:
 
 
 GOOD = {"header": {"w": tensor()}, "data": bytes(8)}
-JSON, PART = "state.json", "x.safetensors"
 FORGED = {
-    # the JSON
-    "pickle": (dict(text=pickle.dumps(Evil())), JSON, "is not text"),
-    "text pickle": (dict(text=pickle.dumps(Evil(), 0)), JSON, "is not JSON"),
-    "not an object": (dict(text="[1]"), JSON, "is not of a checkpoint"),
-    "empty": (dict(text=" "), JSON, "is not JSON"),
-    "other format": (dict(format="other"), JSON, "is not of a checkpoint"),
-    "from the future": (dict(version=2), JSON, "has version 2 of the format; this library reads 1: update the library"),
-    "far future": (dict(text='{"format": "learner checkpoint", "version": 99, "shards": []}'), JSON, "has version 99 of the format"),
-    "version zero": (dict(version=0), JSON, "has version 0"),
-    "version text": (dict(version="1"), JSON, "is not of a checkpoint"),
-    "no parts": (dict(text='{"format": "learner checkpoint", "version": 1, "state": {}}'), JSON, "is not of a checkpoint"),
-    "state is a list": (dict(state="[]"), JSON, "is not of a checkpoint"),
-    "key twice": (dict(state='{"a": 1, "a": 2}'), JSON, "has a key twice"),
-    "section twice": (dict(text='{"format": "learner checkpoint", "version": 1, "parts": {}, "parts": {}, "state": {}}'), JSON, "has a key twice"),
-    "int key twice": (dict(state='{"a": {"$dict": [[1, 1], [1, 2]]}}'), JSON, "means nothing"),
-    "nan": (dict(state='{"a": NaN}'), JSON, "has NaN, which is not JSON"),
-    "minus infinity": (dict(state='{"a": -Infinity}'), JSON, "has -Infinity"),
-    "deep list": (dict(state='{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"), JSON, "nests more than 100 levels deep"),
-    "deep open list": (dict(text="[" * 5_000_000), JSON, "nests more than 100 levels deep"),
-    "deep object": (dict(text='{"a":' * 1_000_000), JSON, "nests more than 100 levels deep"),
-    "quite deep": (dict(state='{"a": ' + "[" * 150 + "]" * 150 + "}"), JSON, "nests more than 100 levels deep"),
-    "deep tags": (dict(state='{"a": ' + '{"$tuple": [' * 120 + "]}" * 120 + "}"), JSON, "nests more than 100 levels deep"),
-    "huge int": (dict(state='{"a": ' + "9" * 1_000_000 + "}"), JSON, "has a number of 1000000 digits"),
-    "int tag of nonsense": (dict(state='{"a": {"$int": "0x1_0"}}'), JSON, "means nothing"),
-    "int tag of a number": (dict(state='{"a": {"$int": 5}}'), JSON, "means nothing"),
-    "float tag of code": (dict(state='{"a": {"$float": "1e5"}}'), JSON, "means nothing"),
-    "unknown tag": (dict(state='{"a": {"$class": "os.system"}}'), JSON, 'means nothing: {"$class"'),
-    "reduce tag": (dict(state='{"a": {"$reduce": ["os", "system", ["touch /evil"]]}}'), JSON, "means nothing"),
-    "tag with company": (dict(state='{"a": {"$tuple": [], "x": 1}}'), JSON, "means nothing"),
-    "tag in second place": (dict(state='{"a": {"x": 1, "$tuple": []}}'), JSON, "means nothing"),
-    "tuple of text": (dict(state='{"a": {"$tuple": "abc"}}'), JSON, "means nothing"),
-    "dict of odd pairs": (dict(state='{"a": {"$dict": [[1]]}}'), JSON, "means nothing"),
-    "dict with a list for a key": (dict(state='{"a": {"$dict": [[[1], 2]]}}'), JSON, "has the key [1]"),
-    "dict with a dict for a key": (dict(state='{"a": {"$dict": [[{"b": 1}, 2]]}}'), JSON, "has the key {'b': 1}"),
-    "dict with true for a key": (dict(state='{"a": {"$dict": [[true, 2]]}}'), JSON, "has the key True"),
-    "tensor of no file": (dict(state='{"a": {"$tensor": ["no", "w"]}}'), JSON, "means nothing"),
-    "tensor of no name": (dict(state='{"a": {"$tensor": ["x", "v"]}}', **GOOD), JSON, "means nothing"),
-    "tensor by number": (dict(state='{"a": {"$tensor": [0, 0]}}', **GOOD), JSON, "means nothing"),
-    "tensor by list": (dict(state='{"a": {"$tensor": [["x"], {"y": 1}]}}', **GOOD), JSON, "means nothing"),
-    "bytes of floats": (dict(state='{"a": {"$bytes": ["x", "w"]}}', **GOOD), JSON, "for bytes, but it is torch.float32"),
-    "array of bfloat16": (dict(state='{"a": {"$array": ["x", "w"]}}', header={"w": tensor("BF16", (4,))}, data=bytes(8)), JSON, "for array, but it is torch.bfloat16"),
-    "invalid unicode": (dict(text=b'{"format": "\xff"}'), JSON, "is not text"),
-    # names of files
-    "parent": (dict(part="../x", **GOOD), JSON, "names a part that cannot be"),
-    "absolute": (dict(part="/etc/passwd", **GOOD), JSON, "names a part that cannot be"),
-    "NUL": (dict(part="x\0y", **GOOD), JSON, "names a part that cannot be"),
-    "backslash": (dict(part="..\\x", **GOOD), JSON, "names a part that cannot be"),
-    "newline": (dict(part="x\n", **GOOD), JSON, "names a part that cannot be"),
-    "empty name": (dict(part="", **GOOD), JSON, "names a part that cannot be"),
-    "hidden": (dict(part=".x", **GOOD), JSON, "names a part that cannot be"),
-    "wide digits": (dict(part="x\u0661", **GOOD), JSON, "names a part that cannot be"),
-    "long name": (dict(part="x" * 5000, **GOOD), JSON, "names a part that cannot be"),
-    "other part": (dict(part="y", **GOOD), "y.safetensors", "is missing"),
-    "facts are a list": (dict(parts={"x": [8, "0"]}), JSON, "names a part that cannot be"),
-    "size is text": (dict(parts={"x": {"size": "8", "sha256": "0" * 64}}, **GOOD), JSON, "names a part that cannot be"),
-    "no hash": (dict(parts={"x": {"size": 8}}), JSON, "names a part that cannot be"),
-    "size of a petabyte": (dict(parts={"x": {"size": 10**15, "sha256": "0" * 64}}, **GOOD), PART, f"bytes; {10**15} were written"),
-    "negative size": (dict(parts={"x": {"size": -1, "sha256": "0" * 64}}, **GOOD), PART, "-1 were written"),
-    # safetensors
-    "a pickle for tensors": (dict(raw=pickle.dumps(Evil(), 0) * 3), PART, "has no header of"),
-    "header of an exabyte": (dict(raw=(2**60).to_bytes(8, "little") + b"{}"), PART, f"has no header of {2**60} bytes"),
-    "header beyond the file": (dict(raw=(3).to_bytes(8, "little") + b"{}"), PART, "has no header of 3 bytes"),
-    "header of nothing": (dict(raw=bytes(16)), PART, "bad header: it is not JSON"),
-    "header is a list": (dict(header=[1]), PART, "bad header: it is not an object"),
-    "header is deep": (dict(header=b"[" * 1_000_000), PART, "bad header: it nests more than"),
-    "header with a name twice": (dict(header=b'{"w": 1, "w": 2}'), PART, "bad header: it has a key twice"),
-    "header is a pickle": (dict(header=pickle.dumps(Evil())), PART, "bad header: it is not text"),
-    "tensor is a number": (dict(header={"w": 3}), PART, "does not describe 'w' as a tensor: 3"),
-    "no shape": (dict(header={"w": {"dtype": "F32", "data_offsets": [0, 8]}}, data=bytes(8)), PART, "does not describe 'w'"),
-    "unknown type": (dict(header={"w": tensor("O8")}, data=bytes(8)), PART, "does not describe 'w'"),
-    "type is a list": (dict(header={"w": tensor(["F32"])}, data=bytes(8)), PART, "does not describe 'w'"),
-    "type is a class": (dict(header={"w": tensor("__import__('os')")}, data=bytes(8)), PART, "does not describe 'w'"),
-    "wrong type": (dict(header={"w": tensor("F64")}, data=bytes(8)), PART, "gives 'w' 8 bytes for F64 [2]"),
-    "wrong shape": (dict(header={"w": tensor(shape=(3,))}, data=bytes(8)), PART, "gives 'w' 8 bytes for F32 [3]"),
-    "huge shape": (dict(header={"w": tensor(shape=(2**62, 2**62))}, data=bytes(8)), PART, "gives 'w' 8 bytes for F32"),
-    "huge and honest": (dict(header={"w": tensor(shape=(2**50,), offsets=(0, 2**52))}, data=bytes(8)), PART, f"describes {2**52} bytes of 8"),
-    "empty but huge": (dict(header={"w": tensor(shape=(0, 2**62, 2**62), offsets=(0, 0))}), PART, "gives 'w' 0 bytes for F32"),
-    "overflowing shape": (dict(header={"w": tensor(shape=(2**32, 2**32), offsets=(0, 0))}), PART, "gives 'w' 0 bytes for F32"),
-    "negative shape": (dict(header={"w": tensor(shape=(-2, -1))}, data=bytes(8)), PART, "an impossible shape or place"),
-    "shape beyond 64 bits": (dict(header={"w": tensor(shape=(2**63, 0), offsets=(0, 0))}), PART, "an impossible shape or place"),
-    "shape of floats": (dict(header={"w": tensor(shape=(2.0,))}, data=bytes(8)), PART, "an impossible shape or place"),
-    "shape of truths": (dict(header={"w": tensor(shape=(True, 2))}, data=bytes(8)), PART, "an impossible shape or place"),
-    "many dimensions": (dict(header={"w": tensor(shape=(1,) * 100_000 + (2,))}, data=bytes(8)), PART, "an impossible shape or place"),
-    "half a byte": (dict(header={"w": tensor("F4", (5,), (0, 3))}, data=bytes(3)), PART, "gives 'w' half a byte"),
-    "beyond the end": (dict(header={"w": tensor(offsets=(8, 16))}, data=bytes(8)), PART, "has a gap or an overlap before 'w'"),
-    "backwards": (dict(header={"w": tensor(offsets=(8, 0))}, data=bytes(8)), PART, "gives 'w' -8 bytes"),
-    "overlap": (dict(header={"w": tensor(), "v": tensor(offsets=(4, 12))}, data=bytes(12)), PART, "has a gap or an overlap"),
-    "the same twice": (dict(header={"w": tensor(), "v": tensor()}, data=bytes(8)), PART, "has a gap or an overlap"),
-    "gap": (dict(header={"w": tensor(), "v": tensor(offsets=(12, 20))}, data=bytes(20)), PART, "has a gap or an overlap before 'v'"),
-    "more than described": (dict(header={"w": tensor()}, data=bytes(9)), PART, "describes 8 bytes of 9"),
-    "less than described": (dict(header={"w": tensor()}, data=bytes(7)), PART, "describes 8 bytes of 7"),
-    "three offsets": (dict(header={"w": tensor(offsets=(0, 4, 8))}, data=bytes(8)), PART, "does not describe 'w'"),
-    "offset of a googol": (dict(header={"w": tensor(offsets=(0, 10**100))}, data=bytes(8)), PART, "has a number of 101 digits"),
+    # the file
+    "a pickle": (dict(raw=pickle.dumps(Evil(), 0) * 3), "is not a checkpoint"),
+    "a pickle of 100 bytes": (dict(raw=pickle.dumps(Evil()) + bytes(100)), "is not a checkpoint"),
+    "nothing": (dict(raw=b""), "is not a checkpoint"),
+    "zeros": (dict(raw=bytes(10_000)), "is not a checkpoint"),
+    "header of an exabyte": (dict(raw=(2**60).to_bytes(8, "little") + bytes(200)), "is not a checkpoint"),
+    "header beyond the file": (dict(raw=(300).to_bytes(8, "little") + after("").encode() + bytes(100)), "is not a checkpoint"),
+    "other order": (dict(text='{"__metadata__":{"format":"pt","sha256":"' + "0" * 64 + '","learner":"1","state":"{}"}}'), "is not a checkpoint"),
+    "a file of safetensors": (dict(text='{"__metadata__":{"format":"pt"},"w":{"dtype":"F32","shape":[30],"data_offsets":[0,120]}}', data=bytes(120)), "is not a checkpoint"),
+    "header is cut": (dict(text=after("")), "its header is not JSON"),
+    "header with a pickle": (dict(text=after(',"x":"').encode() + pickle.dumps(Evil())), "its header is not text"),
+    "header is deep": (dict(text=after(',"x":' + "[" * 1_000_000)), "its header is nested more than"),
+    "header with a name twice": (dict(text=after(',"learner":"1","state":"{}"},"w":1,"w":2}')), "its header has a key twice"),
+    "hash twice": (dict(text=after(',"sha256":"1","learner":"1","state":"{}"}}')), "its header has a key twice"),
+    "metadata twice": (dict(text=after(',"learner":"1","state":"{}"},"__metadata__":{"learner":"1","state":"{}"}}')), "its header has a key twice"),
+    "no state": (dict(text=after(',"format":"pt","learner":"1"}}')), "has no state in its metadata"),
+    "no version": (dict(text=after(',"format":"pt","state":"{}"}}')), "has no state in its metadata"),
+    "state is a number": (dict(text=after(',"format":"pt","learner":"1","state":1}}')), "has no state in its metadata"),
+    "from the future": (dict(learner="2"), "has version 2 of the format, and this library reads 1"),
+    "far future": (dict(text=after(',"learner":"99","shards":[]}}')), "has version 99 of the format"),
+    "version by number": (dict(learner=1), "has no state in its metadata"),
+    # the state
+    "state is a list": (dict(state="[]"), "has a state that is not a mapping"),
+    "empty": (dict(state=" "), "is not JSON"),
+    "key twice": (dict(state='{"a": 1, "a": 2}'), "has a key twice"),
+    "int key twice": (dict(state='{"a": {"$dict": [[1, 1], [1, 2]]}}'), "means nothing"),
+    "nan": (dict(state='{"a": NaN}'), "has NaN, which is not JSON"),
+    "minus infinity": (dict(state='{"a": -Infinity}'), "has -Infinity"),
+    "deep list": (dict(state='{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"), "is nested more than 400 levels deep"),
+    "deep open list": (dict(state="[" * 1_000_000), "is nested more than 400 levels deep"),
+    "deep object": (dict(state='{"a":' * 1_000_000), "is nested more than 400 levels deep"),
+    "quite deep": (dict(state='{"a": ' + "[" * 150 + "]" * 150 + "}"), "is nested more than 100 levels deep"),
+    "deep tags": (dict(state='{"a": ' + '{"$tuple": [' * 120 + "]}" * 120 + "}"), "is nested more than 100 levels deep"),
+    "huge int": (dict(state='{"a": ' + "9" * 1_000_000 + "}"), "has a number of 1000000 digits"),
+    "flood": (dict(state='{"a": [' + "[]," * 5_000_000 + "1]}"), "has more than 2,000,000 values"),
+    "int tag of nonsense": (dict(state='{"a": {"$int": "0x1_0"}}'), "means nothing"),
+    "int tag of a number": (dict(state='{"a": {"$int": 5}}'), "means nothing"),
+    "float tag of code": (dict(state='{"a": {"$float": "1e5"}}'), "means nothing"),
+    "unknown tag": (dict(state='{"a": {"$class": "os.system"}}'), 'means nothing: {"$class"'),
+    "reduce tag": (dict(state='{"a": {"$reduce": ["os", "system", ["touch /evil"]]}}'), "means nothing"),
+    "tag with company": (dict(state='{"a": {"$tuple": [], "x": 1}}'), "means nothing"),
+    "tag in second place": (dict(state='{"a": {"x": 1, "$tuple": []}}'), "means nothing"),
+    "tuple of text": (dict(state='{"a": {"$tuple": "abc"}}'), "means nothing"),
+    "dict of odd pairs": (dict(state='{"a": {"$dict": [[1]]}}'), "means nothing"),
+    "dict with a list for a key": (dict(state='{"a": {"$dict": [[[1], 2]]}}'), "has the key [1]"),
+    "dict with a dict for a key": (dict(state='{"a": {"$dict": [[{"b": 1}, 2]]}}'), "has the key {'b': 1}"),
+    "dict with true for a key": (dict(state='{"a": {"$dict": [[true, 2]]}}'), "has the key True"),
+    "tensor of no name": (dict(state='{"a": {"$tensor": "v"}}', **GOOD), "means nothing"),
+    "tensor by number": (dict(state='{"a": {"$tensor": 0}}', **GOOD), "means nothing"),
+    "tensor by list": (dict(state='{"a": {"$tensor": ["w"]}}', **GOOD), "means nothing"),
+    "tensor by nothing": (dict(state='{"a": {"$tensor": {}}}', **GOOD), "means nothing"),
+    "tensor by two": (dict(state='{"a": {"$tensor": {"complex": "w", "sparse_coo": []}}}', **GOOD), "means nothing"),
+    "tensor by a path": (dict(state='{"a": {"$tensor": "/etc/passwd"}}', **GOOD), "means nothing"),
+    "bytes of floats": (dict(state='{"a": {"$bytes": "w"}}', **GOOD), "for bytes, but it is torch.float32"),
+    "array of bfloat16": (dict(state='{"a": {"$array": "w"}}', header={"w": tensor("BF16", (4,))}, data=bytes(8)), "for array, but it is torch.bfloat16"),
+    "complex of floats": (dict(state='{"a": {"$tensor": {"complex": "w"}}}', **GOOD), "means nothing"),
+    "complex of three": (dict(state='{"a": {"$tensor": {"complex": "w"}}}', header={"w": tensor("F64", (3,), (0, 24))}, data=bytes(24)), "means nothing"),
+    "complex of one number": (dict(state='{"a": {"$tensor": {"complex": "w"}}}', header={"w": tensor("F64", ())}, data=bytes(8)), "means nothing"),
+    "complex of complex": (dict(state='{"a": {"$tensor": {"complex": {"complex": "w"}}}}', header={"w": tensor("F64", (2, 2), (0, 32))}, data=bytes(32)), "means nothing"),
+    "sparse of no shape": (dict(state='{"a": {"$tensor": {"sparse_coo": ["w", "w", true]}}}', **GOOD), "means nothing"),
+    "sparse of too many": (dict(state='{"a": {"$tensor": {"sparse_csr": ["w", "w", "w", "w", [2]]}}}', **GOOD), "means nothing"),
+    "sparse of a huge shape": (dict(state='{"a": {"$tensor": {"sparse_coo": ["w", "w", [1099511627776, 1099511627776], true]}}}', **GOOD), "means nothing"),
+    "sparse of a negative shape": (dict(state='{"a": {"$tensor": {"sparse_coo": ["w", "w", [-1], true]}}}', **GOOD), "means nothing"),
+    "sparse of an odd mark": (dict(state='{"a": {"$tensor": {"sparse_coo": ["w", "w", [2], 1]}}}', **GOOD), "means nothing"),
+    "unknown layout": (dict(state='{"a": {"$tensor": {"mkldnn": ["w", "w", [2]]}}}', **GOOD), "means nothing"),
+    "sparse within sparse": (dict(state='{"a": {"$tensor": {"sparse_coo": [{"sparse_coo": ["w", "w", [2], true]}, "w", [2], true]}}}', **GOOD), "means nothing"),
+    "bytes that are sparse": (dict(state='{"a": {"$bytes": {"sparse_coo": ["i", "w", [2], false]}}}', header={"i": tensor("I64", (1, 2), (0, 16)), "w": tensor(offsets=(16, 24))}, data=bytes(24)), "for bytes, but it is"),
+    # the tensors
+    "tensor is a number": (dict(header={"w": 3}), "does not describe 'w' as a tensor: 3"),
+    "no shape": (dict(header={"w": {"dtype": "F32", "data_offsets": [0, 8]}}, data=bytes(8)), "does not describe 'w'"),
+    "unknown type": (dict(header={"w": tensor("O8")}, data=bytes(8)), "does not describe 'w'"),
+    "type is a list": (dict(header={"w": tensor(["F32"])}, data=bytes(8)), "does not describe 'w'"),
+    "type is a class": (dict(header={"w": tensor("__import__('os')")}, data=bytes(8)), "does not describe 'w'"),
+    "wrong type": (dict(header={"w": tensor("F64")}, data=bytes(8)), "gives 'w' 8 bytes for F64 [2]"),
+    "wrong shape": (dict(header={"w": tensor(shape=(3,))}, data=bytes(8)), "gives 'w' 8 bytes for F32 [3]"),
+    "huge shape": (dict(header={"w": tensor(shape=(2**62, 2**62))}, data=bytes(8)), "gives 'w' 8 bytes for F32"),
+    "huge and honest": (dict(header={"w": tensor(shape=(2**50,), offsets=(0, 2**52))}, data=bytes(8)), f"describes {2**52} bytes of 8"),
+    "empty but huge": (dict(header={"w": tensor(shape=(0, 2**62, 2**62), offsets=(0, 0))}), "gives 'w' 0 bytes for F32"),
+    "overflowing shape": (dict(header={"w": tensor(shape=(2**32, 2**32), offsets=(0, 0))}), "gives 'w' 0 bytes for F32"),
+    "negative shape": (dict(header={"w": tensor(shape=(-2, -1))}, data=bytes(8)), "an impossible shape or place"),
+    "shape beyond 64 bits": (dict(header={"w": tensor(shape=(2**63, 0), offsets=(0, 0))}), "an impossible shape or place"),
+    "shape of floats": (dict(header={"w": tensor(shape=(2.0,))}, data=bytes(8)), "an impossible shape or place"),
+    "shape of truths": (dict(header={"w": tensor(shape=(True, 2))}, data=bytes(8)), "an impossible shape or place"),
+    "many dimensions": (dict(header={"w": tensor(shape=(1,) * 100_000 + (2,))}, data=bytes(8)), "an impossible shape or place"),
+    "half a byte": (dict(header={"w": tensor("F4", (5,), (0, 3))}, data=bytes(3)), "gives 'w' half a byte"),
+    "beyond the end": (dict(header={"w": tensor(offsets=(8, 16))}, data=bytes(8)), "has a gap or an overlap before 'w'"),
+    "backwards": (dict(header={"w": tensor(offsets=(8, 0))}, data=bytes(8)), "gives 'w' -8 bytes"),
+    "overlap": (dict(header={"w": tensor(), "v": tensor(offsets=(4, 12))}, data=bytes(12)), "has a gap or an overlap"),
+    "the same twice": (dict(header={"w": tensor(), "v": tensor()}, data=bytes(8)), "has a gap or an overlap"),
+    "gap": (dict(header={"w": tensor(), "v": tensor(offsets=(12, 20))}, data=bytes(20)), "has a gap or an overlap before 'v'"),
+    "more than described": (dict(header={"w": tensor()}, data=bytes(9)), "describes 8 bytes of 9"),
+    "less than described": (dict(header={"w": tensor()}, data=bytes(7)), "describes 8 bytes of 7"),
+    "three offsets": (dict(header={"w": tensor(offsets=(0, 4, 8))}, data=bytes(8)), "does not describe 'w'"),
+    "offset of a googol": (dict(header={"w": tensor(offsets=(0, 10**100))}, data=bytes(8)), "has a number of 101 digits"),
+}
+SPARSE = {  # seen when the values are there
+    "indices of floats": ('{"sparse_coo": ["w", "w", [2], true]}', "whose parts do not fit"),
+    "indices beyond the shape": ('{"sparse_coo": ["far", "v", [3], true]}', "whose parts do not fit"),
+    "negative indices": ('{"sparse_coo": ["low", "v", [3], true]}', "whose parts do not fit"),
+    "twice and coalesced": ('{"sparse_coo": ["twice", "v", [3], true]}', "whose parts do not fit"),
+    "other numbers of them": ('{"sparse_coo": ["twice", "w", [3], false]}', "whose parts do not fit"),
+    "a terabyte of rows": ('{"sparse_csr": ["far", "twice", "v", [1099511627776, 3]]}', "whose parts do not fit"),
+    "columns beyond the shape": ('{"sparse_csr": ["rows", "columns", "v", [1, 3]]}', "whose parts do not fit"),
 }
 
 
 @pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="an old torch knows fewer types")
 @pytest.mark.parametrize("name", FORGED)
 def test_forged_files_are_refused_with_what_is_wrong(tmp_path, name):
-    arguments, part, message = FORGED[name]
+    arguments, message = FORGED[name]
     forge(tmp_path / "c", **arguments)
-    assert message in damaged(tmp_path / "c", part)
+    assert message in damaged(tmp_path / "c")
     assert not os.path.exists("/evil")
 
 
+@pytest.mark.parametrize("name", SPARSE)
+def test_forged_sparse_tensors_are_refused(tmp_path, name):
+    reference, message = SPARSE[name]
+    parts = {"far": [[0, 9]], "low": [[0, -1]], "twice": [[1, 1]], "rows": [0, 2], "columns": [1, 7]}
+    tensors = {**{key: torch.tensor(value) for key, value in parts.items()}, "v": torch.ones(2), "w": torch.ones(3)}
+    save_state(tmp_path / "c", tensors)
+    raw = (tmp_path / "c").read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:8 + size])
+    del header["__metadata__"]
+    forge(tmp_path / "c", state=f'{{"a": {{"$tensor": {reference}}}}}', header=header, data=raw[8 + size:])
+    assert message in damaged(tmp_path / "c", (load_state,))
+
+
 def test_a_forger_without_malice_is_read(tmp_path):
-    forge(tmp_path / "c", state='{"a": {"$tensor": ["x", "w"]}, "b": [1.5, {"$dict": [[1, {"$tuple": []}]]}]}', **GOOD)
+    forge(tmp_path / "c", state='{"a": {"$tensor": "w"}, "b": [1.5, {"$dict": [[1, {"$tuple": []}]]}]}', **GOOD)
     assert same(load_state(tmp_path / "c"), {"a": torch.zeros(2), "b": [1.5, {1: ()}]})
 
 
-def test_links_pipes_devices_and_folders_are_not_opened(tmp_path):
-    (tmp_path / "secret").write_bytes(b"x")
-    for name in FILES:
-        for make in (lambda f: f.symlink_to(tmp_path / "secret"), lambda f: f.symlink_to(f), os.mkfifo, os.mkdir, lambda f: f.symlink_to("/dev/zero")):
-            save_state(tmp_path / "c", made(1))
-            file = tmp_path / "c" / name
-            file.unlink()
-            make(file)
-            assert "is a link" in (text := damaged(tmp_path / "c", name)) or "is not a file" in text
-            file.rmdir() if file.is_dir() and not file.is_symlink() else file.unlink()
+@pytest.mark.parametrize("reference", ['{"$bytes": "w"}', '{"$array": "w"}', '{"$tensor": "w"}', '{"$tensor": {"complex": "z"}}'])
+def test_a_tensor_that_is_named_many_times_is_made_once(tmp_path, reference):
+    header = {"w": tensor("U8", (10_000_000,), (0, 10_000_000)), "z": tensor("F64", (50_000, 2), (10_000_000, 10_800_000))}
+    forge(tmp_path / "c", state='{"a": [' + ",".join([reference] * 200) + "]}", header=header, data=bytes(10_800_000))
+    assert len({id(value) for value in load_state(tmp_path / "c")["a"]}) == 1
+
+
+def test_links_pipes_devices_sockets_and_folders_are_not_opened(tmp_path):
+    save_state(tmp_path / "secret", made(1))
+    place = tmp_path / "c"
+    def bound(path):
+        with socket.socket(socket.AF_UNIX) as made_:
+            os.chdir(path.parent)
+            made_.bind(path.name)
+    here = os.getcwd()
+    for make in (lambda f: f.symlink_to(tmp_path / "secret"), lambda f: f.symlink_to(f), os.mkfifo, os.mkdir, bound, lambda f: f.symlink_to("/dev/zero")):
+        make(place)
+        os.chdir(here)
+        assert re.search("is a link, which is not followed|is a folder|is not a regular file", damaged(place))
+        with pytest.raises(FileError, match="which is not replaced"): save_state(place, made(2))
+        place.rmdir() if place.is_dir() and not place.is_symlink() else place.unlink()
 
 
 def test_what_is_no_checkpoint_at_all(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint"): load_state(tmp_path / "none")
+    save_state(tmp_path / "last", made(1))
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint .*/lost; did you mean last"): load_state(tmp_path / "lost")
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"): load_state(tmp_path / "none" / "none")
     torch.save({"a": Evil()}, tmp_path / "model.pt")
     for read in (load_state, check_state):
-        with pytest.raises(DamagedError, match="model.pt is a file; a checkpoint is a folder"): read(tmp_path / "model.pt")
-        with pytest.raises(DamagedError, match="state.json.sha256 is missing"): read(tmp_path)
-    assert list_states(tmp_path) == []
+        with pytest.raises(DamagedError, match="model.pt is not a checkpoint"): read(tmp_path / "model.pt")
+        with pytest.raises(DamagedError, match="is a folder"): read(tmp_path)
     with pytest.raises(RuntimeError): load_state(tmp_path, "gpu!")
 
 
+# ---------------------------------------------------------------------------------------------------- folders of checkpoints
+
+@pytest.mark.parametrize(("rows", "batch"), [(0, 0), (0, 1), (3, 0), (12, 34567), (99_999, 0), (10_000, 1_000_000)])
+def test_names_say_how_far_a_checkpoint_is(rows, batch):
+    assert checkpoint_place(checkpoint_name(rows, batch)) == (rows, batch)
+
+
+@pytest.mark.parametrize("name", ["epoch-1.safetensors", "epoch-0001", "epoch-0001.safetensors.tmp", ".epoch-0001.safetensors", "epoch-0001-batch-1.safetensors",
+                                  "epoch-\u0660\u0660\u0660\u0661.safetensors", "epoch-0001.safetensors\n", "epoch-" + "9" * 5000 + ".safetensors", "index.json", ""])
+def test_other_names_are_no_checkpoints(name):
+    assert checkpoint_place(name) is None
+
+
+def test_checkpoints_are_listed_in_the_order_of_training(tmp_path):
+    places = [(0, 0), (0, 7), (2, 0), (2, 99_999), (2, 100_000), (10_000, 0)]
+    for place in reversed(places): (tmp_path / checkpoint_name(*place)).touch()
+    (tmp_path / "notes.txt").touch()
+    assert [checkpoint_place(path.name) for path in list_checkpoints(tmp_path)] == places
+    assert list_checkpoints(tmp_path / "none") == list_checkpoints(tmp_path / "notes.txt") == []
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for rows in range(4): save_state(tmp_path / "run" / "checkpoints" / checkpoint_name(rows), {"rows": rows})
+    return tmp_path / "run" / "checkpoints"
+
+
+@pytest.mark.parametrize("trap", ["link", "pipe", "folder", "half", "unreadable"])
+def test_what_cannot_be_read_is_named_and_the_one_before_it_is_used(folder, trap, monkeypatch):
+    newest = folder / checkpoint_name(3)
+    if trap == "half": newest.write_bytes(newest.read_bytes()[:150])
+    elif trap == "unreadable":
+        opened = os.open
+        def refuses(path, *arguments, **options):
+            if path == newest.name: raise PermissionError(errno.EACCES, "Permission denied", path)
+            return opened(path, *arguments, **options)
+        monkeypatch.setattr(os, "open", refuses)  # root may read everything
+    else:
+        newest.unlink()
+        if trap == "link": newest.symlink_to(checkpoint_name(2))
+        if trap == "pipe": os.mkfifo(newest)
+        if trap == "folder": newest.mkdir()
+    for path in (folder, folder.parent):
+        with pytest.warns(UserWarning, match="epoch-0003.safetensors.*; the checkpoint before it is used") as told: assert read_checkpoint(path) == {"rows": 2}
+        assert len(told) == 1
+    with pytest.warns(UserWarning): assert newest_checkpoint(folder, check_state) == (folder / checkpoint_name(2), None)
+    with pytest.raises((DamagedError, PermissionError)): read_checkpoint(newest)
+
+
+def test_a_folder_of_checkpoints_that_is_a_link_of_the_run_is_not_followed(folder, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "checkpoints").symlink_to(folder)
+    with pytest.raises(FileError, match="is a link, which is not followed"): read_checkpoint(tmp_path / "other")
+    (tmp_path / "mine").symlink_to(folder)  # but what the user names is
+    assert read_checkpoint(tmp_path / "mine") == {"rows": 3}
+
+
+def test_a_folder_without_a_whole_one(folder):
+    for path in list_checkpoints(folder): path.write_bytes(b"")
+    with pytest.warns(UserWarning) as told, pytest.raises(DamagedError, match="holds no checkpoint that is whole"): read_checkpoint(folder)
+    assert len(told) == 4
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint .*rum; did you mean run"): read_checkpoint(folder.parents[1] / "rum")
+    (folder.parent / "empty").mkdir()
+    with pytest.raises(DamagedError, match="empty is a folder"): read_checkpoint(folder.parent / "empty")
+
+
+# ---------------------------------------------------------------------------------------------------- what reading and saving cost
+
 def test_reading_imports_and_executes_nothing(tmp_path):
-    for i, (arguments, _, _) in enumerate(FORGED.values()): forge(tmp_path / str(i), **arguments)
+    for i, (arguments, _) in enumerate(FORGED.values()): forge(tmp_path / str(i), **arguments)
     save_state(tmp_path / "good", {"a": torch.ones(2), "b": np.ones(2), "c": b"x", "d": {1: (2.5,)}})
     code = f"""
 import sys, torch, numpy
@@ -944,7 +1077,7 @@ print(sorted(seen))
 
 def test_a_file_does_not_make_the_reader_take_more_memory_than_it_has_bytes(tmp_path):
     "In a process that may take 600 MB more than it has: all the forged files, and none ends it."
-    for i, (arguments, _, _) in enumerate(FORGED.values()): forge(tmp_path / str(i), **arguments)
+    for i, (arguments, _) in enumerate(FORGED.values()): forge(tmp_path / str(i), **arguments)
     code = f"""
 import resource, torch
 from learner.base import store
@@ -974,48 +1107,3 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 50  # MB, of 120
-
-
-# ---------------------------------------------------------------------------------------------------- fingerprints
-
-one, two = torch.arange(6.0).reshape(2, 3), torch.ones(3, dtype=torch.int16)
-EQUAL = {
-    "order of tensors": ({"a": {"x": one, "y": two}}, {"a": {"y": two, "x": one}}),
-    "order of whole numbers": ({"a": {1: 5, 2: 6, "b": 7}}, {"a": {"b": 7, 2: 6, 1: 5}}),
-    "order in lists": ({"a": [({3: one, -3: [two]},)]}, {"a": [({-3: [two], 3: one},)]}),
-    "ties": ({"a": {"x": one, "y": one}}, {"a": {"x": one, "y": one.clone()}}),
-    "ties of parts": ({"a": one, "b": one}, {"a": one.clone(), "b": one}),
-    "strides": ({"a": one.t().contiguous().t()}, {"a": one}),
-    "parameters": ({"a": nn.Parameter(one)}, {"a": one}),
-    "names that collide": ({"a": {"x.y": one, "x": {"y": two}}}, {"a": {"x": {"y": two}, "x.y": one}}),
-}
-OTHER = {
-    "values": ({"a": one}, {"a": -one}), "dtypes": ({"a": two}, {"a": two.to(torch.uint16)}),
-    "shapes": ({"a": one}, {"a": one.reshape(3, 2)}), "no numbers": ({"a": one[:0]}, {"a": one[:, :0]}),
-    "places": ({"a": {"x": one, "y": two}}, {"a": {"x": two, "y": one}}), "kinds of keys": ({"a": {1: 2}}, {"a": {"1": 2}}),
-    "kinds of values": ({"a": 1}, {"a": 1.0}), "lists and tuples": ({"a": [1]}, {"a": (1,)}), "names": ({"a": one}, {"b": one}),
-    "order in a list": ({"a": [one, two]}, {"a": [two, one]}), "bytes and tensors": ({"a": b"ab"}, {"a": torch.tensor([97, 98], dtype=torch.uint8)}),
-    "what looks like a tensor": ({"a": two}, {"a": {"$tensor": ["I16 [3]", hashlib.sha256(two.numpy().tobytes()).hexdigest()]}}),
-}
-
-
-@pytest.mark.parametrize("name", EQUAL)
-def test_equal_states_have_one_hash(name):
-    assert hash_state(EQUAL[name][0]) == hash_state(EQUAL[name][1])
-
-
-@pytest.mark.parametrize("name", OTHER)
-def test_other_states_have_another_hash(name):
-    assert hash_state(OTHER[name][0]) != hash_state(OTHER[name][1])
-
-
-def test_a_hash_is_that_of_what_comes_back(tmp_path):
-    state = {"model": {"w": torch.randn(3, dtype=torch.complex64).conj(), "b": np.arange(3.0)}, "o": {0: (1, math.inf)}, "r": b"x"}
-    save_state(tmp_path / "c", state)
-    assert hash_state(load_state(tmp_path / "c")) == hash_state(state)
-
-
-@pytest.mark.parametrize("state, message", REFUSED, ids=[str(i) for i in range(len(REFUSED))])
-def test_a_hash_is_refused_as_a_save_is(state, message):
-    with pytest.raises((TypeError, ValueError)) as error: hash_state(state)
-    assert message in str(error.value)

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from learner.base.words import (
+    as_number,
     check_number,
     check_whole,
     flatten,
     format_value,
     mode_of,
     named_loaders,
-    as_number,
     plain,
     read_column,
     split_column,

@@ -63,7 +63,7 @@ class CancelsInATest(Callback):
         if phase == "test": raise CancelTrainException
 
 
-@breaks("runs", "learn.trial() raised TypeError: cannot pickle '_thread.lock' object")
+@breaks("runs", "learn.trial() raised TypeError: CannotBeCopied() cannot be copied (cannot pickle '_thread.lock' object)")
 class CannotBeCopied(Callback):
     def __init__(self): self.lock = threading.Lock()
     def after_backward(self, model): model[0].weight.grad.mul_(0.5)

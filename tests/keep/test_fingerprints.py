@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from learner.loop.learner import Learner
-from learner.loop.data import DataLoaders
-from learner.keep.fingerprints import FingerprintError, Fingerprints, first_difference, read_fingerprints
 from learner.base.provenance import seed_everything
+from learner.keep.fingerprints import FingerprintError, Fingerprints, first_difference, read_fingerprints
+from learner.loop.data import DataLoaders
+from learner.loop.learner import Learner
 from learner.loop.stages import Callback, CancelBatchException
 
 PARTS = ("model", "optimiser", "order", "rng")
@@ -161,10 +161,10 @@ def test_nothing_in_common_is_an_error_and_not_agreement(one, other):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("[]\n", "line 1 is no object"), ("{\n", "line 1 is no JSON"), ('{"epoch": 0}\n', "line 1 has no batch"),
+    ("[]\n", "line 1 is not an object"), ("{\n", "line 1 is not JSON"), ('{"epoch": 0}\n', "line 1 has no batch"),
     ('{"epoch": true, "batch": 0}\n', "line 1 has True for epoch"), ('{"epoch": 0, "batch": "1"}\n', "line 1 has '1' for batch"),
     ('{"epoch": 0, "batch": 0}\n{"epoch": 0, "batch": 1, "rng": [1]}\n', "line 2 has no text for 'rng'"),
-    ("[" * 100000 + "\n", "line 1 is no JSON"), ('{"epoch": 0, "batch": 1e999}\n', "line 1 has inf for batch"),
+    ("[" * 100000 + "\n", "line 1 is not JSON"), ('{"epoch": 0, "batch": 1e999}\n', "line 1 has inf for batch"),
 ])
 def test_a_damaged_file_is_named_with_its_line(tmp_path, text, message):
     (tmp_path / "prints.jsonl").write_text(text)
@@ -174,7 +174,7 @@ def test_a_damaged_file_is_named_with_its_line(tmp_path, text, message):
 
 def test_what_is_no_text_and_what_is_not_there(tmp_path):
     (tmp_path / "prints.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(FingerprintError, match="it is no text"): read_fingerprints(tmp_path / "prints.jsonl")
+    with pytest.raises(FingerprintError, match="it is not text"): read_fingerprints(tmp_path / "prints.jsonl")
     with pytest.raises(FingerprintError, match="cannot be read"): read_fingerprints(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"did you mean prints\.jsonl"): read_fingerprints(tmp_path / "print.jsonl")
     with pytest.raises(FileNotFoundError, match="there is no folder"): noted(file=tmp_path / "a" / "prints.jsonl")

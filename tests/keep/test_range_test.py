@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from learner.loop.learner import Learner
-from learner.loop.data import TensorLoader, digits
 from learner.keep.range_test import SUGGESTIONS, RangeTest, Rounds, local_lines, longest_descent, lr_find
+from learner.loop.data import TensorLoader
+from learner.loop.datasets import digits
+from learner.loop.learner import Learner
 from learner.loop.stages import Callback, CancelBatchException, CancelStepException
 
 

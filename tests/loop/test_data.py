@@ -22,20 +22,17 @@ from torch.utils.data import (
     random_split,
 )
 
-from learner.loop import data
-from learner.loop.learner import Learner
+from learner.base.parts import length_of
+from learner.loop import data, datasets
 from learner.loop.data import (
     DataLoaders,
     DatasetLoader,
     EpochSampler,
     NoLoader,
     TensorLoader,
-    digits,
-    fashion_mnist,
-    read_idx,
-    split,
 )
-from learner.base.parts import length_of
+from learner.loop.datasets import digits, fashion_mnist, read_idx, split
+from learner.loop.learner import Learner
 
 N = 23  # neither a multiple of the batch size nor of anything else
 X = torch.arange(N * 3.0).reshape(N, 3)
@@ -183,10 +180,10 @@ def test_orders_differ_where_half_of_the_hash_agrees():
     for half in (0, 1):
         seen = {}
         for epoch in range(1_000_000):
-            word = data._seeds(0, epoch)[half]
+            word = data.hashed_seeds(0, epoch)[half]
             if word in seen: break
             seen[word] = epoch
-        assert data._seeds(0, epoch)[half] == data._seeds(0, seen[word])[half]
+        assert data.hashed_seeds(0, epoch)[half] == data.hashed_seeds(0, seen[word])[half]
         sampler = EpochSampler(40)
         assert not torch.equal(sampler.order(epoch), sampler.order(seen[word]))
 
@@ -420,6 +417,15 @@ def test_only_training_is_shuffled_and_drops():
     assert [loader.batch_size for loader in DataLoaders.from_tensors(X, X, batch_size=7).values()] == [7, 7]
 
 
+def test_loaders_with_names():
+    clean, noisy = from_tensors(), [(X, Y)]
+    dls = DataLoaders(train=clean, validation={"clean": clean, "noisy": noisy}, test={"all": noisy})
+    assert dls.validation == dls["validation"] == {"clean": clean, "noisy": noisy} and list(dls) == ["train", "validation", "test"]
+    assert repr(dls).splitlines()[2:] == ["  validation.clean  23 examples in 5 batches of 5, shuffled with seed 0", "  validation.noisy  1 batch", "  test.all          1 batch"]
+    with pytest.raises(ValueError, match="has a loader named 'a b'"): DataLoaders(validation={"a b": noisy})
+    with pytest.raises(TypeError, match="is 3; pass an iterable"): DataLoaders(validation={"a": 3})
+
+
 def test_repr():
     stream = DataLoader(Stream(), batch_size=4)
     assert repr(DataLoaders(train=[X], validation=stream, test=(x for x in X))) == (
@@ -539,10 +545,22 @@ def test_digits_parts_are_disjoint_and_the_test_is_fixed():
     assert len(digits(validation=100).validation.sampler) == 100
 
 
-def test_digits_without_scikit_learn(monkeypatch):
+def test_digits_need_no_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError) as error: digits()
-    assert str(error.value) == "digits needs scikit-learn: pip install 'nblearner[data]'"
+    assert len(digits().train.sampler) == 1294
+
+
+def test_digits_are_the_same_bits_and_the_same_split_as_ever():
+    pixels, targets = importlib.import_module("sklearn.datasets").load_digits(return_X_y=True)
+    images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
+    labels = torch.tensor(targets, dtype=torch.int64)
+    rest, test = split(labels, 0.2)
+    dls = digits()
+    for own, rows in ((dls.train.data, rest), (dls.test.data, test)):
+        assert torch.equal(own[0], images[rows]) and torch.equal(own[1], labels[rows])
+    # what the version that read scikit-learn's file gave
+    assert test[:5].tolist() == [1, 6, 7, 9, 15] and dls.train.order(0)[:5].tolist() == [1233, 1000, 631, 311, 137] and dls.validation.order(0)[:5].tolist() == [2, 7, 10, 22, 63]
 
 
 def idx(array):
@@ -570,17 +588,17 @@ PACKED = gzip.compress(idx(np.random.default_rng(0).integers(0, 256, (50, 50))),
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is damaged (unpack_from requires a buffer of at least 4 bytes"),
-        (b"\0\0", "is damaged (unpack_from requires a buffer of at least 4 bytes"),
-        (b"<html>", "is no IDX file of unsigned bytes, it begins with 3c 68 74 6d; get it again"),
+        (b"", "is damaged (unpack requires a buffer of 4 bytes"),
+        (b"\0\0", "is damaged (unpack requires a buffer of 4 bytes"),
+        (b"<html>", "is not an IDX file of unsigned bytes, it begins with 3c 68 74 6d; get it again"),
         (GOOD[:-1], "is damaged, it has 11 bytes for shape (3, 4)"),
-        (GOOD + b"\0", "is damaged, it has 13 bytes for shape (3, 4)"),
-        (GOOD[:9], "is damaged (unpack_from requires a buffer of at least 12 bytes"),
+        (GOOD + b"\0", "is damaged, it has more than 12 bytes for shape (3, 4)"),
+        (GOOD[:9], "is damaged (unpack requires a buffer of 8 bytes"),
         (b"\0\0\x08\0", "is damaged, it has 0 bytes for shape ()"),
         (idx(np.zeros((0, 4))), "is damaged, it has 0 bytes for shape (0, 4)"),
         (b"\0\0\x0d\x01" + struct.pack(">I", 1) + b"\0\0\0\0",
-         "is no IDX file of unsigned bytes, it begins with 00 00 0d 01"),
-        (b"\0\0\x08\x03" + b"\xff" * 12, "is damaged, it has 0 bytes for shape (4294967295, 4294967295, 4294967295)"),
+         "is not an IDX file of unsigned bytes, it begins with 00 00 0d 01"),
+        (b"\0\0\x08\x03" + b"\xff" * 12, "has 79,228,162,458,924,105,385,300,197,375 values, or so it says, and no more than 268,435,456 are read; pass a larger most, if you trust it"),
         (PACKED[:-20], "is damaged (Compressed file ended before the end-of-stream marker was reached)"),
         (PACKED[:100] + bytes([PACKED[100] ^ 255]) + PACKED[101:], "is damaged ("),
         (PACKED[:-8] + b"\0\0\0\0" + PACKED[-4:], "is damaged (CRC check failed"),
@@ -593,6 +611,24 @@ def test_damaged_idx_files(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(ValueError) as error: read_idx(path)
     assert str(error.value).startswith(f"{path} {message}") and "\n" not in str(error.value)
+
+
+def test_a_file_that_unpacks_to_much_more_than_it_says_is_not_unpacked(tmp_path):
+    import resource
+    bomb = tmp_path / "bomb"
+    with gzip.open(bomb, "wb") as file:
+        file.write(GOOD)
+        for _ in range(400): file.write(bytes(1_000_000))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="is damaged, it has more than 12 bytes"): read_idx(bomb)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
+
+
+def test_a_file_that_says_how_much_it_is(tmp_path):
+    path = tmp_path / "large"
+    path.write_bytes(gzip.compress(idx(np.zeros((1000, 1000)))))
+    with pytest.raises(ValueError, match=r"has 1,000,000 values, or so it says, and no more than 999,999 are read; pass a larger most"): read_idx(path, 999_999)
+    assert read_idx(path, 10**6).shape == (1000, 1000)
 
 
 LABELS = {"train": np.arange(60) % 10, "t10k": np.arange(20) % 10}
@@ -612,7 +648,7 @@ def write_fashion(folder, pack=lambda content: content, ending="", **replaced):
 def nowhere(tmp_path, monkeypatch):
     """A machine without Fashion-MNIST."""
     monkeypatch.delenv("LEARNER_DATA", raising=False)
-    monkeypatch.setattr(data, "_FASHION_DEBIAN", tmp_path / "debian")
+    monkeypatch.setattr(datasets, "_FASHION_DEBIAN", tmp_path / "debian")
     return tmp_path
 
 
@@ -655,10 +691,10 @@ def test_where_fashion_mnist_is_found(nowhere, monkeypatch):
     [
         ({"train_labels": np.arange(59) % 10},
          "train-images-idx3-ubyte has shape (60, 28, 28), train-labels-idx1-ubyte (59,) and labels up to 9; "
-         "that is no Fashion-MNIST, so get both again"),
+         "that is not Fashion-MNIST, so get both again"),
         ({"train_images": np.zeros((60, 28, 27))}, "train-images-idx3-ubyte has shape (60, 28, 27), train-labels"),
         ({"t10k_images": np.zeros((0, 28, 28))}, "t10k-images-idx3-ubyte is damaged, it has 0 bytes"),
-        ({"t10k_labels": np.arange(20)}, "t10k-labels-idx1-ubyte (20,) and labels up to 19; that is no Fashion-MNIST"),
+        ({"t10k_labels": np.arange(20)}, "t10k-labels-idx1-ubyte (20,) and labels up to 19; that is not Fashion-MNIST"),
     ],
 )
 def test_files_that_do_not_belong_together(nowhere, replaced, message):
@@ -696,14 +732,14 @@ BAD = [
     # DataLoaders
     (lambda: DataLoaders(), ValueError, "DataLoaders has no loader; give at least one of train, validation, test"),
     (lambda: DataLoaders([X], valid=[X]), TypeError,
-     "DataLoaders: 'valid' is none of train, validation, test; did you mean validation?"),
+     "DataLoaders: 'valid' is not one of train, validation, test; did you mean validation?"),
     (lambda: DataLoaders(training=[X]), TypeError,
-     "DataLoaders: 'training' is none of train, validation, test; did you mean train?"),
-    (lambda: DataLoaders(zzz=[X]), TypeError, "DataLoaders: 'zzz' is none of train, validation, test"),
+     "DataLoaders: 'training' is not one of train, validation, test; did you mean train?"),
+    (lambda: DataLoaders(zzz=[X]), TypeError, "DataLoaders: 'zzz' is not one of train, validation, test"),
     (lambda: DataLoaders([X], [X])["valid"], KeyError,
-     "'valid' is none of the loaders train, validation; did you mean validation?"),
-    (lambda: DataLoaders([X]).test, AttributeError, "'test' is none of the loaders train"),
-    (lambda: DataLoaders([X])[0], KeyError, "0 is none of the loaders train"),
+     "'valid' is not one of the loaders train, validation; did you mean validation?"),
+    (lambda: DataLoaders([X]).test, AttributeError, "'test' is not one of the loaders train"),
+    (lambda: DataLoaders([X])[0], KeyError, "0 is not one of the loaders train"),
     (lambda: DataLoaders(3), TypeError, "train is of type int; it must be an iterable of batches"),
     (lambda: DataLoaders("train"), TypeError, "train is of type str; it must be an iterable of batches"),
     (lambda: DataLoaders({"train": [X]}), TypeError, "train is of type dict; it must be an iterable of batches"),

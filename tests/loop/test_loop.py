@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from learner.base.batch import total
 from learner.loop.data import TensorLoader
 from learner.loop.learner import Learner
-from learner.loop.loop import Loop, LossError, Plan, Stream
+from learner.loop.loop import Loop, LossError, Plan
+from learner.loop.passes import Stream
 from learner.loop.resume import Rewind
 from learner.loop.stages import Callback
 from learner.loop.state import ResumeError

@@ -6,7 +6,6 @@ import math
 import os
 import pickle
 import random
-import shutil
 import signal
 import sys
 import threading
@@ -23,20 +22,21 @@ from torch.optim import Adam, AdamW
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from learner.steer.augment import CutMix, Mixup
-from learner.loop.learner import Learner
+from learner.base.hashing import hash_state
+from learner.base.provenance import rng_state, seed_everything
+from learner.base.store import DamagedError, load_state, save_state, snapshot
 from learner.loop.data import DataLoaders, DatasetLoader
-from learner.watch.metrics import Metrics, MulticlassAccuracy, MulticlassAUROC
+from learner.loop.learner import Learner
+from learner.loop.resume import Rewind
+from learner.loop.stages import Callback, hooks_of
+from learner.loop.state import ResumeError, order_state
+from learner.steer.augment import CutMix, Mixup
 from learner.steer.multi import Optimisers
 from learner.steer.precision import Compile, MixedPrecision
-from learner.base.provenance import rng_state, seed_everything
-from learner.watch.recorder import Recorder
 from learner.steer.schedule import BatchSchedule, EarlyStopping, EpochSchedule, Schedule, cosine
-from learner.loop.stages import Callback, hooks_of
-from learner.loop.resume import Rewind
-from learner.loop.state import ResumeError, order_state
-from learner.base.store import DamagedError, hash_state, load_state, save_state, snapshot
 from learner.steer.update import EMA, Accumulate, ClipGradients, FreezeUntil
+from learner.watch.metrics import Metrics, MulticlassAccuracy, MulticlassAUROC
+from learner.watch.recorder import Recorder
 
 EPOCHS, BATCHES = 3, 8  # of a training; in an epoch, the last of two examples
 
@@ -641,8 +641,8 @@ class Balance(Callback):
 
 def whole(learn):
     "Nothing of a run is left."
-    assert not learn.is_running and learn._path == [] and not learn._entered
-    assert not {"batch", "data", "labels", "batch_size", "predictions", "loss"} & vars(learn).keys()
+    assert not learn.is_running and learn._timing.path == [] and not learn._frame.entered
+    assert not any(hasattr(learn, name) for name in ("batch", "data", "labels", "batch_size", "predictions", "loss"))
     assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
     assert all(parameter.grad is None and parameter.requires_grad for parameter in learn.model.parameters())
     assert all(module.training for module in learn.model.modules())
@@ -1125,20 +1125,18 @@ def test_files_that_are_none_are_refused_and_change_nothing(tmp_path, way):
 
     refused(FileNotFoundError, "there is no checkpoint .*goood; did you mean good", tmp_path / "goood")
     (tmp_path / "pickle").write_bytes(pickle.dumps(Trap()))
-    refused(DamagedError, "pickle is a file; a checkpoint is a folder", tmp_path / "pickle")
+    refused(DamagedError, "pickle is not a checkpoint", tmp_path / "pickle")
     torch.save({"model": learn.model.state_dict()}, tmp_path / "model.pt")
-    refused(DamagedError, "model.pt is a file; a checkpoint is a folder", tmp_path / "model.pt")
+    refused(DamagedError, "model.pt is not a checkpoint", tmp_path / "model.pt")
     (tmp_path / "empty").mkdir()
-    refused(DamagedError, "empty: state.json.sha256 is missing", tmp_path / "empty")
-    for name in ("model.safetensors", "state.json", "state.json.sha256"):
-        shutil.copytree(tmp_path / "good", tmp_path / "c")
-        (tmp_path / "c" / name).write_bytes(pickle.dumps(Trap()))
-        refused(DamagedError, f"c: {name}", tmp_path / "c")
-        (tmp_path / "c" / name).unlink()
-        refused(DamagedError, f"c: {name} is missing", tmp_path / "c")
-        (tmp_path / "c" / name).symlink_to(tmp_path / "good" / name)
-        refused(DamagedError, f"c: {name} is a link; a checkpoint is made of files", tmp_path / "c")
-        shutil.rmtree(tmp_path / "c")
+    refused(DamagedError, "empty is a folder", tmp_path / "empty")
+    good = (tmp_path / "good").read_bytes()
+    for bad in (b"", good[:-1], good[:100] + pickle.dumps(Trap()) + good[100:], good.replace(b"train", b"tRain", 1)):
+        (tmp_path / "c").write_bytes(bad)
+        refused(DamagedError, "c is damaged|c is not a checkpoint", tmp_path / "c")
+    (tmp_path / "c").unlink()
+    (tmp_path / "c").symlink_to("good")
+    refused(DamagedError, "c is a link, which is not followed", tmp_path / "c")
     save_state(tmp_path / "alien", {"epoch": 3, "weights": torch.ones(3)})
     refused(ResumeError, r"the state has no model; save\(\) and state_dict\(\) make", tmp_path / "alien")
 

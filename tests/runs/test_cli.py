@@ -149,8 +149,8 @@ MISTAKES = [
     ("train no_such:thing runs/x", "no_such:thing: there is no module no_such"),
     ("train json:no_such runs/x", "json has no no_such"),
     ("train foreign/config.json runs/x", "model: evil.Net is code that is not registered here; if you trust it, allow its module: --allow=evil"),
-    ("train digits runs/first", "runs/first exists already: go on with that run (learner resume; or Run(..., resume=True) and train(resume=...)), choose another name (first-2 is free), or move the old one aside (--overwrite, or overwrite=True)"),
-    ("train digits full", "full exists already, and is no run"),
+    ("train digits runs/first", "runs/first exists already: continue that run (learner resume; or Run(..., resume=True) and train(resume=...)), choose another name (first-2 is free), or move the old one aside (--overwrite, or overwrite=True)"),
+    ("train digits full", "full exists and is not a run, so nothing is written into it"),
     ("train digits file", "file is a file"),
     ("train digits runs/x --log_every=0", "learner train: --log_every is 0; it must be a whole number of at least 1"),
     ("train digits runs/x --fingerprints=-1", "learner train: --fingerprints is -1; it must be a whole number of at least 0; 0 means never"),
@@ -163,7 +163,7 @@ MISTAKES = [
     ("resume", "RUN_DIR is missing"),
     ("resume runs/first --epochs=0", "epochs is 0"),
     ("resume runs/frist", "there is no run runs/frist; did you mean first?"),
-    ("resume empty", "empty is no run"),
+    ("resume empty", "empty is not a run"),
     ("resume file", "file is a file, and a run is a folder"),
     ("resume damaged", "config.json is damaged"),
     ("resume runs/first --epochs=x", "--epochs is \"x\"; it must be a whole number or null"),
@@ -264,7 +264,7 @@ def test_a_run_from_the_command_line(runs):
 
 def test_the_command_line_and_the_notebook_build_the_same(runs):
     from learner.runs.config import build
-    from learner.runs.runs import model_hash
+    from learner.runs.facts import model_hash
     assert read(runs / "runs/first/meta.json")["initial_model"] == model_hash(build("digits", **{"model.width": 2, "device": "cpu"}).model)
 
 
@@ -463,7 +463,7 @@ def test_a_run_whose_checkpoints_are_elsewhere_or_lost_is_left_as_it_is(runs, tm
         assert done.returncode == 2 and words in done.err and len(done.err.splitlines()) == 1, done.err
         assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     (run / "checkpoints").rename(tmp_path / "large")
-    refused("run has 2 epochs and no checkpoint to go on from")
+    refused("run has 2 epochs and no checkpoint to resume from")
     (run / "checkpoints").symlink_to(tmp_path / "large")
     refused("checkpoints is a link, which is not followed")
 

@@ -4,23 +4,24 @@ import math
 import os
 import subprocess
 import sys
+from time import perf_counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from learner.runs.compare import ABSENT, CompareError, compare_runs, differences
-from learner.loop.learner import Learner
-from learner.loop.data import DataLoaders
-from learner.keep.fingerprints import FingerprintError, Fingerprints
-from learner.watch.metrics import Metrics, MulticlassAccuracy
-from learner.base.provenance import seed_everything
 from learner.base.files import write_text
+from learner.base.provenance import seed_everything
+from learner.keep.fingerprints import FingerprintError, Fingerprints
+from learner.loop.data import DataLoaders
+from learner.loop.learner import Learner
+from learner.loop.stages import Callback
+from learner.runs.compare import ABSENT, CompareError, compare_runs, differences
 from learner.runs.rundir import RunError
 from learner.runs.runfiles import read_run, write_json, write_rows
 from learner.runs.runs import Run
-from learner.loop.stages import Callback
+from learner.watch.metrics import Metrics, MulticlassAccuracy
 
 
 class At(Callback):
@@ -234,6 +235,35 @@ def test_text_from_files_cannot_command_a_terminal_or_a_page(base, tmp_path):
     write_text(other / "code.diff", bad)
     found = compare_runs(base, other)
     assert all(c.isprintable() or c == "\n" for c in repr(found)) and "<script>" not in found._repr_html_()
+
+
+def test_names_of_columns_cannot_command_a_terminal(tmp_path):
+    for name, value in (("a", 1.0), ("b", 2.0)): write_rows(tmp_path / f"{name}.csv", [{"epoch": 0, "\x1b]0;t\x07<b>": value}])
+    found = compare_runs(tmp_path / "a.csv", tmp_path / "b.csv")
+    assert found.first.what == ("\x1b]0;t\x07<b>",) and all(c.isprintable() or c == "\n" for c in repr(found)) and "<b>" not in found._repr_html_() and "\x1b" not in found._repr_html_()
+
+
+def test_many_settings_and_empty_groups_cost_little(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        settings = {f"s{i}": {} if name == "a" else {"x": i} for i in range(3000)}
+        write_json(tmp_path / name / "config.json", {"format": "learner.run", "version": 1, "config": "digits", "settings": settings})
+        write_rows(tmp_path / name / "history.csv", [{"epoch": 0, "train_loss": 1.0}])
+    start = perf_counter()
+    found = compare_runs(tmp_path / "a", tmp_path / "b")
+    assert len(repr(found)) < 3000 and perf_counter() - start < 5 and len(found.settings) == 3000 and found.settings["s7.x"] == (ABSENT, 7)
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_RDWR), 1 << 40)])
+@pytest.mark.parametrize("file", ["config.json", "history.csv", "steps.csv", "script.py"])
+def test_hostile_files_end_in_a_line(base, tmp_path, put, file):
+    other = tmp_path / "other"
+    other.mkdir()
+    write_json(other / "meta.json", {"status": "finished"})
+    put(other / file)
+    try: text = repr(compare_runs(base, other))
+    except ValueError as error: text = str(error)
+    assert file in text and len(text) < 6000
 
 
 @pytest.mark.parametrize(("make", "error", "message"), [

@@ -1,10 +1,12 @@
 """Settings: reading, typing, layers, parts by name, records from elsewhere, and that they build what they say."""
+import contextlib
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -498,6 +500,25 @@ def test_a_folder_is_read_as_a_run_and_runs_nothing(tmp_path, monkeypatch, recor
     monkeypatch.chdir(folder)
     message(resolve, ".")
     assert not (folder / "has_run").exists() and str(folder) not in sys.path and "payload" not in sys.modules
+
+
+SPEC = {"class_path": "payload.Net", "init_args": {"width": 1}}
+
+
+@pytest.mark.parametrize("value", [SPEC, [SPEC], [SPEC, 0.9], {"x": SPEC}, [[SPEC]], {"x": [SPEC]}, "payload.Net", ["payload.Net", 0.9], {"class_path": "payload.Net"}])
+def test_no_value_of_a_setting_names_code(tmp_path, monkeypatch, value):
+    (tmp_path / "payload.py").write_text("import pathlib; pathlib.Path(__file__).with_name('has_run').touch()\nclass Net:\n    def __init__(self, width: int = 1): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    hints = (tuple[float | torch.Tensor, float], tuple[float | torch.Tensor, ...], list[torch.Tensor | str], dict[str, Any], dict[str, list[Any]], list[dict[str, Any]], list, dict, Any, float | dict[str, int | torch.Tensor],
+             type | str, Callable | float, list[Callable | float], list[type | int], nn.Module | float, Mapping[str, Any], Sequence[nn.Module | float], tuple[Any, float], Odd | int, set[Odd | int], tuple[Path | Odd, float])
+    def asked(it): ...
+    for hint in hints:
+        asked.__annotations__["it"] = hint
+        for given in (value, Text(json.dumps(value))):
+            with contextlib.suppress(ConfigError): resolve(asked, {"it": given})
+    for name in ("betas", "eps", "weight_decay"):
+        with contextlib.suppress(ConfigError): from_record({"config": "digits", "settings": {"optimiser": {"name": "AdamW", name: value}}})
+    assert not (tmp_path / "has_run").exists() and "payload" not in sys.modules
 
 
 def test_allowing_a_module_allows_no_other(own_package):

@@ -8,16 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from learner.check.bench import example_learner
-from learner.loop.learner import Learner
-from learner.loop.data import DataLoaders
 from learner.base.history import History
+from learner.base.words import flatten
+from learner.check.bench import example_learner
+from learner.loop.data import DataLoaders
+from learner.loop.learner import Learner
+from learner.loop.stages import Callback, CancelBatchException, CancelEpochException, CancelTrainException
 from learner.runs.loggers import (
+    BestSoFar,
     ConsoleTable,
     CSVLogger,
     JSONLinesLogger,
@@ -27,11 +31,9 @@ from learner.runs.loggers import (
     StepValues,
     describe_settings,
 )
-from learner.watch.metrics import Metrics, MulticlassAccuracy
-from learner.base.words import flatten
 from learner.runs.runfiles import iter_rows
-from learner.loop.stages import Callback, CancelBatchException, CancelEpochException, CancelTrainException
 from learner.steer.update import Accumulate
+from learner.watch.metrics import Metrics, MulticlassAccuracy
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -255,6 +257,43 @@ def test_json_lines_are_valid_json_whatever_the_values(tmp_path):
     assert events[0]["a"] == {"b": "c", "clip": "inf"} and events[4]["odd"] == "nan" and events[4]["text"] == "a\nb"
 
 
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16, np.int64, np.uint8, lambda value: np.array(value, dtype=np.float32), torch.tensor])
+def test_numbers_of_numpy_are_numbers_in_all_files(tmp_path, kind):
+    learn = no_test(example_learner())
+    learn.on("after_epoch", lambda: learn.log(validation_accuracy=kind(1)))
+    learn.train(1, callbacks=[CSVLogger(tmp_path / "h.csv"), JSONLinesLogger(tmp_path / "log.jsonl")])
+    (row,) = iter_rows(tmp_path / "h.csv")
+    events = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    found = [row["validation_accuracy"], *(event["validation_accuracy"] for event in events if event["event"] == "row")]
+    assert found == [1, 1] and all(type(value) in (int, float) for value in found)
+    assert BestSoFar(learn.history).score["validation_accuracy"] == {"best": 1, "epoch": 0, "last": 1, "mode": "max"}
+
+
+@pytest.mark.parametrize("make", [CSVLogger, JSONLinesLogger])
+def test_what_is_written_in_an_epoch_does_not_grow(tmp_path, make, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # the time of the disk does not matter here
+    batches, model, marks = [(torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64))], nn.Linear(2, 2), []
+    learn = Learner(model, torch.optim.SGD(model.parameters(), lr=0.1), F.cross_entropy, {"train": batches}, make(tmp_path / "log"), device="cpu")
+    learn.on("after_epoch", lambda: marks.append(written()), priority=9000)
+    learn.train(301)
+    early, late = (marks[100] - marks[50]) / 50, (marks[300] - marks[250]) / 50
+    assert 10 < late < 1.2 * early + 50
+
+
+def written():
+    "Bytes that this process has written so far."
+    if not os.path.exists("/proc/self/io"): pytest.skip("the system does not count what a process writes")
+    return int(Path("/proc/self/io").read_text().split("wchar:")[1].split()[0])
+
+
+def test_a_csv_file_follows_a_row_that_was_changed_later(tmp_path):
+    learn = no_test(example_learner())
+    learn.on("after_epoch", lambda history, epoch: history[0].update(later=epoch))
+    learn.train(3, callbacks=CSVLogger(tmp_path / "h.csv"))
+    assert [row["later"] for row in iter_rows(tmp_path / "h.csv")] == [2, None, None]
+
+
 # TensorBoard
 
 @pytest.fixture
@@ -309,7 +348,7 @@ def test_parts_can_be_left_out_and_broken_values_are_counted(board, tmp_path):
     with pytest.warns(UserWarning, match="nan"): learn.train(1, callbacks=board(images=0, graph=False))
     tags = read_back(tmp_path / "board").Tags()
     assert not tags["images"] and not tags["graph"] and "not finite/weights/4.bias" in tags["scalars"]
-    assert board(histograms=0).after_backward is None
+    assert not [part for part in board(histograms=0).parts if hasattr(part, "after_backward")]
 
 
 def test_without_tensorboard_the_error_names_the_extra():

@@ -13,7 +13,18 @@ import pytest
 
 from learner.base.files import FileError, write_text
 from learner.base.words import plain
-from learner.runs.rundir import VERSION, RunError, RunExistsError, RunLock, check_name, create_run, find_runs, is_locked, move_aside, new_name
+from learner.runs.rundir import (
+    VERSION,
+    RunError,
+    RunExistsError,
+    RunLock,
+    check_name,
+    create_run,
+    find_runs,
+    is_locked,
+    move_aside,
+    new_name,
+)
 from learner.runs.runfiles import GrowingTable, iter_rows, read_cell, read_json, read_run, write_json, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,7 +153,7 @@ def test_other_things_in_the_way(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(RunExistsError, match="is a file, and a run is a folder"): create_run(tmp_path / "file")
     with pytest.raises(RunExistsError, match="above it is a file"): create_run(tmp_path / "file" / "run")
-    with pytest.raises(RunExistsError, match="is not a run, so nothing is written"): create_run(tmp_path / "full")
+    with pytest.raises(RunExistsError, match="is not a run, so it stays as it is"): create_run(tmp_path / "full")
     with pytest.raises(RunExistsError): create_run(tmp_path / "link")
     assert create_run(tmp_path / "empty") == tmp_path / "empty"
     assert create_run(tmp_path / "new" / "deep" / "run").is_dir()
@@ -231,7 +242,7 @@ DAMAGED = [
     ("config.json", "[" * 100_000, "has more than 10,000 values"), ("config.json", "[" * 700 + "]" * 700, "is nested more than 50 levels deep"), ("config.json", b"\xff\xfe", "is not text in UTF-8"),
     ("meta.json", "null", "holds a NoneType"), ("meta.json", "{\"status\": ", "damaged"),
     ("score.json", '{"a": 3}', "a is not an object"), ("score.json", '{"a": {"best": "good"}}', "is not a number"), ("score.json", '{"a": {"last": [1]}}', "is not a number"),
-    ("history.csv", "epoch,loss\n0,1\n1\n", "has 1 cells in line 3, and 2 in its head"), ("history.csv", b"epoch\n\xff\n", "is not text in UTF-8"),
+    ("history.csv", "epoch,loss\n0,1\n1\n", "has 1 cells in line 3, and 2 in its head"), ("history.csv", "epoch,a,a\n", "a column twice"), ("history.csv", b"epoch\n\xff\n", "is not text in UTF-8"),
     ("history.csv", "epoch\n" + "9" * 200_000 + "\n", "damaged"),
 ]
 PARTS = {"config.json": lambda run: run.config, "meta.json": lambda run: run.meta, "score.json": lambda run: run.score, "history.csv": lambda run: run.rows}
@@ -248,8 +259,8 @@ def test_a_damaged_file_is_named_and_the_others_are_read(tmp_path, file, content
 
 
 @pytest.mark.parametrize("file", PARTS)
-def test_links_pipes_and_folders_are_not_read(tmp_path, file):
-    for number, put in enumerate([lambda p: p.symlink_to("/etc/hostname"), os.mkfifo, os.mkdir]):
+def test_links_pipes_devices_and_folders_are_not_read(tmp_path, file):
+    for number, put in enumerate([lambda p: p.symlink_to("/etc/hostname"), lambda p: p.symlink_to("/dev/zero"), os.mkfifo, os.mkdir]):
         run = a_run(tmp_path / str(number))
         (run / file).unlink(missing_ok=True)
         if file == "config.json": write_json(run / "meta.json", {})
@@ -265,11 +276,12 @@ def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path):
 
 def test_checkpoints_in_order_without_strangers(tmp_path):
     run = a_run(tmp_path / "a")
-    for name in ("epoch-0010", "epoch-0002", "epoch-0002-batch-00120", ".epoch-0011.new", "best", "epoch-x"):
-        (run / "checkpoints" / name).mkdir(parents=True)
-    (run / "checkpoints" / "epoch-0012").symlink_to(tmp_path)
+    (run / "checkpoints").mkdir()
+    for name in ("epoch-0010", "epoch-0002", "epoch-0002-batch-00120", ".epoch-0011", "best", "epoch-x", "epoch-" + "9" * 200):
+        (run / "checkpoints" / f"{name}.safetensors").write_bytes(b"")
+    (run / "checkpoints" / "epoch-0012.safetensors").symlink_to(tmp_path / "a" / "meta.json")
     (run / "checkpoints" / "best.json").write_text("{}")
-    assert read_run(run).checkpoints == ["epoch-0002", "epoch-0002-batch-00120", "epoch-0010"]
+    assert read_run(run).checkpoints == ["epoch-0002.safetensors", "epoch-0002-batch-00120.safetensors", "epoch-0010.safetensors"]
     assert read_run(run).last_epoch == 10
 
 
@@ -317,3 +329,91 @@ def test_the_format_that_others_wrote_is_read(tmp_path):
     (tmp_path / "history.csv").write_text("epoch,loss,note\r\n0,nan,\r\n1,1e-3,good\r\n")  # with the line ends of other systems
     run = read_run(tmp_path)
     assert VERSION == 1 and run.rows[1] == {"epoch": 1, "loss": 1e-3, "note": "good"} and run.rows[0]["note"] is None
+
+
+def sparse(path):
+    with path.open("wb") as file: file.truncate(1 << 40)
+
+
+HUGE = [
+    ("config.json", lambda p: p.write_text(json.dumps({"format": "learner.run", "settings": {f"s{i}": i for i in range(200_000)}})), "more than 10,000 values"),
+    ("config.json", lambda p: p.write_text("{" + '"a":{' * 700 + "}" * 701), "nested more than 50 levels deep"),
+    ("meta.json", lambda p: p.write_text("[" + "[]," * 5_500_000 + "[]]"), "bytes"), ("meta.json", lambda p: p.write_text("[" + "[]," * 2_000_000 + "[]]"), "more than 200,000 values"),
+    ("score.json", lambda p: p.write_text('{"loss": {"best": ' + "9" * 4000 + "}}"), "a number of 4000 digits"), ("score.json", lambda p: p.write_text('{"loss": {"best": ' + "9" * 90 + "." + "9" * 4000 + "e900}}"), "too large"),
+    ("score.json", lambda p: p.write_text('{"loss": {"best": 1, "mode": []}}'), "the mode of loss is"), ("score.json", lambda p: p.write_text('{"loss": {"best": 1, "mode": "up"}}'), "the mode of loss is 'up'"),
+    ("config.json", sparse, "bytes"), ("meta.json", sparse, "bytes"), ("score.json", sparse, "bytes"), ("history.csv", sparse, "bytes"),
+    ("history.csv", lambda p: p.write_text("1," * 2_000_000 + "1\n"), "a line of more than"), ("history.csv", lambda p: p.write_text(",".join(map(str, range(1000))) + "\n" + ("1," * 999 + "1\n") * 2100), "more than 2,000,000 cells"),
+]
+
+
+@pytest.mark.parametrize("file, put, message", HUGE, ids=[f"{row[0]}-{row[2]}" for row in HUGE])
+def test_what_is_far_too_large_is_refused_in_bounded_time_and_memory(tmp_path, file, put, message):
+    run = a_run(tmp_path / "a")
+    put(run / file)
+    code = f"""
+import resource, sys
+resource.setrlimit(resource.RLIMIT_DATA, (2 << 30, 2 << 30))
+from learner.runs.runfiles import RunFiles
+from learner.runs.rundir import RunError
+try: getattr(RunFiles({str(run)!r}), {dict(zip(PARTS, ("config", "meta", "score", "rows"), strict=True))[file]!r})
+except RunError as error: print(error)
+"""
+    with process(code) as reader: out, err = reader.communicate(timeout=20)
+    assert message in out and file in out and out.count("\n") == 1, err
+
+
+def test_a_long_table_of_steps_is_read_without_a_limit_and_a_sparse_one_ends(tmp_path):
+    run = a_run(tmp_path / "a")
+    (run / "steps.csv").write_text("step,loss\n" + "".join(f"{i},0.5\n" for i in range(50_000)))
+    assert sum(row["step"] for row in read_run(run).steps()) == 50_000 * 49_999 // 2
+    sparse(run / "steps.csv")
+    with pytest.raises(RunError, match="a line of more than"): next(read_run(run).steps())
+
+
+def test_pipes_and_links_do_not_hang_the_lock(tmp_path):
+    run = a_run(tmp_path / "a")
+    os.mkfifo(run / ".lock")
+    assert not is_locked(run)
+    with pytest.raises(FileError, match="not a regular file"): RunLock(run).__enter__()
+
+
+def test_what_a_run_says_is_shown_without_escapes(tmp_path):
+    (run := a_run(tmp_path / "a").rename(tmp_path / "a\x1b[2J"))
+    (run / "history.csv").write_text("epoch,\x1b]0;t\x07\n0\n")
+    assert repr(read_run(run)).isprintable()
+
+
+# Tables that grow
+
+def test_a_growing_table_is_at_any_time_what_writing_it_whole_would_give(tmp_path):
+    table, rows = GrowingTable(tmp_path / "t.csv"), []
+
+    def columns(): return list(dict.fromkeys(name for row in rows for name in row))
+    for epoch in range(12):
+        rows.append({"epoch": epoch, "train_loss": 1 / (epoch + 1)})
+        if epoch % 3 == 2: rows[-1]["validation_loss"] = math.nan if epoch == 5 else 0.1 + 0.2
+        if epoch == 7: rows[-1]["note"] = 'a "quoted"\r, text'
+        table.follow(rows, columns)
+        write_rows(tmp_path / "whole.csv", rows, columns())
+        assert repr([*iter_rows(tmp_path / "t.csv")]) == repr([*iter_rows(tmp_path / "whole.csv")])
+    rows[0]["train_loss"] = 7.0
+    table.rewrite(rows, columns())
+    assert next(iter_rows(tmp_path / "t.csv"))["train_loss"] == 7.0
+
+
+def test_a_row_appended_behind_half_a_line_is_not_lost_when_training_is_begun_again(tmp_path):
+    table, rows = GrowingTable(tmp_path / "t.csv"), [{"epoch": 0, "loss": 0.5}]
+    table.follow(rows, lambda: ["epoch", "loss"])
+    with (tmp_path / "t.csv").open("a") as file: file.write("1,0.2")  # the process was killed here
+    assert len([*iter_rows(tmp_path / "t.csv")]) == 1
+    table = GrowingTable(tmp_path / "t.csv")
+    rows.append({"epoch": 1, "loss": 0.25})
+    table.follow(rows, lambda: ["epoch", "loss"])
+    assert [row["loss"] for row in iter_rows(tmp_path / "t.csv")] == [0.5, 0.25]
+
+
+def test_a_growing_table_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "t.csv").symlink_to(tmp_path / "mine.txt")
+    with pytest.raises(FileError, match="is a link"): GrowingTable(tmp_path / "t.csv").follow([{"epoch": 0}], lambda: ["epoch"])
+    assert (tmp_path / "mine.txt").read_text() == "mine"

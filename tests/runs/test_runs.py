@@ -13,25 +13,32 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 
 import learner.runs.runs as runs
+from learner.base.data_hash import loader_hash
+from learner.base.hashing import hash_file
 from learner.check.bench import example_learner
-from learner.loop.learner import Learner
 from learner.loop.data import DataLoaders
-from learner.watch.progress import Progress
-from learner.runs.facts import checkpoint_hash, loader_hash
+from learner.loop.learner import Learner
+from learner.loop.stages import Callback, CallbackError, CancelTrainException, FunctionCallback
 from learner.runs.loggers import BestSoFar
 from learner.runs.output import Tee, kept_output
 from learner.runs.run import write_plots, write_predictions
 from learner.runs.rundir import RunError, RunExistsError, RunLock, is_locked
 from learner.runs.runfiles import read_json, read_run, write_json
 from learner.runs.runs import Run, checkpoint_of, evaluate_run, load_run, rerun, resume_run, train_run
-from learner.loop.stages import Callback, CallbackError, CancelTrainException, FunctionCallback
+from learner.watch.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"epochs": 2, "model.width": 2, "lr_schedule": "constant", "batch_size": 128}
@@ -69,7 +76,7 @@ def test_all_files_are_there_and_agree(trained):
     run = read_run(trained)
     names = {str(path.relative_to(trained)) for path in trained.rglob("*")}
     assert names >= {"config.json", "meta.json", "script.py", "stdout.txt", "stderr.txt", "history.csv", "steps.csv", "score.json",
-                     "checkpoints/epoch-0002", "plots/loss.png", "plots/accuracy.png", "plots/predictions.png", "fingerprints.jsonl"} - {"script.py"}
+                     "checkpoints/epoch-0002.safetensors", "plots/loss.png", "plots/accuracy.png", "plots/predictions.png", "fingerprints.jsonl"} - {"script.py"}
     assert run.status == "finished" and len(run.rows) == 2 and run.config["config"] == "digits" and run.settings["model"]["width"] == 2
     assert run.settings["optimiser"]["name"] == "AdamW"  # a default
     assert [row["step"] for row in run.steps()] == list(range(0, 22, 5))
@@ -442,7 +449,7 @@ def test_a_process_that_is_stopped_is_shown_so_and_goes_on_to_the_same_end(tmp_p
     run = read_run(folder)
     assert run.status == "stopped" and read_json(folder / "meta.json")["status"] == ("running" if name == "SIGKILL" else "stopped")
     assert len(run.rows) == 1 and run.last_epoch == 1 and "batch 1 5" in run.text("stdout.txt")
-    if name != "SIGKILL": assert run.checkpoints[-1] == "epoch-0001-batch-00006"  # where it was stopped
+    if name != "SIGKILL": assert run.checkpoints[-1] == "epoch-0001-batch-00006.safetensors"  # where it was stopped
     resume_run(folder)
     run, whole = read_run(folder), read_run(trained)
     assert run.rows == whole.rows and [*run.steps()] == [*whole.steps()] and run.status == "finished"
@@ -487,7 +494,7 @@ def test_a_notebook_keeps_its_cells(tmp_path):
 
 def test_a_loaded_learner_is_that_of_the_checkpoint(copied):
     run = read_run(copied)
-    for checkpoint in ("best", "last", "epoch-0002", copied / "checkpoints" / "epoch-0002"):
+    for checkpoint in ("best", "last", "epoch-0002", "epoch-0002.safetensors", copied / "checkpoints" / "epoch-0002.safetensors"):
         learn = load_run(copied, checkpoint)
         assert learn.history.rows == run.rows[:len(learn.history)] and learn.loaded_from.parent == copied / "checkpoints"
     assert learn.validate()["validation_loss"] == run.rows[-1]["validation_loss"]
@@ -498,7 +505,7 @@ def test_tuning_has_a_parent(copied, tmp_path):
     learn = load_run(copied, "epoch-0001")
     learn.train(1, callbacks=quick(tmp_path / "tuned"))
     tuned = read_run(tmp_path / "tuned")
-    assert tuned.meta["parent"] == checkpoint_hash(copied / "checkpoints" / "epoch-0001") != checkpoint_hash(copied / "checkpoints" / "epoch-0002")
+    assert tuned.meta["parent"] == hash_file(copied / "checkpoints" / "epoch-0001.safetensors") != hash_file(copied / "checkpoints" / "epoch-0002.safetensors")
     assert tuned.config["config"] == "digits" and tuned.meta["initial_model"] != read_run(copied).meta["initial_model"]
 
 
@@ -508,7 +515,7 @@ def test_evaluations_are_written_down_also_while_it_trains(copied):
     seen = []
     resume_run(copied, epochs=3, callbacks=FunctionCallback("before_validation", lambda: seen.append(evaluate_run(copied, "test", "epoch-0002"))))
     run = read_run(copied)
-    assert [(entry["split"], entry["checkpoint"]) for entry in run.meta["evaluations"]] == [("validation", "epoch-0002"), ("test", "epoch-0002")]
+    assert [(entry["split"], entry["checkpoint"]) for entry in run.meta["evaluations"]] == [("validation", "epoch-0002.safetensors"), ("test", "epoch-0002.safetensors")]
     assert run.meta["evaluations"][1]["results"] == seen[0] and len(run.meta["data"]["test"]) == 64 and run.status == "finished" and len(run.rows) == 3
 
 
@@ -585,12 +592,12 @@ def test_finished_runs_are_only_loaded_and_more_epochs_are_the_same_as_from_the_
 def test_damaged_checkpoints(copied):
     meta = read_json(copied / "meta.json")
     write_json(copied / "meta.json", meta | {"status": "stopped"})
-    (copied / "checkpoints" / "epoch-0002" / "model.safetensors").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"epoch-0002.*model"): load_run(copied, "epoch-0002")
+    (copied / "checkpoints" / "epoch-0002.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"epoch-0002"): load_run(copied, "epoch-0002")
     with pytest.warns(UserWarning, match="epoch-0002"): resume_run(copied)
-    assert read_run(copied).meta["starts"][-1]["from"] == "epoch-0001" and len(read_run(copied).rows) == 2
+    assert read_run(copied).meta["starts"][-1]["from"] == "epoch-0001.safetensors" and len(read_run(copied).rows) == 2
     write_json(copied / "meta.json", meta | {"status": "stopped"})
-    for path in (copied / "checkpoints").glob("epoch-*"): (path / "state.json").write_bytes(b"x")
+    for path in (copied / "checkpoints").glob("epoch-*"): path.write_bytes(b"x")
     with pytest.warns(UserWarning), pytest.raises(RunError, match="none of its checkpoints is intact"): resume_run(copied)
 
 
@@ -629,7 +636,114 @@ def test_a_learner_by_hand_cannot_be_built_again(tmp_path):
         with pytest.raises(RunError, match="built by hand"): call(tmp_path / "a")
 
 
+def test_an_evaluation_says_which_checkpoint_it_read(copied):
+    best = evaluate_run(copied)
+    last = evaluate_run(copied, "test", "last")
+    assert best.checkpoint == checkpoint_of(copied, "best") and (last.split, last.checkpoint) == ("test", checkpoint_of(copied, "last"))
+    assert str(last).startswith(f"{last.checkpoint.name} on test: test_loss {last['test_loss']:.6g}") and dict(last) == last
+
+
+# Costs
+
+def test_of_what_training_reads_a_run_reads_no_more_than_a_sample(tmp_path):
+    data, model = Pictures(20_000), nn.Linear(4, 1)
+    learn = Learner(model, torch.optim.SGD(model.parameters(), lr=0.0), F.mse_loss, {"train": DataLoader(data, batch_size=2000, shuffle=True)}, device="cpu")
+    learn.train(1, callbacks=quick(tmp_path / "a", checkpoint=False))
+    assert len(data.read) == 21_000 and read_run(tmp_path / "a").meta["data"]["train"].endswith(" (1,000 of 20,000)")
+
+
+def test_what_the_sampler_leaves_out_is_not_read(tmp_path):
+    data, model = Pictures(32, bad=13), nn.Linear(4, 1)
+    loader = DataLoader(data, batch_size=8, sampler=SubsetRandomSampler([i for i in range(32) if i != 13]))
+    Learner(model, torch.optim.SGD(model.parameters(), lr=0.1), F.mse_loss, {"train": loader}, device="cpu").train(1, callbacks=quick(tmp_path / "a"))
+    assert len(read_run(tmp_path / "a").meta["data"]["train"]) == 64 and len(data.read) == 62
+
+
+def test_data_that_cannot_be_read_ends_no_training(tmp_path):
+    class Skips(DataLoader):
+        def __iter__(self): return iter([(torch.zeros(8, 4), torch.zeros(8, 1))])
+    model = nn.Linear(4, 1)
+    learn = Learner(model, torch.optim.SGD(model.parameters(), lr=0.1), F.mse_loss, {"train": Skips(Pictures(32, bad=13), batch_size=8)}, device="cpu")
+    learn.train(1, callbacks=quick(tmp_path / "a"))
+    assert read_run(tmp_path / "a").status == "finished" and read_run(tmp_path / "a").meta["data"]["train"] is None
+
+
+class Pictures(Dataset):
+    def __init__(self, count, bad=None, value=0): self.count, self.bad, self.value, self.read = count, bad, value, []
+
+    def __len__(self): return self.count
+
+    def __getitem__(self, i):
+        if i == self.bad: raise FileNotFoundError(f"picture {i}")
+        self.read.append(i)
+        return torch.full((4,), float(i + self.value)), torch.zeros(1)
+
+
+def test_what_a_run_writes_in_an_epoch_does_not_grow(tmp_path, monkeypatch):
+    if not os.path.exists("/proc/self/io"): pytest.skip("the system does not count what a process writes")
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # the time of the disk does not matter here
+    batches, model, marks = [(torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64))], nn.Linear(2, 2), []
+    learn = Learner(model, torch.optim.SGD(model.parameters(), lr=0.1), F.cross_entropy, {"train": batches}, device="cpu")
+    learn.on("after_epoch", lambda: marks.append(int(Path("/proc/self/io").read_text().split("wchar:")[1].split()[0])), priority=9000)
+    learn.train(301, callbacks=Run(tmp_path / "a", plots=False, checkpoint=False))
+    early, late = (marks[100] - marks[50]) / 50, (marks[300] - marks[250]) / 50
+    assert 100 < late < 1.2 * early + 100 and len(read_run(tmp_path / "a").rows) == 301
+
+
+def test_numbers_of_numpy_are_ranked(tmp_path):
+    learn = no_test(example_learner())
+    learn.on("after_epoch", lambda epoch: learn.log(validation_accuracy=np.float32(epoch / 4)))
+    learn.train(3, callbacks=quick(tmp_path / "a"))
+    assert read_run(tmp_path / "a").score["validation_accuracy"] == {"best": 0.5, "epoch": 2, "last": 0.5, "mode": "max"}
+    assert [row["validation_accuracy"] for row in read_run(tmp_path / "a").rows] == [0, 0.25, 0.5]
+
+
+def test_the_options_of_a_run_are_there_as_soon_as_its_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr("learner.runs.run.script_text", lambda: 1 / 0)  # stopped between its first files
+    with pytest.raises(ZeroDivisionError): train_run("digits", tmp_path / "a", SMALL, log_every=7, plots=False, checkpoint={"keep": 1})
+    assert not (tmp_path / "a" / "meta.json").exists()
+    monkeypatch.undo()
+    resume_run(tmp_path / "a")
+    assert [row["step"] for row in read_run(tmp_path / "a").steps()] == list(range(0, 22, 7)) and read_run(tmp_path / "a").checkpoints == ["epoch-0002.safetensors"]
+
+
 # A folder from elsewhere is data, not code
+
+OUTSIDE = ["stdout.txt", "stderr.txt", ".lock", "steps.csv", "history.csv", "score.json", "meta.json", "code.diff", "script.py", "plots", "tensorboard", "checkpoints", ".gitignore", "fingerprints.jsonl"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_nothing_is_written_through_a_link(copied, tmp_path, name):
+    """Resuming may refuse or go on; what a link leads to stays as it is."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("step,loss\n")
+    if (copied / name).is_dir(): shutil.move(copied / name, mine / name)
+    elif (copied / name).exists(): (copied / name).unlink()
+    (copied / name).symlink_to(mine if (mine / name).is_dir() or name in ("plots", "tensorboard") else mine / "thesis.txt")
+    with unchanged(mine), contextlib.suppress(ValueError, OSError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        resume_run(copied, epochs=3)
+    assert (mine / "thesis.txt").read_text() == "step,loss\n"
+
+
+@pytest.mark.parametrize("name", ["stdout.txt", ".lock", "steps.csv", "history.csv", "score.json", "meta.json", "config.json"])
+@pytest.mark.parametrize("kind", ["pipe", "zero"])
+def test_no_pipe_or_device_keeps_us_waiting(copied, name, kind):
+    (copied / name).unlink(missing_ok=True)
+    os.mkfifo(copied / name) if kind == "pipe" else (copied / name).symlink_to("/dev/zero")
+    begun = time.monotonic()
+    for call in (lambda: resume_run(copied, epochs=3), lambda: evaluate_run(copied)):
+        try: call()
+        except (ValueError, OSError) as error: assert "\n" not in str(error)
+    assert time.monotonic() - begun < 12
+
+
+@pytest.mark.parametrize("change", [{"starts": "many"}, {"starts": [3, {"status": []}]}, {"seconds": "long"}, {"data": 3}, {"evaluations": {"a": 1}}, {"git": []}, {"epochs": {}}, {"versions": [1]}])
+def test_facts_of_another_form_break_nothing(copied, change):
+    write_json(copied / "meta.json", {**read_json(copied / "meta.json"), **change, "status": "stopped"})
+    resume_run(copied, epochs=3)
+    assert read_run(copied).status == "finished" and len(read_run(copied).rows) == 3 and evaluate_run(copied)
 
 @pytest.mark.parametrize("change, message", [
     ({"config": "evil:make"}, "allow"), ({"config": "os:system"}, "allow"), ({"config": "evil"}, "evil"), ({"config": "../evil.yaml"}, "evil"),
@@ -664,8 +778,8 @@ class Flat(nn.Sequential):
 
 def test_links_in_a_folder_lead_nowhere(copied, tmp_path):
     outside = Path(shutil.copytree(copied / "checkpoints", tmp_path / "outside"))
-    shutil.rmtree(copied / "checkpoints" / "epoch-0002")
-    (copied / "checkpoints" / "epoch-0002").symlink_to(outside / "epoch-0002")
+    (copied / "checkpoints" / "epoch-0002.safetensors").unlink()
+    (copied / "checkpoints" / "epoch-0002.safetensors").symlink_to(outside / "epoch-0002.safetensors")
     with pytest.raises(FileNotFoundError): checkpoint_of(copied, "epoch-0002")
     shutil.rmtree(copied / "checkpoints")
     (copied / "checkpoints").symlink_to(outside)

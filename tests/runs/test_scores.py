@@ -14,9 +14,9 @@ from time import perf_counter
 
 import pytest
 
-from learner.runs.config import Text, resolve
 from learner.base.files import write_text
 from learner.base.words import plain
+from learner.runs.config import Text, resolve
 from learner.runs.page import asset, embed, quote, rerun_command, train_command
 from learner.runs.ranking import ScoreError
 from learner.runs.rundir import RunLock, create_run
@@ -224,6 +224,81 @@ def test_ranking_needs_no_torch(tmp_path):
     assert subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True).stdout.endswith("False\n")
 
 
+# A folder from elsewhere
+
+def spoil_score(change): return lambda run: (run / "score.json").write_text(change((run / "score.json").read_text()))
+
+
+def sparse(path):
+    with path.open("wb") as file: file.truncate(1 << 40)
+
+
+def settings_of(count): return json.dumps({"format": "learner.run", "settings": {f"s{i}": {"x": i} for i in range(count)}})
+
+
+HOSTILE = {
+    "digits": spoil_score(lambda text: text.replace("0.9", "9" * 4000)), "huge_float": spoil_score(lambda text: text.replace("0.9", "1e999")),
+    "mode": spoil_score(lambda text: text.replace('"max"', "[]")), "deep": lambda run: (run / "config.json").write_text('{"a":' * 700 + "1" + "}" * 700),
+    "many": lambda run: (run / "config.json").write_text(settings_of(200_000)), "lists": lambda run: (run / "score.json").write_text("[" + "[]," * 5_500_000 + "[]]"),
+    "sparse": lambda run: sparse(run / "score.json"), "sparse_meta": lambda run: sparse(run / "meta.json"), "zero": lambda run: ((run / "config.json").unlink(), (run / "config.json").symlink_to("/dev/zero")),
+    "pipe": lambda run: ((run / "score.json").unlink(), os.mkfifo(run / "score.json")), "folder": lambda run: ((run / "score.json").unlink(), (run / "score.json").mkdir()),
+    "link": lambda run: ((run / "score.json").unlink(), (run / "score.json").symlink_to("/etc/hostname")), "twice": lambda run: (run / "score.json").write_text('{"a": {}, "a": {}}'),
+    "words": spoil_score(lambda text: text.replace("0.9", '"much"')), "steps": lambda run: ((run / "score.json").unlink(), (run / "history.csv").write_text("1," * 3_000_000)),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_run_is_named_and_left_out_and_the_others_are_ranked(tmp_path, kind):
+    write_run(tmp_path / "runs", "good")
+    HOSTILE[kind](write_run(tmp_path / "runs", "evil"))
+    code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_DATA, (2 << 30, 2 << 30)); from learner.runs.scores import scores\n"
+            "found = scores(sys.argv[1]); print(found); found.to_html(sys.argv[2]); found.to_csv(sys.argv[2])")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "runs", tmp_path / "page"], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert re.search(r"(?m)^1  good ", done.stdout) and "left out: evil: " in done.stdout and len(done.stdout) < 2000
+
+
+def test_as_many_settings_as_are_read_cost_little(tmp_path):
+    for i in range(20): write_run(tmp_path, f"{i:02}", (i / 100,))
+    (write_run(tmp_path, "evil", (0.5,)) / "config.json").write_text(settings_of(4_000))
+    start = perf_counter()
+    found = scores(tmp_path, top=None)
+    shown = repr(found)
+    for write in (found.to_csv, found.to_json, found.to_html): write(tmp_path / "out")
+    assert perf_counter() - start < 10 and found.total == 21 and "more settings differ" in shown and len(shown) < 6000
+
+
+def test_runs_of_other_data_are_not_ranked_without_a_word(tmp_path):
+    for name, digest in (("a", "1" * 64), ("b", "1" * 64), ("c\x1b", "2" * 64), ("d", None)): write_run(tmp_path, name, data={"validation": digest, "train": name})
+    found = scores(tmp_path)
+    assert found.total == 4 and "not measured on the same data in all runs" in repr(found) and "the data of c\\x1b differs from that of a" in repr(found)
+    assert "not measured on the same data" in found._repr_html_()
+    found.to_html(tmp_path / "page.html")
+    assert "not measured on the same data" in (tmp_path / "page.html").read_text()
+    assert "not measured" not in repr(scores(tmp_path, where=lambda row: row.name in "ab"))
+
+
+def test_columns_without_room_are_named(tmp_path):
+    for i in range(2): write_run(tmp_path, f"run{i}", settings={f"setting_number_{j}": i for j in range(9)})
+    lines = repr(scores(tmp_path)).split("\n")
+    missing = next(line for line in lines if line.startswith("no room for: "))
+    shown = lines[1].split()
+    assert all(f"setting_number_{j}" in shown or f"setting_number_{j}" in missing for j in range(9)) and "started" in missing
+    assert "no room" not in repr(scores(tmp_path, where={"setting_number_0": 1}))
+
+
+@pytest.mark.parametrize("text, kept", [
+    ("=1+1", "'=1+1"), ("+1+1", "'+1+1"), ("-1+1", "'-1+1"), ("@sum", "'@sum"), (" =1+1", "' =1+1"), ("\n=1+1", "'\n=1+1"), ("\t=1", "'\t=1"), ("\rx", "'\rx"),
+    ("\uff1d1+1", "'\uff1d1+1"), ("\uff0bx", "'\uff0bx"), ("\uff0dx", "'\uff0dx"), ("\uff20x", "'\uff20x"), ("\ufeff=1", "'\ufeff=1"), ("\"=1", "'\"=1"),
+    ("-1", "-1"), ("+1e3", "+1e3"), ("-inf", "-inf"), ("a=b", "a=b"), ("plain", "plain"), ("32x32", "32x32"),
+])
+def test_no_cell_is_a_formula(tmp_path, text, kept):
+    write_run(tmp_path, "a", settings={"x": text})
+    scores(tmp_path).to_csv(tmp_path / "scores.csv")
+    with (tmp_path / "scores.csv").open(newline="") as file: head, row = csv.reader(file)
+    assert row[head.index("settings.x")] == kept
+
+
 # Text, CSV and JSON
 
 def test_the_table_fits_and_shows_what_differs(tmp_path):
@@ -351,6 +426,29 @@ def test_nothing_from_files_becomes_an_element(tmp_path):
 
 def test_the_page_loads_nothing():
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|@import|url\((?!#)|innerHTML|\beval\(|fetch\(|XMLHttp", asset("scores.html") + asset("scores.css") + asset("scores.js"))
+
+
+def test_the_sources_of_the_page_are_well_formed():
+    """Brackets, quotes and comments by hand; where there is a node, it reads the script."""
+    script, style = asset("scores.js"), asset("scores.css")
+    for text, comment in ((script, r"//.*"), (style, r"/\*.*?\*/")):
+        bare = re.sub(rf'"(?:[^"\\\n]|\\.)*"|`[^`]*`|/\S.*?[^\\]/(?=[.,)\s])|{comment}', "", text)
+        stack = []
+        for bracket in re.findall(r"[()\[\]{}]", bare):
+            if bracket in "([{": stack.append(bracket)
+            else: assert stack and stack.pop() + bracket in ("()", "[]", "{}"), bracket
+        assert not stack and max(map(len, text.split("\n"))) <= 100
+    used = set(re.findall(r'\$\("([\w-]+)"\)', script)) | {"log", "close-up"}
+    assert used <= set(re.findall(r'id="([\w-]+)"', asset("scores.html")))
+    assert set(re.findall(r"\{\{(\w+)\}\}", asset("scores.html"))) == {"policy", "title", "style", "lead", "notes", "table", "left_out", "foot", "data", "script"}
+
+
+def test_node_reads_the_script(tmp_path):
+    node = shutil.which("node")
+    if node is None: pytest.skip("needs node, to read the script of the page")
+    (tmp_path / "scores.js").write_text(asset("scores.js"))
+    done = subprocess.run([node, "--check", tmp_path / "scores.js"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_embedded_data_stay_data():

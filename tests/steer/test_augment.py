@@ -23,8 +23,8 @@ from learner.steer.augment import (
     random_erase,
     random_flip,
 )
-from learner.watch.outputs import predictions
 from learner.watch.metrics import Metrics
+from learner.watch.outputs import predictions
 
 IMAGES = torch.rand(12, 3, 9, 7, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(12) % 4
@@ -561,7 +561,7 @@ BAD = [
     (lambda: random_flip()((IMAGES, IMAGES)), TypeError, "random_flip got a tuple; it takes a batch of images, a tensor NxCxHxW"),
     (lambda: BatchTransform(random_crop), TypeError, "function: random_crop is a class; pass an instance: random_crop(...)"),
     (lambda: BatchTransform("flip"), TypeError, "function is 'flip'; pass a function, or one of random_crop(...), random_flip() ..."),
-    (lambda: BatchTransform(flip, phases="valid"), ValueError, "phases: 'valid' is none of ['train', 'validation', 'test']; did you mean validation?"),
+    (lambda: BatchTransform(flip, phases="valid"), ValueError, "phases: 'valid' is not one of ['train', 'validation', 'test']; did you mean validation?"),
     (lambda: BatchTransform(flip, phases=[]), ValueError, "phases is empty; give one or more of ['train', 'validation', 'test']"),
     (lambda: BatchTransform(flip, labels=True), TypeError, "function: flip cannot be called as function(data, labels)"),
     (lambda: Mixup(0), ValueError, "alpha is 0; it must be greater than 0"),
@@ -580,7 +580,7 @@ BAD = [
     (lambda: TTA(flip, combine="maen"), ValueError, "combine is 'maen'; it must be one of ['mean', 'probabilities'], or a function; did you mean mean?"),
     (lambda: learner(TTA(3)).train(1), ValueError, "TTA(3) draws views with the learner's transforms for training, and it has none; pass functions, as in TTA([flip])"),
     (lambda: learner(TTA(lambda data: None)).validate(), TypeError, "<lambda> returned None; it must return the data that it makes"),
-    (lambda: learner(TTA(flip, "probabilities"), nn.Sequential(nn.Flatten(0), nn.Linear(945, 1), nn.Flatten(0)), lambda p, y: p.mean(), batch_size=5, data=(IMAGES[:5], LABELS[:5])).validate(), ValueError, "TTA: combine=\"probabilities\" needs the scores of classes, NxC; the model gave (1,); use combine=\"mean\""),
+    (lambda: learner(TTA(flip, "probabilities"), nn.Sequential(nn.Flatten(0), nn.Linear(945, 1), nn.Flatten(0)), lambda p, y: p.mean(), batch_size=5, data=(IMAGES[:5], LABELS[:5])).validate(), ValueError, "TTA: combine=\"probabilities\" needs the scores of classes, N x C; the model gave (1,); use combine=\"mean\""),
 ]
 
 

@@ -18,7 +18,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from learner.base.provenance import rng_state
-from learner.loop.data import DataLoaders, TensorLoader, digits
+from learner.loop.data import DataLoaders, TensorLoader
+from learner.loop.datasets import digits
 from learner.loop.learner import Learner
 from learner.loop.stages import (
     Callback,

@@ -235,7 +235,7 @@ def heads_loss(output, labels):
 
 
 @pytest.mark.parametrize("form, of", [(tuple, 0), (tuple, -2), (dict, "kind"), (SimpleNamespace, "kind"), (tuple, lambda p: p[0]),
-                                      (dict, lambda p, y: (p["kind"], y))], ids=str)
+                                      (dict, lambda p, y: (p["kind"], y))])
 def test_a_metric_of_one_head(form, of):
     learn = Learner(Heads(form), torch.optim.SGD, heads_loss, {phase: batches(LOGITS, CLASSES, 32) for phase in ("train", "validation")},
                     Metrics(MulticlassAccuracy(), mine=accuracy, of=of), device="cpu")

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from learner.loop.data import DataLoaders, digits
+from learner.loop.data import DataLoaders
+from learner.loop.datasets import digits
 from learner.loop.learner import Learner
 from learner.loop.stages import Callback
 from learner.watch.modules import shapes, summary, watched

@@ -738,6 +738,8 @@ def test_at_60_columns_nothing_is_wider(columns):
     lines, longest = screen(written, 1000)
     assert status == 0 and longest < columns and max(map(len, lines)) <= columns
     assert [line.split()[0] for line in lines if re.match(r" *\d", line)] == ["0", "1"]
+    assert re.search(r"epoch 1/1 train \|[█-]{5,}\| \[\d/8 00:00<00:00\.\.\. loss \d\.\d{4}", written)
+    assert not re.search(r"\[\d/8[^]\r]*\r", written)  # no comment is cut in the middle
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
