@@ -28,10 +28,14 @@ from learner.loop.stages import Callback, FunctionCallback
 from learner.runs.loggers import ConsoleTable, CSVLogger, JSONLinesLogger, Logger
 from learner.runs.runs import Run
 from learner.runs.tensorboard import TensorBoard
+from learner.steer.accumulate import Accumulate
 from learner.steer.augment import TTA, BatchTransform, CutMix, Mixup
+from learner.steer.curves import cosine
+from learner.steer.freeze import FreezeUntil
 from learner.steer.precision import ChannelsLast, Compile, MixedPrecision
-from learner.steer.schedule import BatchSchedule, EarlyStopping, EpochSchedule, PiecewiseSchedule, Schedule, cosine
-from learner.steer.update import EMA, Accumulate, ClipGradients, FreezeUntil
+from learner.steer.schedule import BatchSchedule, EpochSchedule, PiecewiseSchedule, Schedule
+from learner.steer.stopping import EarlyStopping
+from learner.steer.update import EMA, ClipGradients
 from learner.watch.activations import ActivationStats, GradientStats
 from learner.watch.metrics import Metrics, MulticlassAccuracy
 from learner.watch.profiler import Profiler

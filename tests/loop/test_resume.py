@@ -30,11 +30,15 @@ from learner.loop.learner import Learner
 from learner.loop.resume import Rewind
 from learner.loop.stages import Callback, hooks_of
 from learner.loop.state import ResumeError, order_state
+from learner.steer.accumulate import Accumulate
 from learner.steer.augment import CutMix, Mixup
+from learner.steer.curves import cosine
+from learner.steer.freeze import FreezeUntil
 from learner.steer.multi import Optimisers
 from learner.steer.precision import Compile, MixedPrecision
-from learner.steer.schedule import BatchSchedule, EarlyStopping, EpochSchedule, Schedule, cosine
-from learner.steer.update import EMA, Accumulate, ClipGradients, FreezeUntil
+from learner.steer.schedule import BatchSchedule, EpochSchedule, Schedule
+from learner.steer.stopping import EarlyStopping
+from learner.steer.update import EMA, ClipGradients
 from learner.watch.metrics import Metrics, MulticlassAccuracy, MulticlassAUROC
 from learner.watch.recorder import Recorder
 
