@@ -256,7 +256,7 @@ def draw_lines(
     lines = ax.lines[-len(curves):]
     colours = matplotlib.colormaps["viridis"]
     for i, line in enumerate(lines):
-        line.set(color=colours(0.93 * i / max(1, len(lines) - 1)), linewidth=1.2)
+        line.set(color=colours(0.2 + 0.73 * i / max(1, len(lines) - 1)), linewidth=1.2)
     spread = any((rows.std > 0).any() for rows in series.values())
     if quantity == "std" and spread: ax.set_yscale("log")
     if quantity == "near_zero": ax.set_ylim(-0.03, 1.03)

@@ -146,7 +146,7 @@ class _Copies:
         "Hand the batches that are held to the metrics."
         if not self.chunk.count: return
         predictions, labels = self.chunk.take()
-        _update(self.additive, predictions, labels, 0)
+        _update(self.additive, predictions, labels, len(labels))
 
 # %% ../../nbs/watch/metrics.ipynb #1130faf1
 class PassMetrics(_Copies):
@@ -250,7 +250,7 @@ class _Measuring(Callback):
                               "Metrics(..., phases=...)") from None
         if self.pick: predictions, labels = self.pick(predictions, labels)
         elif learn.loss_func is None: predictions = _logits(predictions)
-        size = learn.batch_size if hasattr(learn, "batch_size") else unpack(learn.batch)[3]
+        size = learn.batch_size if "batch_size" in vars(learn) else unpack(learn.batch)[3]
         now.add(predictions, labels, size)
         if not self.tried:
             try_out(now.running)

@@ -48,7 +48,7 @@ class LossCurves:
         for line in ax.lines: line.set(marker="o", markersize=4, markevery=None, clip_on=False)
         xs, ys = self.curves["batches"]
         if len(xs) > 2 * len(self.curves["train_loss"][0]):  # enough of them to say something
-            ax.plot(xs, ys, color="C0", alpha=0.3, linewidth=1, zorder=1, label="single batches",
+            ax.plot(xs, ys, color="C0", alpha=0.5, linewidth=1, zorder=1, label="single batches",
                     marker="." if len(xs) == 1 else None)
         legend(ax)
         ax.set_xlim(self.first, self.last)

@@ -103,9 +103,6 @@ class Progress(_Looking):
     Args:
         plot: draw the losses; in a notebook only.
 
-    Raises:
-        TypeError: `plot` is not a bool.
-
     Example:
         >>> learn.train(5, learning_rate=0.01, callbacks=Progress(plot=True))
     """

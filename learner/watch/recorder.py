@@ -267,7 +267,7 @@ class GradientNorm(Callback):
 
     def __init__(self, log: StepLog, per: str):
         self.log = log
-        self.norm: Any = None
+        self.norm: Tensor | None = None
         setattr(self, "before_step" if per == "batch" else "after_backward", None)
 
     def __repr__(self) -> str: return "Recorder(\"gradient_norm\")"
