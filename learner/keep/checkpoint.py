@@ -303,6 +303,6 @@ class Checkpoint(_Found, _Saving):
         self.training = secrets.token_hex(8)  # whose checkpoints these are
         self.taken = 0  # batches since the last one
         self._folder, self._best, self._writer = _Folder(folder), _Best(best, mode), _Writer()
-        if steps is None and minutes is None: self.after_batch = None
+        if steps is None and minutes is None: self.after_batch = None  # type: ignore
 
     def __repr__(self) -> str: return f"Checkpoint({self._folder.named!r})"

@@ -50,6 +50,7 @@ def _read(file: str | os.PathLike[str]) -> str:
     except OSError as error: raise FingerprintError(f"{file} cannot be read: "
                                                     f"{error.strerror}") from None
 
+# %% ../../nbs/keep/fingerprints.ipynb #db8e25aa
 def read_fingerprints(file: str | os.PathLike[str]) -> list[Record]:
     """Read what Fingerprints wrote.
 
@@ -75,7 +76,28 @@ def read_fingerprints(file: str | os.PathLike[str]) -> list[Record]:
     return [records[place] for place in sorted(records)]
 
 # %% ../../nbs/keep/fingerprints.ipynb #3a9cd9c1
-class Fingerprints(Callback):
+class _Records(Callback):
+    "Records in memory, and in a file if there is one."
+    records: list[Record]
+    file: Path | None
+    _continues = False  # nothing is noted of this batch or of later ones
+
+    def _cut(self, record: Record) -> None:
+        "Drop the records of batches that training has gone back behind."
+        self.records = [old for old in self.records if _place(old) < _place(record)]
+        if self.file and self.file.exists():
+            kept = [old for old in read_fingerprints(self.file) if _place(old) < _place(record)]
+            write_text(self.file, "".join(map(_line, kept)))
+        self._continues = True
+
+    def __len__(self) -> int: return len(self.records)
+
+    def __bool__(self) -> bool: return True
+
+    def __getitem__(self, index: int) -> Record: return self.records[index]
+
+# %% ../../nbs/keep/fingerprints.ipynb #c130cbd9
+class Fingerprints(_Records):
     """Notes `learn.fingerprint()` after training batches, in memory and in a file.
 
     Args:
@@ -92,7 +114,6 @@ class Fingerprints(Callback):
     def __init__(self, every: int = 1, file: str | os.PathLike[str] | None = None):
         self.every, self.file = check_whole("every", every), None if file is None else Path(file)
         self.records: list[Record] = []
-        self._continues = False  # nothing is noted of this batch or of later ones
 
     def __repr__(self) -> str:
         return f"Fingerprints({self.every}{f', {str(self.file)!r}' if self.file else ''})"
@@ -109,20 +130,6 @@ class Fingerprints(Callback):
         if not self._continues: self._cut(record)
         self.records.append(record)
         if self.file: append_text(self.file, _line(record))
-
-    def _cut(self, record: Record) -> None:
-        "Drop the records of batches that training has gone back behind."
-        self.records = [old for old in self.records if _place(old) < _place(record)]
-        if self.file and self.file.exists():
-            kept = [old for old in read_fingerprints(self.file) if _place(old) < _place(record)]
-            write_text(self.file, "".join(map(_line, kept)))
-        self._continues = True
-
-    def __len__(self) -> int: return len(self.records)
-
-    def __bool__(self) -> bool: return True
-
-    def __getitem__(self, index: int) -> Record: return self.records[index]
 
 # %% ../../nbs/keep/fingerprints.ipynb #f65ffea4
 class FirstDifference(NamedTuple):

@@ -84,6 +84,7 @@ SUGGESTIONS = ("steepest", "valley", "minimum")
 class _NothingToSay(Exception):
     "Why a curve suggests no rate."
 
+# %% ../../nbs/keep/range_test.ipynb #a3eebc94
 class _Curve:
     "A smoothed curve of losses over rates; raises _NothingToSay if it cannot be had."
 
@@ -159,6 +160,27 @@ class _Suggestions:
             self.reasons["minimum"] = why
 
 # %% ../../nbs/keep/range_test.ipynb #48ba4170
+def _plot(test: _Suggestions, ax: "Axes | None") -> "Axes":
+    ax = new_axes(ax, (6.0, 3.5), xlabel="learning rate", ylabel="loss")
+    ax.set_xscale("log")
+    (dots,) = ax.plot(test.rates, test.losses, ".", alpha=0.4, label="batches")
+    shown = test.curve or test.losses
+    ax.plot(test.rates, shown, color=dots.get_color(), label="smoothed")
+    for name, mark, colour in zip(SUGGESTIONS, "vos", ("C3", "C2", "C1"), strict=True):
+        rate = getattr(test, name)
+        if rate is None: continue
+        nearest = min(range(len(shown)), key=lambda i: abs(math.log(test.rates[i] / rate)))
+        label = f"{'minimum / 10' if name == 'minimum' else name}: {rate:.2g}"
+        ax.plot(rate, shown[nearest], mark, color=colour, markersize=9, label=label)
+    if shown:  # the losses of the divergence would make the rest a line
+        low, high = min(*test.losses, *shown), max(shown)
+        margin = 0.1 * (high - low) or abs(high) / 10 or 1.0
+        ax.set_ylim(low - margin, high + margin)
+        ax.legend()
+    ax.grid(alpha=0.3)
+    return ax
+
+# %% ../../nbs/keep/range_test.ipynb #6a188c0d
 @dataclass(repr=False)
 class RangeTest(_Suggestions):
     """The losses at rising learning rates, and what they suggest.
@@ -194,24 +216,7 @@ class RangeTest(_Suggestions):
         Args:
             ax: Where to draw; a new figure by default.
         """
-        ax = new_axes(ax, (6.0, 3.5), xlabel="learning rate", ylabel="loss")
-        ax.set_xscale("log")
-        (dots,) = ax.plot(self.rates, self.losses, ".", alpha=0.4, label="batches")
-        shown = self.curve or self.losses
-        ax.plot(self.rates, shown, color=dots.get_color(), label="smoothed")
-        for name, mark, colour in zip(SUGGESTIONS, "vos", ("C3", "C2", "C1"), strict=True):
-            rate = getattr(self, name)
-            if rate is None: continue
-            nearest = min(range(len(shown)), key=lambda i: abs(math.log(self.rates[i] / rate)))
-            label = f"{'minimum / 10' if name == 'minimum' else name}: {rate:.2g}"
-            ax.plot(rate, shown[nearest], mark, color=colour, markersize=9, label=label)
-        if shown:  # the losses of the divergence would make the rest a line
-            low, high = min(*self.losses, *shown), max(shown)
-            margin = 0.1 * (high - low) or abs(high) / 10 or 1.0
-            ax.set_ylim(low - margin, high + margin)
-            ax.legend()
-        ax.grid(alpha=0.3)
-        return ax
+        return _plot(self, ax)
 
 # %% ../../nbs/keep/range_test.ipynb #d9a9f59d
 class _Limit:
@@ -232,6 +237,7 @@ class _Limit:
         if min(losses) < 0: size = max(size, losses[0] - self.best)
         return mean - self.best > (self.divergence - 1) * size
 
+# %% ../../nbs/keep/range_test.ipynb #4d64bf38
 class _Raising(Callback):
     "Raises the learning rate step by step."
     priority = 1_000_000  # it has the last word on the rate, and sees the loss that is trained on
@@ -325,16 +331,15 @@ def _check(learn: Any, start: Any, end: Any, steps: Any, divergence: Any) -> Non
     if check_number("divergence", divergence) <= 1:
         raise ValueError(f"divergence is {divergence:g}; it must be more than 1, such as 4")
     if not isinstance(learn, Learner):
-        raise TypeError(f"lr_find takes a Learner, not a {type(learn).__name__}; "
-                        "make one of model, optimiser, loss_func and dataloaders")
+        raise TypeError(f"lr_find takes a Learner, not a {type(learn).__name__}; make one of "
+                        "model, optimiser, loss_func and dataloaders")
     if learn.is_running: raise RuntimeError("lr_find was called inside a run; call it afterwards")
     if "train" not in learn.dataloaders:
         raise ValueError(f"dataloaders has no \"train\" loader, it has {list(learn.dataloaders)}; "
                          "add one")
     if isinstance(learn.dataloaders["train"], Iterator):
         raise TypeError("dataloaders[\"train\"] is an iterator, which a test would use up; give a "
-                        "list "
-                        "or a DataLoader")
+                        "list or a DataLoader")
 
 # %% ../../nbs/keep/range_test.ipynb #17c5deac
 def lr_find(learn: Learner, start: float = 1e-7, end: float = 10.0, steps: int = 100,

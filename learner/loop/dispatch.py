@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['define', 'compile_hooks', 'OpenStage', 'WholeStage', 'Compiled', 'Frame', 'Staged']
 
-# %% ../../nbs/loop/dispatch.ipynb #d96270c1
+# %% ../../nbs/loop/dispatch.ipynb #77625f00
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -15,7 +15,7 @@ from ..base.words import did_you_mean
 from .resolution import Hook, WithCallbacks
 from .stages import Callback, CallbackError, CancelException, Stage, as_callbacks
 
-# %% ../../nbs/loop/dispatch.ipynb #3f67e796
+# %% ../../nbs/loop/dispatch.ipynb #cb02527d
 def define(name: str, lines: Iterable[str], scope: dict[str, Any]) -> Callable[[], Any]:
     "Make a function from the lines of its body; IPython leaves it out of tracebacks."
     source = "\n ".join([f"def {name}(__tracebackhide__=True):", *lines])
@@ -41,7 +41,7 @@ def compile_hooks(learn: Any, hooks: Sequence[Hook]) -> Callable[[], Any] | None
     scope: dict[str, Any] = {f"hook{i}": hook.function for i, hook in enumerate(hooks)}
     return define("hooks", lines, {**scope, "learn": learn, "blame": blame, "present": present})
 
-# %% ../../nbs/loop/dispatch.ipynb #ca041aa9
+# %% ../../nbs/loop/dispatch.ipynb #cb0590ec
 class OpenStage:
     "A stage of one learner with its hooks: the context manager behind `learn.stage(name)`."
 
@@ -76,7 +76,7 @@ class OpenStage:
         "Take away the fixtures whose life is over."
         self.learn.drop_fixtures(self.drops)
 
-# %% ../../nbs/loop/dispatch.ipynb #6708e64b
+# %% ../../nbs/loop/dispatch.ipynb #e197e5ee
 def _replacement(learn: Any, stage: Stage, hooks: Sequence[Hook]) -> Callable[[], None] | None:
     "The action of a callback in place of the learner's own; None if there is none."
     act = compile_hooks(learn, hooks)
@@ -89,7 +89,7 @@ def _replacement(learn: Any, stage: Stage, hooks: Sequence[Hook]) -> Callable[[]
             raise CallbackError(f"{hooks[0].label} returned a value; assign {leaves} instead")
     return action
 
-# %% ../../nbs/loop/dispatch.ipynb #c523b95f
+# %% ../../nbs/loop/dispatch.ipynb #344e1e1b
 def _plain_source(stage: OpenStage, i: int, scope: dict[str, Any]) -> list[str]:
     "A stage that is an action as source; `i` tells its names in the scope from those of others."
     calls = {f"before{i}": stage.before, f"action{i}": stage.action, f"after{i}": stage.after}
@@ -106,7 +106,7 @@ def _whole_source(stage: OpenStage, i: int, scope: dict[str, Any]) -> list[str]:
     scope |= {f"action{i}": stage.action, f"stage{i}": stage}
     return [f"with stage{i}: action{i}()"]
 
-# %% ../../nbs/loop/dispatch.ipynb #39294d05
+# %% ../../nbs/loop/dispatch.ipynb #595c655e
 class _Wrapper:
     "An around hook, or the maker of a fixture: what a stage enters, and leaves at its end."
 
@@ -130,7 +130,7 @@ class _Wrapper:
         stack.push(leave)
         return value
 
-# %% ../../nbs/loop/dispatch.ipynb #97638599
+# %% ../../nbs/loop/dispatch.ipynb #1e69971a
 def _clean_up(label: str, hook: Callable[[], Any]) -> None:
     "Call a cleanup hook."
     try: hook()
@@ -150,7 +150,7 @@ def _wrapped(name: str, around: Iterable[_Wrapper]) -> Generator[None, None, Non
             f"an around_{name} hook swallowed what another raised before the stage had run; let it "
             "pass, or raise a Cancel exception")
 
-# %% ../../nbs/loop/dispatch.ipynb #954722a3
+# %% ../../nbs/loop/dispatch.ipynb #64fe0abb
 class WholeStage(OpenStage):
     "A stage with hooks of every kind."
 
@@ -187,7 +187,7 @@ class WholeStage(OpenStage):
                 if self.cancelled: self.cancelled()
                 raise
 
-# %% ../../nbs/loop/dispatch.ipynb #45ada7bc
+# %% ../../nbs/loop/dispatch.ipynb #1559c94b
 class _Blaming(WithCallbacks):
     "Notes on exceptions: which hook raised them, and how far the routine had got."
     _frame: "Frame"
@@ -224,7 +224,7 @@ class _Blaming(WithCallbacks):
         frame, label = getattr(error, "blamed", (None, ""))
         return label if frame is self._frame else ""
 
-# %% ../../nbs/loop/dispatch.ipynb #cc45272e
+# %% ../../nbs/loop/dispatch.ipynb #e8fffc48
 def _source_of(stage: OpenStage, i: int, scope: dict[str, Any]) -> list[str]:
     "A stage that is an action, and the exception that ends it, as lines of source."
     lines = (_plain_source if type(stage) is OpenStage else _whole_source)(stage, i, scope)
@@ -232,7 +232,7 @@ def _source_of(stage: OpenStage, i: int, scope: dict[str, Any]) -> list[str]:
     scope[f"cancel{i}"] = stage.stage.cancel
     return ["try:", *(f" {line}" for line in lines), f"except cancel{i}: pass"]
 
-# %% ../../nbs/loop/dispatch.ipynb #50d43b42
+# %% ../../nbs/loop/dispatch.ipynb #9afb1aa2
 def _open_stage(
     learn: Any, stage: Stage, hooks: Mapping[str, list[Hook]], providers: Mapping[str, Hook],
 ) -> OpenStage:
@@ -267,7 +267,7 @@ class Compiled(dict[tuple[str, ...], Callable[[], Any]]):
         act = self[names] = define("act", lines, scope)
         return act
 
-# %% ../../nbs/loop/dispatch.ipynb #e2ff4d88
+# %% ../../nbs/loop/dispatch.ipynb #607761a2
 class _Opening(_Blaming):
     "Opening stages, and doing actions in theirs."
     _compiled: Compiled
@@ -309,7 +309,7 @@ class _Opening(_Blaming):
         __tracebackhide__ = True
         self._compiled[names]()
 
-# %% ../../nbs/loop/dispatch.ipynb #589d3326
+# %% ../../nbs/loop/dispatch.ipynb #e6520466
 class Frame:
     "A public call of a routine that is under way."
 
@@ -322,7 +322,7 @@ class Frame:
         while self.entered:
             with suppress(Exception): self.entered.popitem()[1].close()
 
-# %% ../../nbs/loop/dispatch.ipynb #acca14da
+# %% ../../nbs/loop/dispatch.ipynb #be127da3
 class _Running(_Opening):
     "The frame of a public call."
 
@@ -363,7 +363,7 @@ class _Running(_Opening):
             if not self._blamed_for(error): self.blame(error, call)
             raise
 
-# %% ../../nbs/loop/dispatch.ipynb #e30da6f3
+# %% ../../nbs/loop/dispatch.ipynb #cd6d6d56
 class _Framed(_Running):
     "What a public call does at its beginning and at its end."
 
@@ -400,7 +400,7 @@ class _Framed(_Running):
                 with suppress(CallbackError):  # one that stays needs one that goes
                     self._set_callbacks([c for c in now.added if not any(c is g for g in guests)])
 
-# %% ../../nbs/loop/dispatch.ipynb #ea66db3e
+# %% ../../nbs/loop/dispatch.ipynb #5d6db1ca
 class Staged(_Framed):
     """A routine in stages, with callbacks.
 

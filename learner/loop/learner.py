@@ -141,6 +141,7 @@ def speaks(method: Callable[..., Any]) -> Callable[..., Any]:
 # %% ../../nbs/loop/learner.ipynb #3ca9501f
 class Beside(Files):
     "Passes beside training."
+    _failed = False  # the last public call
 
     def _evaluate(
         self, call: str, phase: str, callbacks: Callback | Iterable[Callback] | None,
@@ -168,8 +169,6 @@ class Beside(Files):
 # %% ../../nbs/loop/learner.ipynb #324c8663
 class Guarded(Beside):
     "The frame of a call."
-    _failed = False  # the last public call
-
     def release(self) -> None:
         "Let go of the tensors that a failed call has left: in its traceback, as gradients, on the device."
         self.check_idle("release")
@@ -239,6 +238,7 @@ class Trainer(Guarded):
 # %% ../../nbs/loop/learner.ipynb #0c5793cf
 class Trials(Trainer):
     "Copies, hashes and tidying up."
+    is_trial = False  # a copy that `trial` gave, which leaves no trace
 
     @contextmanager
     def trial(self) -> Iterator[Self]:
@@ -257,6 +257,7 @@ class Trials(Trainer):
         with kept_rng(), kept_order(loaders_of(self).values()):
             trial = copied(self, shared | computed_tensors(self))
             trial.remove_watchers()
+            trial.is_trial = True
             yield trial
 
     def fingerprint(self) -> dict[str, str]:

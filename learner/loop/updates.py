@@ -64,6 +64,7 @@ def check_updates(learn: Any) -> None:
             raise CallbackError(f"{label_of(callback, hook)} is never called: the routine of "
                                 f"{type(learn).__name__} {fix}, or remove {callback!r}")
 
+# %% ../../nbs/loop/updates.ipynb #54fbe883
 @contextmanager
 def guarded_updates(learn: Any) -> Iterator[None]:
     """Have the first step within a `with` looked at: whether callbacks see it.
@@ -74,7 +75,8 @@ def guarded_updates(learn: Any) -> Iterator[None]:
     """
     whole = learn.optimiser
     optimisers = list(whole.values()) if isinstance(whole, Mapping) else [whole]
-    registered, others = [], False
+    registered: list[Any] = []
+    others = False
 
     def look(*_: Any) -> None:
         learn.unseen_step = not all(map(learn.has_opened, _FIXES))

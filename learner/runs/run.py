@@ -350,7 +350,9 @@ class RunFrame(StepLogger):
 
     @provides("train")
     def run(self, learn: Learner) -> Iterator[Self]:
-        with _opened(self, learn): yield self
+        if learn.is_trial: yield self  # a trial leaves no trace
+        else:
+            with _opened(self, learn): yield self
 
     def __repr__(self) -> str: return f"Run({str(self.folder)!r})"
 

@@ -84,14 +84,15 @@ def _unpacked(kept: Any, device: torch.device) -> Tensor | None:
     if kept is None: return None
     if isinstance(kept, Tensor): return kept.to(device, copy=True)
     parts = [kept[name].to(device, copy=True) for name in ("indices", "values")]
-    return torch.sparse_coo_tensor(*parts, kept["shape"], is_coalesced=kept["coalesced"],
-                                   check_invariants=True)
+    return torch.sparse_coo_tensor(parts[0], parts[1], kept["shape"], check_invariants=True,
+                                   is_coalesced=kept["coalesced"])
 
 def _shape(kept: Any) -> tuple[int, ...]:
     return tuple(kept["shape"] if isinstance(kept, Mapping) else kept.shape)
 
 _STATE = ("batches", "total", "unit", "divisor", "gradients")
 
+# %% ../../nbs/steer/accumulate.ipynb #95cfa444
 class _WithState(Callback):
     "What of an accumulation is kept, and put back."
     _group: _Group
@@ -110,8 +111,8 @@ class _WithState(Callback):
         "Continue with the group of an earlier run. Raises ValueError for a state of another kind."
         for name in _STATE:
             if state and name not in state:
-                raise ValueError(f"load_state_dict: the state has no {name}; "
-                                 f"it has {sorted(state)}")
+                raise ValueError(f"load_state_dict: the state has no {name}; it has "
+                                 f"{sorted(state)}")
         self._loaded = dict(state) or None
         if self._optimiser is None: return
         self._group = _Group()
@@ -134,8 +135,8 @@ class _WithState(Callback):
             setattr(self._group, name, value)
 
 # %% ../../nbs/steer/accumulate.ipynb #7ce3ad64
-class _Weighted(_WithState):
-    "Weighs the gradients of a batch by its size, and divides them by the sum of the sizes."
+class _Counting(_WithState):
+    "Counts the batches of a group with their weights."
 
     def __init__(self, n: int, weight: Callable[[Learner], float | Tensor] | None = None):
         self.n, self.weight, self._group = check_whole("n", n), weight, _Group()
@@ -145,6 +146,23 @@ class _Weighted(_WithState):
         self._factor: Any = None  # of the loss of this batch
         self._weighed = self._stepping = -1  # batches: with that factor; whose step is under way
         self._losses: Any = None  # in the backward pass: the true loss and the weighted one
+
+    def _weigh(self, learn: Learner) -> float | Tensor:
+        if self.weight is not None: return _check_weight(self.weight(learn))
+        own = hasattr(learn, "batch_size")
+        return float(learn.batch_size if own else unpack(learn.batch)[3])
+
+    def _go_on(self) -> None:
+        "Another callback cancelled a step and left the gradients there: they still count."
+        gradients = gradients_of(self._optimiser)
+        if not gradients: self._group = _Group()
+        else:
+            _scale(gradients, self._group.divisor)
+            self._group.batches, self._group.divisor = 0, None
+
+# %% ../../nbs/steer/accumulate.ipynb #5b049a23
+class _Weighted(_Counting):
+    "Weighs the loss of a batch for its backward pass."
 
     def before_backward(self, learn: Learner) -> None:
         if self._stepping == learn.batch_num and self.n > 1:
@@ -166,22 +184,9 @@ class _Weighted(_WithState):
                                 "had been weighted; replace it in after_loss")
         learn.loss = loss
 
-    def _weigh(self, learn: Learner) -> float | Tensor:
-        if self.weight is not None: return _check_weight(self.weight(learn))
-        own = hasattr(learn, "batch_size")
-        return float(learn.batch_size if own else unpack(learn.batch)[3])
-
-    def _go_on(self) -> None:
-        "Another callback cancelled a step and left the gradients there: they still count."
-        gradients = gradients_of(self._optimiser)
-        if not gradients: self._group = _Group()
-        else:
-            _scale(gradients, self._group.divisor)
-            self._group.batches, self._group.divisor = 0, None
-
 # %% ../../nbs/steer/accumulate.ipynb #ab8f413c
 class _Grouped(_Weighted):
-    "Leaves out the steps within a group, and takes that of the last group of a pass."
+    "Leaves out the steps within a group."
     _length: int | None = None  # of the pass, where the loader tells it
     _last_loss: Tensor | None = None  # for the step of a group that is open when the pass ends
     _closing = False  # that step is being taken
@@ -216,6 +221,10 @@ class _Grouped(_Weighted):
 
     def after_batch(self) -> None: self._in_batch = False
 
+# %% ../../nbs/steer/accumulate.ipynb #2b36eb4a
+class _Closing(_Grouped):
+    "Takes the step of a group that is still open when the pass ends."
+
     def after_training(self, learn: Learner) -> None:
         if not self._group.batches or self._in_batch: return
         self._closing = True
@@ -230,7 +239,7 @@ class _Grouped(_Weighted):
         self._group, self._in_batch, self._optimiser, self._last_loss = _Group(), False, None, None
 
 # %% ../../nbs/steer/accumulate.ipynb #705a16f3
-class Accumulate(_Grouped):
+class Accumulate(_Closing):
     """Makes one step of the gradients of several batches: the step of one batch as large as all.
 
     Args:

@@ -109,9 +109,7 @@ class random_crop:
 # %% ../../nbs/steer/augment.ipynb #74929034
 @dataclass(frozen=True)
 class random_erase:
-    """Put a rectangle of one value over a part of some images.
-
-    Zhong et al., 2020, arXiv 1708.04896.
+    """Put a rectangle over a part of some images (Zhong et al., 2020, arXiv 1708.04896).
 
     Args:
         probability: For each image, from 0 to 1.
@@ -133,8 +131,7 @@ class random_erase:
         _share("probability", self.probability)
         if not 0 < _share("least", self.least) <= _share("most", self.most):
             raise ValueError(f"least is {self.least!r} and most is {self.most!r}; the shares must "
-                             "go "
-                             "up, from above 0")
+                             "go up, from above 0")
         check_number("ratio", self.ratio, 1.0)
         _check_real("fill", self.fill)
 
@@ -150,6 +147,7 @@ class random_erase:
         erased = _within(rows[:, None], row, tall, height) & _within(columns, column, wide, width)
         return images.masked_fill(erased & _heads(images, self.probability), self.fill)
 
+# %% ../../nbs/steer/augment.ipynb #31ae5f0b
 def _within(places: Tensor, where: Tensor, length: Tensor, size: int) -> Tensor:
     "Whether places are in a stretch; `where`, from 0 to below 1, says how far it is from the "
     "start."
@@ -188,8 +186,8 @@ class normalise:
         for name, numbers in (("mean", means), ("std", stds)):
             if len(numbers) not in (1, images.shape[1]):
                 raise ValueError(f"normalise: {name} has {len(numbers)} numbers, and the images "
-                                 "have "
-                                 f"{images.shape[1]} channels; give one for all, or one for each")
+                                 f"have {images.shape[1]} channels; give one for all, or one for "
+                                 "each")
         if len(means) == len(stds) == 1: return (images - means[0]) / stds[0]
         channels = images.unbind(1)  # numbers need no copy to the device, as a tensor of them would
         pairs = zip(channels, means * len(channels), stds * len(channels), strict=False)
@@ -242,8 +240,8 @@ class BatchTransform(Callback):
         if not self.phases: raise ValueError(f"phases is empty; give one or more of {list(PASSES)}")
         for phase in self.phases:
             if phase not in PASSES:
-                raise ValueError(f"phases: {phase!r} is not one of {list(PASSES)}"
-                                 f"{did_you_mean(str(phase), PASSES)}")
+                raise ValueError(f"phases: {phase!r} is not one of "
+                                 f"{list(PASSES)}{did_you_mean(str(phase), PASSES)}")
         self.labels = bool(labels)
         arguments = ["data", "labels"] if labels else ["data"]
         self.function = _check_function("function", function, *arguments)
@@ -258,27 +256,24 @@ class BatchTransform(Callback):
         made = self.function(learn.data, learn.labels)
         if not isinstance(made, tuple) or len(made) != 2:
             raise TypeError(f"{self}: the function returned a {type(made).__name__}; with "
-                            "labels=True it "
-                            "returns a pair, the data and the labels")
+                            "labels=True it returns a pair, the data and the labels")
         learn.data, learn.labels = made
         learn.batch_size = size_of(learn.labels)
 
 # %% ../../nbs/steer/augment.ipynb #af31fd1f
 class _Mixing(Callback):
     "Mixes the data of a batch, and then the losses of both labels."
+    mix: Callable[[Any, Tensor], tuple[Any, Tensor]]
     weight: Tensor | None = None  # the share of the batch's own examples; None: nothing is mixed
     labels: Any = None  # of their partners
     due = False  # the loss is still to be mixed
-
-    def mix(self, data: Any, order: Tensor) -> tuple[Any, Tensor]: raise NotImplementedError
 
     def before_train(self, learn: Learner) -> None:
         self.cleanup_training()
         if learn.loss_func is not None: return
         raise CallbackError(f"{type(self).__name__} needs a loss_func to compare predictions with "
-                            "both "
-                            "labels, and this model computes its own loss; pass loss_func to the "
-                            "learner")
+                            "both labels, and this model computes its own loss; pass loss_func to "
+                            "the learner")
 
     def after_prepare(self, learn: Learner) -> None:
         if learn.phase != "train": return
@@ -294,15 +289,14 @@ class _Mixing(Callback):
         learn.labels = self.labels
         try: learn.compute_loss()
         finally: learn.labels = labels
-        share = self.weight.to(own.dtype)
+        share, self.due = self.weight.to(own.dtype), False
         learn.loss = own * share + learn.loss * (1 - share)
-        self.due = False
 
     def after_batch(self) -> None:
         if not self.due: return
         raise CallbackError(f"{type(self).__name__} mixed the data and not the loss, since this "
-                            "learner's "
-                            "own train_batch has no stage loss; let it call act(\"loss\")")
+                            "learner's own train_batch has no stage loss; let it call "
+                            "act(\"loss\")")
 
     def cleanup_training(self) -> None: self.weight, self.labels, self.due = None, None, False
 
@@ -313,7 +307,7 @@ class Mixup(_Mixing):
     Zhang et al., 2018, arXiv 1710.09412.
 
     Args:
-        alpha: Of the Beta distribution of the shares; below 1 mostly one example, above mostly both.
+        alpha: Of the Beta distribution of the shares; below 1 mostly one example, above 1 both.
 
     Example:
         >>> learn.train(20, callbacks=Mixup(0.4))
@@ -346,14 +340,14 @@ class Mixup(_Mixing):
         share = torch.maximum(share, 1 - share)
         return map_tensors(partial(_mixed, type(self).__name__, share, order), data), share
 
+# %% ../../nbs/steer/augment.ipynb #5bbbc29c
 def _mixed(owner: str, share: Tensor, order: Tensor, leaf: Any) -> Tensor:
     if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.shape[:1] == order.shape:
         return leaf * share + leaf[order] * (1 - share)
     what = type(leaf).__name__
     if isinstance(leaf, Tensor): what = f"{leaf.dtype} of shape {tuple(leaf.shape)}"
     raise TypeError(f"{owner} got {what}; it mixes floating-point tensors with a row for each of "
-                    "the "
-                    f"{len(order)} examples: convert them with a BatchTransform")
+                    f"the {len(order)} examples: convert them with a BatchTransform")
 
 # %% ../../nbs/steer/augment.ipynb #7370e74f
 class CutMix(Mixup):
@@ -392,12 +386,10 @@ def _stacked(outputs: list[Any]) -> Tensor:
     for output in outputs:
         if not isinstance(output, Tensor):
             raise TypeError(f"TTA: the model gave a {type(output).__name__}, and only tensors have "
-                            "a "
-                            "mean; pass combine=, a function of the list of outputs")
+                            "a mean; pass combine=, a function of the list of outputs")
         if output.shape != outputs[0].shape:
             raise ValueError(f"TTA: the views give predictions of shapes {tuple(outputs[0].shape)} "
-                             "and "
-                             f"{tuple(output.shape)}; a view must keep the number of examples")
+                             f"and {tuple(output.shape)}; a view must keep the number of examples")
     return torch.stack(outputs)
 
 def _mean(outputs: list[Any]) -> Tensor: return _stacked(outputs).mean(0)
@@ -406,8 +398,7 @@ def _mean_probability(outputs: list[Any]) -> Tensor:
     stacked = _stacked(outputs)
     if stacked.ndim < 3:
         raise ValueError("TTA: combine=\"probabilities\" needs the scores of classes, N x C; the "
-                         "model "
-                         f"gave {tuple(stacked.shape[1:])}; use combine=\"mean\"")
+                         f"model gave {tuple(stacked.shape[1:])}; use combine=\"mean\"")
     return stacked.log_softmax(2).logsumexp(0) - math.log(len(outputs))
 
 COMBINE: dict[str, Callable[[list[Any]], Any]] = {"mean": _mean, "probabilities": _mean_probability}
@@ -478,8 +469,7 @@ class TTA(_Views):
             raise ValueError("views is empty; give a function, as in TTA([flip])")
         if not callable(combine) and combine not in COMBINE:
             raise ValueError(f"combine is {combine!r}; it must be one of {list(COMBINE)}, or a "
-                             "function"
-                             f"{did_you_mean(str(combine), COMBINE)}")
+                             f"function{did_you_mean(str(combine), COMBINE)}")
         self.combine = combine
 
     def __repr__(self) -> str: return f"TTA({self.count or ', '.join(map(_name_of, self.views))})"

@@ -141,8 +141,8 @@ def warm_up(curve: Curve, share: float = 0.1, start: float = 0.0) -> Curve:
         >>> Schedule(warm_up(cosine(0.1, 0)))
     """
     if not 0 < check_finite(share, "warm_up: share") < 1:
-        raise ScheduleError(f"warm_up: share is {share!r}; it must be above 0 and below 1, "
-                            "such as 0.1")
+        raise ScheduleError(f"warm_up: share is {share!r}; it must be above 0 and below 1, such as "
+                            "0.1")
     return combine([share, 1 - share], [linear(start, curve(0.0)), curve])
 
 # %% ../../nbs/steer/curves.ipynb #ffd040da
@@ -182,40 +182,18 @@ def check_name(group: Mapping[str, Any], name: str, optimiser: Any) -> None:
     known = hyperparameters(group)
     if name not in known:
         owner = group.get("optimiser", type(optimiser).__name__)
-        raise ScheduleError(f"{owner} has no hyperparameter {name!r}, it has {', '.join(known)}"
-                            f"{did_you_mean(name, known)}")
+        raise ScheduleError(f"{owner} has no hyperparameter {name!r}, it has "
+                            f"{', '.join(known)}{did_you_mean(name, known)}")
 
 # %% ../../nbs/steer/curves.ipynb #09d8b062
-class FunctionScheduler:
-    """Sets a hyperparameter of an optimiser by a function, as PyTorch's schedulers set the rate.
-
-    Args:
-        optimiser: Anything with `param_groups`.
-        function: Of the number of steps so far, or of the progress; a list has one for each group.
-        name: Of the hyperparameter, such as "weight_decay" or "betas[0]".
-        total_steps: If given, the function gets the progress from 0 to 1.
-
-    Example:
-        >>> FunctionScheduler(optimiser, linear(0, 0.1), "weight_decay", total_steps=100)
-    """
-
-    def __init__(self, optimiser: Any, function: Curve | Sequence[Curve], name: str = "lr",
-                 total_steps: int | None = None):
-        groups = optimiser.param_groups
-        for group in groups: check_name(group, name, optimiser)
-        self.optimiser, self.name, self.total_steps = optimiser, name, total_steps
-        self.last_step = 0
-        self.functions: list[Curve] = [function] if callable(function) else list(function)
-        own = [get_hyperparameter(group, name) for group in groups]
-        top = max(own) if len(self.functions) == 1 else 0.0
-        self.shares = [value / top if top else 1.0 for value in own]
-        if len(self.functions) not in (1, len(groups)):
-            raise ScheduleError(f"{name} has {len(self.functions)} functions and the optimiser "
-                                f"{len(groups)} parameter groups; give one function, or one for "
-                                "each group")
-        for at in (0.0, 1.0) if total_steps else (0,):
-            for each in self.functions: check_finite(each(at), f"the value of {name} at {at:g}")
-        self.write()
+class _Stepped:
+    "Writes values into the groups of an optimiser, step by step."
+    optimiser: Any
+    functions: list[Curve]
+    shares: list[float]  # of a single function, for each group
+    name: str
+    total_steps: int | None
+    last_step = 0
 
     def step(self) -> None:
         "Go on by one step."
@@ -238,3 +216,34 @@ class FunctionScheduler:
         "Go on from where another stood."
         names = ("last_step", "total_steps", "shares")
         vars(self).update({name: deepcopy(state[name]) for name in names})
+
+# %% ../../nbs/steer/curves.ipynb #ab6d1d52
+class FunctionScheduler(_Stepped):
+    """Sets a hyperparameter of an optimiser by a function, as PyTorch's schedulers set the rate.
+
+    Args:
+        optimiser: Anything with `param_groups`.
+        function: Of the number of steps so far, or of the progress; a list has one for each group.
+        name: Of the hyperparameter, such as "weight_decay" or "betas[0]".
+        total_steps: If given, the function gets the progress from 0 to 1.
+
+    Example:
+        >>> FunctionScheduler(optimiser, linear(0, 0.1), "weight_decay", total_steps=100)
+    """
+
+    def __init__(self, optimiser: Any, function: Curve | Sequence[Curve], name: str = "lr",
+                 total_steps: int | None = None):
+        groups = optimiser.param_groups
+        for group in groups: check_name(group, name, optimiser)
+        self.optimiser, self.name, self.total_steps = optimiser, name, total_steps
+        self.functions: list[Curve] = [function] if callable(function) else list(function)
+        own = [get_hyperparameter(group, name) for group in groups]
+        top = max(own) if len(self.functions) == 1 else 0.0
+        self.shares = [value / top if top else 1.0 for value in own]
+        if len(self.functions) not in (1, len(groups)):
+            raise ScheduleError(f"{name} has {len(self.functions)} functions and the optimiser "
+                                f"{len(groups)} parameter groups; give one function, or one for "
+                                "each group")
+        for at in (0.0, 1.0) if total_steps else (0,):
+            for each in self.functions: check_finite(each(at), f"the value of {name} at {at:g}")
+        self.write()

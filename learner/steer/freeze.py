@@ -93,6 +93,7 @@ def _with_statistics(model: nn.Module, picked: Mapping[str, nn.Parameter]) -> li
         if all(id(parameter) in own for parameter in around.parameters()): found.append(module)
     return found
 
+# %% ../../nbs/steer/freeze.ipynb #755c6b0f
 class _Frozen(Callback):
     "Freezes parameters and lets them go again, beside others that do the same."
     _frozen: list[nn.Parameter]
@@ -126,34 +127,10 @@ class _Frozen(Callback):
         return {id(parameter) for other in others for parameter in other._frozen}
 
 # %% ../../nbs/steer/freeze.ipynb #65f9eed5
-class FreezeUntil(_Frozen):
-    """Leaves a part of the model as it is until an epoch begins.
-
-    Args:
-        epoch: The first epoch in which it is trained, counted from 0 since the callback is in use.
-        filter: Which parameters; see `pick`.
-        freeze_statistics: Whether frozen normalisation layers keep their statistics, too.
-
-    Example:
-        >>> learn = Learner(model, optimiser, loss_func, dataloaders, FreezeUntil(2, "body"))
-    """
-    priority = -10  # before those who look at what is trained, or save the count of epochs
-
-    def __init__(self, epoch: int, filter: Filter | Iterable[Filter],
-                 freeze_statistics: bool = False):
-        self.epoch, self.freeze_statistics = check_whole("epoch", epoch), freeze_statistics
-        self.filters = _check_filter(filter)
-        self.epochs = 0  # that have come to their end so far
-        self._frozen, self._statistics = [], []
-
-    def __repr__(self) -> str:
-        return f"FreezeUntil({self.epoch}, {', '.join(map(_name_of, self.filters))})"
-
-    def before_train(self, learn: Learner) -> None:
-        picked = pick(learn.model, self.filters)
-        if self.epochs >= self.epoch: return
-        self._freeze(learn, picked, self.epoch)
-        if self.freeze_statistics: self._statistics = _with_statistics(learn.model, picked)
+class _Counted(_Frozen):
+    "Counts the epochs that have come to their end with it."
+    epoch: int
+    epochs = 0
 
     def before_epoch(self, learn: Learner) -> None:
         if self.epochs >= self.epoch: self._thaw(learn)
@@ -174,3 +151,32 @@ class FreezeUntil(_Frozen):
         if "epochs" not in state:
             raise ValueError(f"load_state_dict: the state has no epochs; it has {sorted(state)}")
         self.epochs = check_whole("epochs", state["epochs"], 0)
+
+# %% ../../nbs/steer/freeze.ipynb #49f99d61
+class FreezeUntil(_Counted):
+    """Leaves a part of the model as it is until an epoch begins.
+
+    Args:
+        epoch: The first epoch in which it is trained, counted from 0 since the callback is in use.
+        filter: Which parameters; see `pick`.
+        freeze_statistics: Whether frozen normalisation layers keep their statistics, too.
+
+    Example:
+        >>> learn = Learner(model, optimiser, loss_func, dataloaders, FreezeUntil(2, "body"))
+    """
+    priority = -10  # before those who look at what is trained, or save the count of epochs
+
+    def __init__(self, epoch: int, filter: Filter | Iterable[Filter],
+                 freeze_statistics: bool = False):
+        self.epoch, self.freeze_statistics = check_whole("epoch", epoch), freeze_statistics
+        self.filters = _check_filter(filter)
+        self._frozen, self._statistics = [], []
+
+    def __repr__(self) -> str:
+        return f"FreezeUntil({self.epoch}, {', '.join(map(_name_of, self.filters))})"
+
+    def before_train(self, learn: Learner) -> None:
+        picked = pick(learn.model, self.filters)
+        if self.epochs >= self.epoch: return
+        self._freeze(learn, picked, self.epoch)
+        if self.freeze_statistics: self._statistics = _with_statistics(learn.model, picked)

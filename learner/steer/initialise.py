@@ -86,9 +86,9 @@ class Initialised:
         def line(cells: list[str], tag: str) -> str:
             return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
         head, *rows = self.table()
-        return (f"<table><caption>Outputs of the layers on a batch of {self.batch}</caption><thead>"
-                f"{line(head, 'th')}</thead><tbody>{''.join(line(row, 'td') for row in rows)}"
-                "</tbody></table>")
+        caption = f"<caption>Outputs of the layers on a batch of {self.batch}</caption>"
+        body = "".join(line(row, "td") for row in rows)
+        return f"<table>{caption}<thead>{line(head, 'th')}</thead><tbody>{body}</tbody></table>"
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         "Draw the standard deviation of each layer's outputs, before and after."
@@ -137,8 +137,7 @@ def _layers(model: nn.Module, skip: Iterable[str]) -> tuple[dict[str, Any], dict
     for name, layer in layers.items():
         if any(map(is_lazy, layer.parameters())):
             raise InitError(f"layer {name} ({type(layer).__name__}) has no weights yet; send a "
-                            "batch "
-                            "through the model")
+                            "batch through the model")
         skipped = any(name == outer or name.startswith(f"{outer}.") for outer in skip)
         note = _left_alone(layer, name, owners, skipped)
         rows[name] = Layer(name, type(layer).__name__, note=note)
@@ -161,8 +160,7 @@ def _inputs(target: Learner | nn.Module, batch: Any) -> tuple[nn.Module, Any]:
     "The model and the inputs for it."
     if not isinstance(target, (Learner, nn.Module)):
         raise TypeError("weights are initialised of a Learner, or of a model with a batch, not of "
-                        "a "
-                        f"{type(target).__name__}")
+                        f"a {type(target).__name__}")
     if isinstance(target, nn.Module):
         if batch is None: raise ValueError("a model alone has no data; pass a batch, or the "
                                            "learner")
@@ -203,9 +201,8 @@ def _fit(layer: Any, label: str, measure: Callable[[], tuple[float, float]], ite
             raise InitError(f"{label} gives out {mean:g} on average; look for bad data")
         if std < DEAD:
             raise InitError(f"{label} gives out the same value everywhere, {mean:.3g}: its weights "
-                            "are "
-                            "zero or its inputs do not vary; give other data, or leave it out with "
-                            "skip")
+                            "are zero or its inputs do not vary; give other data, or leave it out "
+                            "with skip")
         if abs(std - 1) <= tolerance and (bias is None or abs(mean) <= tolerance): return
         if turn == iterations: break
         weight.div_(std)
@@ -214,9 +211,8 @@ def _fit(layer: Any, label: str, measure: Callable[[], tuple[float, float]], ite
     if activation:
         where = f" behind {activation}, which may never reach it; leave after_activation off"
     raise InitError(f"{label} has mean {mean:.3g} and standard deviation {std:.3g} after "
-                    f"{iterations} "
-                    f"iterations{where}; allow more iterations or tolerance, or leave it out with "
-                    "skip")
+                    f"{iterations} iterations{where}; allow more iterations or tolerance, or leave "
+                    "it out with skip")
 
 # %% ../../nbs/steer/initialise.ipynb #fbace9d3
 def _measured(model: nn.Module, layer: nn.Module, data: Any, after: bool) -> tuple[float, float]:
@@ -231,8 +227,12 @@ def _fit_all(copy: nn.Module, copies: dict[Any, str], rows: dict[str, Layer], da
              tolerance: float) -> None:
     "Fit the layers of a copy of a model, in the order in which they run."
     for layer, name in copies.items():
+        if rows[name].note: continue
+        if layer not in before:
+            raise InitError(f"layer {name} ({rows[name].kind}) was not called; leave it out with "
+                            f"skip=[\"{name}\"]")
         bias = _bias_of(layer)
-        if not rows[name].note and bias is not None: bias.zero_()
+        if bias is not None: bias.zero_()
     for layer in before:
         row = rows[copies[layer]]
         if row.note: continue
@@ -290,10 +290,6 @@ def LSUV(target: Learner | nn.Module, batch: Any = None, after_activation: bool 
     copy = deepcopy(model).train()
     copies: dict[Any, str] = {copy.get_submodule(name): name for name in layers}
     before, _, follows = look(copy, copies, data)
-    for layer, name in copies.items():
-        if layer not in before and not rows[name].note:
-            raise InitError(f"layer {name} ({rows[name].kind}) was not called; leave it out with "
-                            f"skip=[\"{name}\"]")
     with torch.no_grad():
         _fit_all(copy, copies, rows, data, before, follows, after_activation, iterations, tolerance)
         after, _, _ = look(copy, copies, data)
@@ -312,6 +308,7 @@ def _draw(layers: dict[str, Any], scales: dict[str, float]) -> None:
             bias = _bias_of(layers[name])
             if bias is not None: bias.zero_()
 
+# %% ../../nbs/steer/initialise.ipynb #d00be4ae
 def kaiming(target: Learner | nn.Module, a: float = 0.0, batch: Any = None,
             skip: Iterable[str] = ()) -> Initialised:
     """Draw normal weights by fan-in and by the activation that follows each layer; biases are 0.

@@ -23,8 +23,7 @@ def _check_name(name: str, taken: type) -> None:
                          "generator")
     if hasattr(taken, name):
         raise ValueError(f"Optimisers: {name} is an attribute that every Optimisers has; use "
-                         "another "
-                         "name")
+                         "another name")
 
 def _check_single(name: str, optimiser: Any) -> None:
     if not is_optimiser(optimiser):
@@ -35,9 +34,9 @@ def _check_single(name: str, optimiser: Any) -> None:
         raise TypeError(f"Optimisers: {name} is {optimiser!r}, which is not an optimiser{fix}")
     if isinstance(optimiser, Optimisers):
         raise TypeError(f"Optimisers: {name} is an Optimisers itself; give its optimisers one by "
-                        "one, "
-                        f"as **{name}")
+                        f"one, as **{name}")
 
+# %% ../../nbs/steer/multi.ipynb #89abaae5
 def check_optimisers(named: Mapping[str, Any]) -> None:
     """Raise TypeError or ValueError unless these are optimisers that can be used together.
 
@@ -46,9 +45,8 @@ def check_optimisers(named: Mapping[str, Any]) -> None:
             in two of them.
     """
     if not named:
-        raise ValueError("Optimisers() holds no optimiser; give it one for each part of the model, "
-                         "as "
-                         "in Optimisers(generator=Adam(model.generator.parameters()))")
+        raise ValueError("Optimisers() holds no optimiser; give it one for each part of the "
+                         "model, as in Optimisers(generator=Adam(model.generator.parameters()))")
     owner: dict[int, str] = {}
     for name, optimiser in named.items():
         _check_name(name, Optimisers)
@@ -58,8 +56,7 @@ def check_optimisers(named: Mapping[str, Any]) -> None:
             if other == name: continue
             shape = "" if is_lazy(parameter) else f" of shape {tuple(parameter.shape)}"
             raise ValueError(f"Optimisers: a parameter{shape} is in both {other} and {name}; give "
-                             "it "
-                             "to one")
+                             "it to one")
 
 # %% ../../nbs/steer/multi.ipynb #81d70b60
 def _description(optimiser: Any) -> str:
@@ -89,8 +86,8 @@ class _Named(Mapping[str, Any]):
     def __getattr__(self, name: str) -> Any:
         named = vars(self).get("_named", {})  # not there yet while a copy is being made
         if name in named: return named[name]
-        raise AttributeError(f"Optimisers has no {name}; it holds {', '.join(named)}"
-                             f"{did_you_mean(name, named)}")
+        raise AttributeError(f"Optimisers has no {name}; it holds "
+                             f"{', '.join(named)}{did_you_mean(name, named)}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self or is_optimiser(value): self._take({**self._named, name: value})
@@ -126,7 +123,40 @@ class _WithState(_Named):
                                  f"{error}") from error
 
 # %% ../../nbs/steer/multi.ipynb #77c13a6c
-class Optimisers(_WithState):
+class _Together(_WithState):
+    "What a learner needs of an optimiser."
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        "The groups of all, in order; each has the name of its optimiser in `group[\"optimiser\"]`."
+        groups = [(name, group) for name, each in self.items() for group in each.param_groups]
+        for name, group in groups: group["optimiser"] = name
+        return [group for _, group in groups]
+
+    def step(self) -> None:
+        "Let each take a step; one whose parameters have no gradients does nothing."
+        if self._wanting:  # before any has taken its step
+            name = self._wanting[0]
+            raise TypeError(f"Optimisers: {name} is {type(self[name]).__name__}, whose step needs "
+                            "a closure; override step() of the learner, and call each optimiser "
+                            "there")
+        for optimiser in self._named.values(): optimiser.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        "Drop the gradients of all, or fill them with zeros."
+        given = {} if set_to_none else {"set_to_none": False}
+        for optimiser in self._named.values(): optimiser.zero_grad(**given)
+
+    def train(self) -> None:
+        "Tell those that have modes, such as schedule-free ones, that training begins."
+        for optimiser in self._named.values(): set_mode(optimiser, True)
+
+    def eval(self) -> None:
+        "Tell those that have modes, such as schedule-free ones, that evaluation begins."
+        for optimiser in self._named.values(): set_mode(optimiser, False)
+
+# %% ../../nbs/steer/multi.ipynb #f6230248
+class Optimisers(_Together):
     """Optimisers under names that act as one.
 
     Each is found as a key and as an attribute, and may be replaced under its name.
@@ -144,33 +174,3 @@ class Optimisers(_WithState):
     """
 
     def __init__(self, **named: Any): self._take(named)
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        "The groups of all, in order; each has the name of its optimiser in `group[\"optimiser\"]`."
-        groups = [(name, group) for name, each in self.items() for group in each.param_groups]
-        for name, group in groups: group["optimiser"] = name
-        return [group for _, group in groups]
-
-    def step(self) -> None:
-        "Let each take a step; one whose parameters have no gradients does nothing."
-        if self._wanting:  # before any has taken its step
-            name = self._wanting[0]
-            raise TypeError(f"Optimisers: {name} is {type(self[name]).__name__}, whose step needs "
-                            "a "
-                            "closure; override step() of the learner, and call each optimiser "
-                            "there")
-        for optimiser in self._named.values(): optimiser.step()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        "Drop the gradients of all, or fill them with zeros."
-        given = {} if set_to_none else {"set_to_none": False}
-        for optimiser in self._named.values(): optimiser.zero_grad(**given)
-
-    def train(self) -> None:
-        "Tell those that have modes, such as schedule-free ones, that training begins."
-        for optimiser in self._named.values(): set_mode(optimiser, True)
-
-    def eval(self) -> None:
-        "Tell those that have modes, such as schedule-free ones, that evaluation begins."
-        for optimiser in self._named.values(): set_mode(optimiser, False)

@@ -156,6 +156,7 @@ class Moments:
 ByLayer = dict[nn.Module, Moments]  # by layer, in the order in which they ran
 Follows = dict[nn.Module, Activation]  # the activation after a layer
 
+# %% ../../nbs/steer/pairs.ipynb #f9376e7d
 def look(model: nn.Module, layers: Iterable[nn.Module], data: Any
           ) -> tuple[ByLayer, ByLayer, Follows]:
     "Send data through a copy of a model: the outputs of layers and of the activations, and those."

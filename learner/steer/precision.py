@@ -103,12 +103,11 @@ def check_autocast(model: nn.Module, device: torch.device, dtype: torch.dtype) -
     _check_device(device, dtype)
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and p.requires_grad}
     if dtypes == {torch.float64}:
-        raise ValueError("MixedPrecision: the model is in float64, which autocast leaves as it is; "
-                         "call model.float()")
+        raise ValueError("MixedPrecision: the model is in float64, which autocast leaves as it "
+                         "is; call model.float()")
     if dtype is torch.float16 and torch.float16 in dtypes:
         raise ValueError("MixedPrecision: the model has weights in float16, too coarse for steps; "
-                         "call "
-                         "model.float(), and autocast uses 16 bits where that is safe")
+                         "call model.float(), and autocast uses 16 bits where that is safe")
     on_cpu = device.type == "cpu" and any(isinstance(m, nn.LSTM) for m in model.modules())
     if on_cpu and not _has_lstm(device, dtype):
         raise ValueError("MixedPrecision: this processor cannot train an LSTM in "
@@ -144,6 +143,7 @@ class _Autocast(Callback):
 # %% ../../nbs/steer/precision.ipynb #36940150
 class _Scaled(_Autocast):
     "Scales the loss, and leaves out the steps whose gradients have overflowed."
+    _leave_out: Callable[[Learner], None]
     scaler: Any  # a GradScaler; None until it is needed
     skipped = 0  # steps left out in this call of `train`, since a gradient was infinite
     _in_a_row = 0  # of them
@@ -167,8 +167,7 @@ class _Scaled(_Autocast):
     def before_step(self, learn: Learner) -> None:
         if not self._scaled:
             raise CallbackError("MixedPrecision: the step would divide gradients that were not "
-                                "scaled; "
-                                "call self.act(\"backward\") in place of loss.backward()")
+                                "scaled; call self.act(\"backward\") in place of loss.backward()")
         if not gradients_of(learn.optimiser): return
         attempt: Any = _Attempt(learn.optimiser)
         self._unscaled = True
@@ -187,9 +186,8 @@ class _Scaling(_Scaled):
         self._in_a_row += 1
         if self._in_a_row == PATIENCE:
             warnings.warn(f"MixedPrecision left out {PATIENCE} steps in a row: the gradients are "
-                          "infinite "
-                          "or NaN at any scale; look for bad data, lower the learning rate, or use "
-                          "bfloat16", stacklevel=2)
+                          "infinite or NaN at any scale; look for bad data, lower the learning "
+                          "rate, or use bfloat16", stacklevel=2)
         raise CancelStepException
 
     def after_step(self) -> None:
@@ -253,8 +251,8 @@ class MixedPrecision(_Scaling):
 
 # %% ../../nbs/steer/precision.ipynb #e5b1ff14
 def _caller(model: Any, code: CodeType | None = None) -> Callable[..., Any]:
-    "A function that calls a model without the detour over what is compiled; that is kept with the "
-    "code."
+    "A function that calls a model without the detour over what is compiled; that is kept with "
+    "the code."
     def call(*args: Any, **kwargs: Any) -> Any: return model._call_impl(*args, **kwargs)
     call.__code__ = code or call.__code__.replace()
     return call
@@ -266,6 +264,15 @@ class _Options(Callback):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.options.items())})"
+
+    def _check(self, model: nn.Module) -> None:
+        if model._compiled_call_impl is not None or hasattr(model, "_orig_mod"):
+            raise ValueError("Compile: learn.model is compiled already; leave the callback out, "
+                             "or give it a plain model")
+        backend, usual = self.options.get("backend"), torch.compiler.list_backends
+        if isinstance(backend, str) and backend not in (known := usual(exclude_tags=())):
+            raise ValueError(f"Compile: there is no backend {backend!r}; it must be a function, or "
+                             f"a name such as {', '.join(usual())}{did_you_mean(backend, known)}")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = object.__new__(type(self))
@@ -297,20 +304,8 @@ class Compile(_Options):
         for name in options:
             if name not in known:
                 raise TypeError(f"Compile: torch.compile has no option {name}, it has "
-                                f"{', '.join(known)}"
-                                f"{did_you_mean(name, known)}")
+                                f"{', '.join(known)}{did_you_mean(name, known)}")
         self.options, self._code = options, _caller(None).__code__
-
-    def _check(self, model: nn.Module) -> None:
-        if model._compiled_call_impl is not None or hasattr(model, "_orig_mod"):
-            raise ValueError("Compile: learn.model is compiled already; leave the callback out, or "
-                             "give "
-                             "it a plain model")
-        backend, usual = self.options.get("backend"), torch.compiler.list_backends
-        if isinstance(backend, str) and backend not in (known := usual(exclude_tags=())):
-            raise ValueError(f"Compile: there is no backend {backend!r}; it must be a function, or "
-                             "a name "
-                             f"such as {', '.join(usual())}{did_you_mean(backend, known)}")
 
     def around_pass(self, learn: Learner) -> Iterator[None]:
         self._check(learn.model)

@@ -61,6 +61,25 @@ class _Making(Callback):
         if known: fix = f"it has {', '.join(known)}{did_you_mean(self.optimiser, known)}"
         raise ScheduleError(f"{self}: {type(whole).__name__} has no optimiser of that name; {fix}")
 
+    def _make(self, optimiser: Any, lengths: Mapping[str, int]) -> Any:
+        "A new scheduler."
+        try: scheduler = self.factory(optimiser, **{name: lengths[name] for name in self.asks})
+        except TypeError as error:
+            if "is not an Optimizer" not in str(error): raise
+            names = ", ".join(optimiser) if isinstance(optimiser, Mapping) else ""
+            raise ScheduleError(f"{self}: {type(optimiser).__name__} is not a torch Optimizer, and "
+                                "this scheduler wants "
+                                f"one{names and f'; pass optimiser=, one of {names}'}"
+                                ) from error
+        if not callable(getattr(scheduler, "step", None)):
+            raise TypeError(f"{self}: the factory returned {scheduler!r}, which has no step(); "
+                            "return a scheduler")
+        return scheduler
+
+# %% ../../nbs/steer/schedule.ipynb #1d4b90f0
+class _Lengths(_Making):
+    "Tells the factory how long training is."
+
     def _lengths(self, learn: Learner) -> dict[str, int]:
         "The lengths under all their names; none if the factory asks for none."
         if not self.asks: return {}
@@ -71,76 +90,47 @@ class _Making(Callback):
     def _steps_in_epoch(self, learn: Learner) -> int:
         return 1 if self.per == "epoch" else self.steps_per_epoch or updates_per_epoch(learn)
 
-    def _make(self, optimiser: Any, lengths: Mapping[str, int]) -> Any:
-        "A new scheduler."
-        try: scheduler = self.factory(optimiser, **{name: lengths[name] for name in self.asks})
-        except TypeError as error:
-            if "is not an Optimizer" not in str(error): raise
-            names = ", ".join(optimiser) if isinstance(optimiser, Mapping) else ""
-            raise ScheduleError(f"{self}: {type(optimiser).__name__} is not a torch Optimizer, and "
-                                "this "
-                                "scheduler wants "
-                                f"one{names and f'; pass optimiser=, one of {names}'}"
-                                ) from error
-        if not callable(getattr(scheduler, "step", None)):
-            raise TypeError(f"{self}: the factory returned {scheduler!r}, which has no step(); "
-                            "return a "
-                            "scheduler")
-        return scheduler
+    def _compare_lengths(self, learn: Learner, left: int, limit: int) -> None:
+        "Say it if a schedule with a length of its own does not end where training does."
+        try: planned = learn.num_epochs * self._steps_in_epoch(learn)
+        except ScheduleError: return
+        what = f"{self} has {left} of its {limit} steps left and this train takes {planned}"
+        if planned > left:
+            raise ScheduleError(f"{what}; leave its length out, and each train has a schedule that "
+                                "fits")
+        if planned < left:
+            warnings.warn(f"{what}; the next train goes on with it, or leave its length out to "
+                          "make it fit", stacklevel=2)
 
-# %% ../../nbs/steer/schedule.ipynb #27eeaa23
-class _Beginning(_Making):
-    "Begins anew, or goes on from where it stood."
+# %% ../../nbs/steer/schedule.ipynb #d559474b
+_STATE = ("under_way", "kind", "done", "limit", "scheduler", "groups", "before")
+
+# %% ../../nbs/steer/schedule.ipynb #d7495317
+class _WithState(_Lengths):
+    "Where a schedule stands."
     scheduler: Any = None  # while training goes on
     done = 0  # its steps so far
     limit: int | None = None  # how many it is made for
     _before: Groups  # what the groups had
     _state: dict[str, Any]  # to go on from
 
-    def _check(self, learn: Learner, scheduler: Any) -> None:
-        "Raise an error for a scheduler that this schedule cannot step."
+    def state_dict(self) -> dict[str, Any]:
+        "Within a training what another goes on from; else what the next training needs."
+        if self.scheduler is None or self._groups is None: return plain(self._state)
+        return {"under_way": True, "kind": type(self.scheduler).__name__, "done": self.done,
+                "limit": self.limit, "scheduler": plain(self.scheduler.state_dict()),
+                "groups": self._groups.read(), "before": plain(self._before)}
 
-    def _start(self, learn: Learner, groups: ParameterGroups, notes: Groups) -> None:
-        "Make the scheduler, and let it begin anew or go on."
-        state, lengths = self._state, self._lengths(learn)
-        try: scheduler = self._make(groups.optimiser, lengths)
-        except KeyError as error:
-            if "initial_lr" not in str(error): raise
-            if not any("initial_lr" in each for each in notes):
-                raise ScheduleError(f"{self}: last_epoch goes on from elsewhere, and the parameter "
-                                    "groups "
-                                    "have no initial_lr; add it to each, or leave last_epoch "
-                                    "out") from None
-            groups.write(notes)
-            self._before = groups.read()
-            scheduler = self._make(groups.optimiser, lengths)
-        if isinstance(groups.optimiser, torch.optim.Optimizer):
-            vars(groups.optimiser)["_opt_called"] = True  # torch warns if it has seen no step
-        self._check(learn, scheduler)
-        self._check_kind(state, type(scheduler))
-        unchanged = state and groups.main(self._before) == groups.main(state["groups"])
-        if state and (state["under_way"] or (unchanged and not lengths)):
-            self._take_up(state, scheduler)
-        else:
-            self.done = 0
-            self.limit = getattr(scheduler, "total_steps", None)
-            if lengths: self.limit = lengths["total_steps"]
-        if self.limit is not None and not lengths and not state.get("under_way"):
-            self._compare_lengths(learn, self.limit - self.done)
-        self.scheduler = scheduler
-
-    def _compare_lengths(self, learn: Learner, left: int) -> None:
-        "Say it if a schedule with a length of its own does not end where training does."
-        try: planned = learn.num_epochs * self._steps_in_epoch(learn)
-        except ScheduleError: return
-        what = f"{self} has {left} of its {self.limit} steps left and this train takes {planned}"
-        if planned > left:
-            raise ScheduleError(f"{what}; leave its length out, and each train has a schedule that "
-                                "fits")
-        if planned < left:
-            warnings.warn(f"{what}; the next train goes on with it, or leave its length out to "
-                          "make it "
-                          "fit", stacklevel=2)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        "Go on from where another stood; in the next training, or at once if one is under way."
+        missing = [name for name in _STATE if name not in state] if state else []
+        if missing:
+            raise ScheduleError(f"{self}: the state has no {', '.join(missing)}; load what "
+                                "state_dict() gave")
+        kind = class_of(self.factory)
+        if isinstance(kind, type): self._check_kind(state, kind)
+        self._state = plain(state)
+        if self.scheduler is not None and state: self._take_up(self._state, self.scheduler)
 
     def _take_up(self, state: Mapping[str, Any], scheduler: Any) -> None:
         "Go on from a state."
@@ -155,35 +145,74 @@ class _Beginning(_Making):
                                 f"{kind.__name__}; load it into a schedule like the one that it "
                                 "came from")
 
-# %% ../../nbs/steer/schedule.ipynb #d559474b
-_STATE = ("under_way", "kind", "done", "limit", "scheduler", "groups", "before")
+# %% ../../nbs/steer/schedule.ipynb #27eeaa23
+class _Beginning(_WithState):
+    "Starts afresh, or goes on from where it stood."
 
-class _WithState(_Beginning):
-    "Where a schedule stands."
+    def _check(self, learn: Learner, scheduler: Any) -> None:
+        "Raise an error for a scheduler that this schedule cannot step."
 
-    def state_dict(self) -> dict[str, Any]:
-        "Within a training what another goes on from; else what the next training needs."
-        if self.scheduler is None or self._groups is None: return plain(self._state)
-        return {"under_way": True, "kind": type(self.scheduler).__name__, "done": self.done,
-                "limit": self.limit, "scheduler": plain(self.scheduler.state_dict()),
-                "groups": self._groups.read(), "before": plain(self._before)}
+    def _made(self, groups: ParameterGroups, notes: Groups, lengths: Mapping[str, int]) -> Any:
+        "The scheduler; it gets the notes back if it asks for them."
+        try: return self._make(groups.optimiser, lengths)
+        except KeyError as error:
+            if "initial_lr" not in str(error): raise
+        if not any("initial_lr" in each for each in notes):
+            raise ScheduleError(f"{self}: last_epoch goes on from elsewhere, and the parameter "
+                                "groups have no initial_lr; add it to each, or leave last_epoch "
+                                "out")
+        groups.write(notes)
+        self._before = groups.read()
+        return self._make(groups.optimiser, lengths)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        "Go on from where another stood; in the next training, or at once if one is under way."
-        missing = [name for name in _STATE if name not in state] if state else []
-        if missing:
-            raise ScheduleError(f"{self}: the state has no {', '.join(missing)}; load what "
-                                "state_dict() "
-                                "gave")
-        kind = class_of(self.factory)
-        if isinstance(kind, type): self._check_kind(state, kind)
-        self._state = plain(state)
-        if self.scheduler is not None and state: self._take_up(self._state, self.scheduler)
+    def _start(self, learn: Learner, groups: ParameterGroups, notes: Groups) -> None:
+        "Make the scheduler, and let it begin anew or go on."
+        state, lengths = self._state, self._lengths(learn)
+        scheduler = self._made(groups, notes, lengths)
+        if isinstance(groups.optimiser, torch.optim.Optimizer):
+            vars(groups.optimiser)["_opt_called"] = True  # torch warns if it has seen no step
+        self._check(learn, scheduler)
+        self._check_kind(state, type(scheduler))
+        unchanged = state and groups.main(self._before) == groups.main(state["groups"])
+        if state and (state["under_way"] or (unchanged and not lengths)):
+            self._take_up(state, scheduler)
+        else:
+            self.done = 0
+            self.limit = getattr(scheduler, "total_steps", None)
+            if lengths: self.limit = lengths["total_steps"]
+        if self.limit is not None and not lengths and not state.get("under_way"):
+            self._compare_lengths(learn, self.limit - self.done, self.limit)
+        self.scheduler = scheduler
 
 # %% ../../nbs/steer/schedule.ipynb #c61d1c1c
-class _Scheduling(_WithState):
+class _Advancing(_Beginning):
+    "Steps the scheduler, as long as it has steps left."
+
+    def _advance(self, *values: Any) -> None:
+        groups = self._groups
+        if groups is None or self.limit == -1: return
+        if groups.grown():
+            raise ScheduleError(f"{self}: a parameter group was added in training, and the "
+                                "schedule does not know it; add all groups before training and "
+                                "freeze them with FreezeUntil, or add it between two calls of "
+                                "train")
+        if self.done == self.limit:
+            warnings.warn(f"{self}: the {self.limit} steps that it was made for are done, and the "
+                          "values stay as they are; a training that is made longer needs a "
+                          "schedule without an end, and one with more updates than batches in an "
+                          "epoch needs steps_per_epoch", stacklevel=2)
+            self.limit = -1
+            return
+        self._step(*values)
+        self.done += 1
+
+    def _step(self, *values: Any) -> None: self.scheduler.step(*values)
+
+# %% ../../nbs/steer/schedule.ipynb #3e814e02
+class _Scheduling(_Advancing):
     "What all schedules have in common: a scheduler is made when training starts, and stepped."
     priority = 30  # in after_step when the weights are done with
+    name = "lr"  # the hyperparameter to look at
     schedules = True  # a test of learning rates leaves it out
 
     def __init__(self, factory: Callable[..., Any], per: str, optimiser: str | None,
@@ -192,8 +221,7 @@ class _Scheduling(_WithState):
         self.factory, self.per, self.optimiser, self.sets = factory, per, optimiser, sets
         if optimiser is not None and not isinstance(optimiser, str):
             raise TypeError(f"{type(self).__name__}: optimiser is {optimiser!r}; give the name of "
-                            "one of "
-                            "several, such as \"generator\"")
+                            "one of several, such as \"generator\"")
         self.steps_per_epoch = steps_per_epoch
         if steps_per_epoch is not None: check_whole("steps_per_epoch", steps_per_epoch)
         self.asks = open_lengths(factory)
@@ -219,44 +247,23 @@ class _Scheduling(_WithState):
             if not started: groups.write(notes)
             self.scheduler, self._groups, self._before = None, None, []
 
-    def _advance(self, *values: Any) -> None:
-        groups = self._groups
-        if groups is None or self.limit == -1: return
-        if groups.grown():
-            raise ScheduleError(f"{self}: a parameter group was added in training, and the "
-                                "schedule does "
-                                "not know it; add all groups before training and freeze them with "
-                                "FreezeUntil, or add it between two calls of train")
-        if self.done == self.limit:
-            warnings.warn(f"{self}: the {self.limit} steps that it was made for are done, and the "
-                          "values "
-                          "stay as they are; a training that is made longer needs a schedule "
-                          "without an "
-                          "end, and one with more updates than batches in an epoch needs "
-                          "steps_per_epoch", stacklevel=2)
-            self.limit = -1
-            return
-        self._step(*values)
-        self.done += 1
-
-    def _step(self, *values: Any) -> None: self.scheduler.step(*values)
-
 # %% ../../nbs/steer/schedule.ipynb #7c3efde6
 class _Drawn(_Scheduling):
     "Shows what a schedule would do."
 
-    def curve(self, steps: int = 100, name: str = "lr", optimiser: Any = None) -> list[list[float]]:
+    def curve(self, steps: int = 100, name: str | None = None, optimiser: Any = None
+              ) -> list[list[float]]:
         """What the schedule would do in a training: the values at each step.
 
         Args:
             steps: Updates, or epochs, of the training.
-            name: Of the hyperparameter.
+            name: Of the hyperparameter; by default the one that is set.
             optimiser: To start from; it stays as it is. By default SGD, lr 0.1 and momentum 0.9.
 
         Returns:
             For each parameter group the values, one for each step.
         """
-        steps, twin = check_whole("steps", steps), copy(self)
+        steps, twin, name = check_whole("steps", steps), copy(self), name or self.name
         twin.scheduler, twin._state, twin.steps_per_epoch = None, {}, None
         if optimiser is None: twin.optimiser, optimiser = None, self._example()
         epochs, loader = (steps, ()) if self.per == "epoch" else (1, range(steps))
@@ -274,23 +281,27 @@ class _Drawn(_Scheduling):
 
     def _example(self) -> Any: return torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.9)
 
-    def plot(self, steps: int = 100, name: str = "lr", optimiser: Any = None,
+# %% ../../nbs/steer/schedule.ipynb #bf738318
+class _Plotted(_Drawn):
+    "Draws it."
+
+    def plot(self, steps: int = 100, name: str | None = None, optimiser: Any = None,
              ax: "Axes | None" = None) -> "Axes":
         """Draw what the schedule would do in a training.
 
         Args:
             steps: Updates, or epochs, of the training.
-            name: Of the hyperparameter.
+            name: Of the hyperparameter; by default the one that is set.
             optimiser: To start from, as in `curve`.
             ax: Where to draw; a new figure by default.
         """
         from learner.base.show import plot_curves
-        curves = self.curve(steps, name, optimiser)
+        curves, name = self.curve(steps, name, optimiser), name or self.name
         names = [f"{name} of group {i}" for i in range(len(curves))] if len(curves) > 1 else [name]
         return plot_curves(dict(zip(names, curves, strict=True)), ax, self.per, name)
 
 # %% ../../nbs/steer/schedule.ipynb #b61c90b3
-class BatchSchedule(_Drawn):
+class BatchSchedule(_Plotted):
     """Steps a scheduler once for every update of the weights.
 
     What the factory asks for its length (total_steps, T_max, ...) is filled in, and each train has
@@ -332,7 +343,36 @@ class BatchSchedule(_Drawn):
         step(self.done + 1) if self._counts else step()
 
 # %% ../../nbs/steer/schedule.ipynb #c2902df8
-class EpochSchedule(_Drawn):
+class _OnceAnEpoch(_Plotted):
+    "Gives the step of a scheduler what it wants at the end of an epoch."
+    monitor: str
+    wants: str | None
+    _gives = ""
+
+    def after_epoch(self, learn: Learner) -> None:
+        if self._gives != "metric": self._advance()
+        else:
+            value = monitored(self, self.monitor, learn)
+            if value is not None: self._advance(value)
+
+    def _step(self, *values: Any) -> None:
+        if self._gives == "epoch": values = (self.done + 1,)
+        self.scheduler.step(*values)
+
+    def _check(self, learn: Learner, scheduler: Any) -> None:
+        self._gives, name = step_wants(self, scheduler.step, self.wants), type(scheduler).__name__
+        if self._gives == "update" or not getattr(scheduler, "t_in_epochs", True):
+            raise ScheduleError(f"{self}: {name} is stepped once an update; use BatchSchedule")
+        if self._gives != "metric": return
+        check_monitor(self, self.monitor, learn)
+        mode, meant = getattr(scheduler, "mode", None), mode_of(self.monitor)
+        if mode in ("min", "max") and meant and mode != meant:
+            good = "low" if meant == "min" else "high"
+            raise ScheduleError(f"{self}: {self.monitor} is good when {good}, and {name} has "
+                                f"mode={mode!r}; pass mode={meant!r}")
+
+# %% ../../nbs/steer/schedule.ipynb #4d1d481a
+class EpochSchedule(_OnceAnEpoch):
     """Steps a scheduler once for every epoch, after the validation.
 
     A scheduler whose step asks for a value, such as ReduceLROnPlateau, gets that of `monitor`, and
@@ -358,29 +398,7 @@ class EpochSchedule(_Drawn):
         check_factory("EpochSchedule", factory, wants)
         super().__init__(factory, "epoch", optimiser)
         check_monitor(self, monitor)
-        self.monitor, self.wants, self._gives = monitor, wants, ""
-
-    def after_epoch(self, learn: Learner) -> None:
-        if self._gives != "metric": self._advance()
-        else:
-            value = monitored(self, self.monitor, learn)
-            if value is not None: self._advance(value)
-
-    def _step(self, *values: Any) -> None:
-        if self._gives == "epoch": values = (self.done + 1,)
-        self.scheduler.step(*values)
-
-    def _check(self, learn: Learner, scheduler: Any) -> None:
-        self._gives, name = step_wants(self, scheduler.step, self.wants), type(scheduler).__name__
-        if self._gives == "update" or not getattr(scheduler, "t_in_epochs", True):
-            raise ScheduleError(f"{self}: {name} is stepped once an update; use BatchSchedule")
-        if self._gives != "metric": return
-        check_monitor(self, self.monitor, learn)
-        mode, meant = getattr(scheduler, "mode", None), mode_of(self.monitor)
-        if mode in ("min", "max") and meant and mode != meant:
-            good = "low" if meant == "min" else "high"
-            raise ScheduleError(f"{self}: {self.monitor} is good when {good}, and {name} has "
-                                f"mode={mode!r}; pass mode={meant!r}")
+        self.monitor, self.wants = monitor, wants
 
 # %% ../../nbs/steer/schedule.ipynb #b3816450
 def _check_functions(owner: str, function: Any, name: Any, of: Any) -> None:
@@ -389,15 +407,14 @@ def _check_functions(owner: str, function: Any, name: Any, of: Any) -> None:
     functions = [function] if callable(function) else several
     if not functions or not all(callable(each) and accepts(each, 0.5) for each in functions):
         raise TypeError(f"{owner}: function is {function!r}; pass a function of one number, such "
-                        "as "
-                        "cosine(0.1, 0), or a list of one for each parameter group")
+                        "as cosine(0.1, 0), or a list of one for each parameter group")
     if not isinstance(name, str):
         raise TypeError(f"{owner}: name is {name!r}; it must be a string such as \"lr\"")
     if of not in ("progress", "update", "epoch"):
         raise ScheduleError(f"{owner}: of is {of!r}; it must be \"progress\", \"update\" or "
                             "\"epoch\"")
 
-class _ByFunction(_Drawn):
+class _ByFunction(_Plotted):
     "Looks at the hyperparameter that it sets."
     name: str
     of: str
@@ -409,18 +426,8 @@ class _ByFunction(_Drawn):
         functions = self.factory.keywords["function"]  # type: ignore[attr-defined]
         count = 1 if callable(functions) else len(functions)
         values = {key: 0.0 if index is None else (0.0,) * (index + 1)}
-        groups = [{"params": [], **values} for _ in range(count)]
+        groups: list[dict[str, Any]] = [{"params": [], **values} for _ in range(count)]
         return SimpleNamespace(param_groups=groups, step=None)
-
-    def curve(self, steps: int = 100, name: str | None = None, optimiser: Any = None
-              ) -> list[list[float]]:
-        "The values at each step; of the hyperparameter that it sets, if no other is named."
-        return super().curve(steps, name or self.name, optimiser)
-
-    def plot(self, steps: int = 100, name: str | None = None, optimiser: Any = None,
-             ax: "Axes | None" = None) -> "Axes":
-        "Draw the values at each step; of the hyperparameter that it sets, if no other is named."
-        return super().plot(steps, name or self.name, optimiser, ax)
 
 # %% ../../nbs/steer/schedule.ipynb #d47e6890
 class Schedule(_ByFunction):

@@ -32,10 +32,8 @@ def updates_per_epoch(learn: Learner) -> int:
     updates = length_of(learn.dataloaders["train"])
     if updates is None:
         raise ScheduleError("the train loader does not tell its length, and a schedule needs the "
-                            "number "
-                            "of updates; pass steps_per_epoch to the schedule, or give the loader "
-                            "a "
-                            "__len__")
+                            "number of updates; pass steps_per_epoch to the schedule, or give the "
+                            "loader a __len__")
     for callback in learn.callbacks:
         count = getattr(callback, "updates_per_epoch", None)
         if count is not None: updates = count(updates)
@@ -84,8 +82,8 @@ def step_wants(owner: Any, step: Callable[..., Any], wants: str | None = None) -
     Raises:
         ScheduleError: If neither the name nor `wants` tells.
     """
-    try: parameters = inspect.signature(step).parameters.values()
-    except (TypeError, ValueError): parameters = ()  # it has no signature to read
+    try: parameters = [*inspect.signature(step).parameters.values()]
+    except (TypeError, ValueError): parameters = []  # it has no signature to read
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     needed = [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
     if wants is not None: return wants
@@ -94,8 +92,7 @@ def step_wants(owner: Any, step: Callable[..., Any], wants: str | None = None) -
     if found and len(needed) == 1: return found[0]
     name = f"{type(getattr(step, '__self__', step)).__name__}.{getattr(step, '__name__', 'step')}"
     raise ScheduleError(f"{owner}: {name} asks for {' and '.join(needed)}, which does not tell "
-                        "what it "
-                        "wants; pass wants=\"epoch\", wants=\"update\" or wants=\"metric\"")
+                        "what it wants; pass wants=\"epoch\", wants=\"update\" or wants=\"metric\"")
 
 # %% ../../nbs/steer/schedulers.ipynb #f1a9ebcb
 def check_factory(owner: str, factory: Any, wants: Any) -> None:
@@ -113,8 +110,8 @@ def check_factory(owner: str, factory: Any, wants: Any) -> None:
     except ValueError: pass  # it has no signature to read
     except TypeError as error:
         name = getattr(getattr(factory, "func", factory), "__name__", "the factory")
-        raise TypeError(f"{owner}: {name} cannot be called as factory(optimiser): {error}; "
-                        f"give it by partial({name}, ...)") from None
+        raise TypeError(f"{owner}: {name} cannot be called as factory(optimiser): {error}; give it "
+                        f"by partial({name}, ...)") from None
 
 # %% ../../nbs/steer/schedulers.ipynb #14cfa7e2
 _NOTES = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
@@ -148,6 +145,7 @@ def name_of(factory: Any) -> str:
 # %% ../../nbs/steer/schedulers.ipynb #2418bb94
 Groups = list[dict[str, Any]]  # the values of each parameter group
 
+# %% ../../nbs/steer/schedulers.ipynb #fe952d84
 class ParameterGroups:
     "The parameter groups of an optimiser, as a schedule reads and writes them."
 
@@ -156,9 +154,7 @@ class ParameterGroups:
         self.count = len(optimiser.param_groups)
         self.own_step = vars(optimiser).get("step", _ABSENT)
 
-    def grown(self) -> bool:
-        "Whether a group has been added since."
-        return len(self.optimiser.param_groups) != self.count
+    def grown(self) -> bool: return len(self.optimiser.param_groups) != self.count
 
     def take_notes(self) -> list[dict[str, Any]]:
         "Take away what a scheduler of another time has left, unless one is at work now."

@@ -12,13 +12,13 @@ from copy import deepcopy
 from numbers import Real
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..base.words import MEASURES, check_number, check_whole, did_you_mean, mode_of
 from ..base.words import split_column
 from ..loop.learner import Learner
 from ..loop.stages import Callback, CancelTrainException
-from ..loop.state import with_state
+from ..loop.state import modules_beside, with_state
 
 # %% ../../nbs/steer/stopping.ipynb #2c6a79bc
 class MonitorError(ValueError):
@@ -43,6 +43,7 @@ def check_monitor(owner: Any, monitor: Any, learn: Learner | None = None) -> Non
         raise MonitorError(f"{owner}: monitor is \"{monitor}\", and there is no validation loader; "
                            "add one, or monitor another value, such as \"train_loss\"")
 
+# %% ../../nbs/steer/stopping.ipynb #e9516a48
 def check_mode(owner: Any, monitor: str, mode: str | None) -> str:
     """Which values of a column are good; raises ValueError where nothing tells.
 
@@ -84,8 +85,8 @@ def monitored(owner: Any, monitor: str, learn: Learner) -> float | None:
         if not measured or monitor in learn.history.columns: return None
         numbers = [name for name, value in results.items() if isinstance(value, Real)]
         columns = [name for name in numbers if name != "epoch"]
-        raise MonitorError(f"{owner}: monitor is \"{monitor}\", which is not one of {columns}"
-                           f"{did_you_mean(monitor, columns)}")
+        raise MonitorError(f"{owner}: monitor is \"{monitor}\", which is not one of "
+                           f"{columns}{did_you_mean(monitor, columns)}")
     value = results[monitor]
     if isinstance(value, Tensor) and value.numel() == 1: value = value.item()
     if not isinstance(value, Real):
@@ -103,23 +104,23 @@ def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parts(learn: Learner) -> dict[str, Any]:
     "What belongs to the weights of an epoch, by name."
-    parts: dict[str, Any] = {"model": learn.model}
-    if isinstance(learn.loss_func, nn.Module) and learn.loss_func.state_dict():
-        parts["loss_func"] = learn.loss_func
     own = [callback for callback in learn.callbacks if getattr(callback, "with_weights", False)]
-    return parts | {f"callback {name}": callback for name, callback in with_state(own)}
+    modules, callbacks = modules_beside(learn), with_state(own)
+    parts: dict[str, Any] = {"model": learn.model}
+    parts |= {f"module {name}": module for name, module in modules.items()}
+    return parts | {f"callback {name}": callback for name, callback in callbacks.items()}
 
 # %% ../../nbs/steer/stopping.ipynb #874e7cc0
 _COUNT = ("under_way", "best", "best_epoch", "waited", "reason")
 
+# %% ../../nbs/steer/stopping.ipynb #28e9f642
 class _Count(Callback):
     "Counts epochs without an improvement, and keeps the best of them."
     monitor: str
     mode: str
+    patience: int
     min_delta: float
-    restore_best: bool
-    under_way = False  # a training
-    _counted = False  # this epoch
+    restore_best = under_way = _counted = False  # the latter: a training, and the epoch in it
 
     def _begin(self) -> None:
         self.best = math.inf if self.mode == "min" else -math.inf
@@ -155,7 +156,40 @@ class _Count(Callback):
         self.weights = None if state["weights"] is None else _copied(state["weights"])
 
 # %% ../../nbs/steer/stopping.ipynb #6250baa0
-class EarlyStopping(_Count):
+class _Stop(_Count):
+    "Ends training, and puts the best epoch back."
+
+    def around_train(self, learn: Learner) -> Iterator[None]:
+        check_monitor("EarlyStopping", self.monitor, learn)
+        if not self.under_way: self._begin()
+        self.under_way = True
+        ended = False  # by itself; one that was stopped may go on from its last weights
+        try:
+            yield
+            ended = True
+        except CancelTrainException:
+            ended = True
+            raise
+        finally:
+            if ended and self.weights is not None:
+                for name, part in _parts(learn).items(): part.load_state_dict(self.weights[name])
+            self.under_way, self.weights = False, None
+
+    def around_epoch(self, learn: Learner) -> Iterator[None]:
+        self._counted = False
+        yield
+        if self.monitor in learn.results: self._count(learn)
+
+    def after_epoch(self, learn: Learner) -> None:
+        if not self._counted: self._count(learn)  # it may have been logged just now
+        if self.waited >= self.patience:
+            epochs = f"{self.waited} epoch{'s' * (self.waited > 1)}"
+            self.reason = (f"{self.monitor} has not improved on {self.best:.4g} (epoch "
+                           f"{self.best_epoch}) in {epochs}")
+            raise CancelTrainException(self.reason)
+
+# %% ../../nbs/steer/stopping.ipynb #b14353f4
+class EarlyStopping(_Stop):
     """Ends training when a value has not improved for some epochs.
 
     Epochs in which the value is not measured do not count. Each call of `train` begins a new count.
@@ -189,32 +223,3 @@ class EarlyStopping(_Count):
 
     def __repr__(self) -> str:
         return f"EarlyStopping({self.monitor}{f', stopped: {self.reason}' if self.reason else ''})"
-
-    def around_train(self, learn: Learner) -> Iterator[None]:
-        check_monitor("EarlyStopping", self.monitor, learn)
-        if not self.under_way: self._begin()
-        self.under_way = True
-        ended = False  # by itself; one that was stopped may go on from its last weights
-        try:
-            yield
-            ended = True
-        except CancelTrainException:
-            ended = True
-            raise
-        finally:
-            if ended and self.weights is not None:
-                for name, part in _parts(learn).items(): part.load_state_dict(self.weights[name])
-            self.under_way, self.weights = False, None
-
-    def around_epoch(self, learn: Learner) -> Iterator[None]:
-        self._counted = False
-        yield
-        if self.monitor in learn.results: self._count(learn)
-
-    def after_epoch(self, learn: Learner) -> None:
-        if not self._counted: self._count(learn)  # it may have been logged just now
-        if self.waited >= self.patience:
-            epochs = f"{self.waited} epoch{'s' * (self.waited > 1)}"
-            self.reason = (f"{self.monitor} has not improved on {self.best:.4g} "
-                           f"(epoch {self.best_epoch}) in {epochs}")
-            raise CancelTrainException(self.reason)

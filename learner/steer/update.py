@@ -6,7 +6,7 @@
 __all__ = ['ClipGradients', 'EMA', 'Accumulate', 'FreezeUntil']
 
 # %% ../../nbs/steer/update.ipynb #e3afc814
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from math import inf
 from typing import Any
@@ -108,8 +108,8 @@ class ClipGradients(_Limits):
     def __init__(self, norm: float | None = None, value: float | None = None,
                  norm_type: float = 2.0, log: bool = False):
         if norm is not None and value is not None:
-            raise ValueError(f"ClipGradients: norm is {norm!r} and value is {value!r}; "
-                             "give one of them")
+            raise ValueError(f"ClipGradients: norm is {norm!r} and value is {value!r}; give one of "
+                             "them")
         if value is not None and log:
             raise ValueError("ClipGradients: log=True logs the norm, which clipping by value does "
                              "not compute; clip by norm, or leave log out")
@@ -195,7 +195,8 @@ class _Average:
 
 # %% ../../nbs/steer/update.ipynb #367455ed
 class _Averaging(Callback):
-    "Keeps the average, shows it to validation, and has it in its state."
+    "Has the steps averaged."
+    _put_back: Callable[[], None]
     decay: float
     warm_up: bool
     validate: bool
@@ -222,6 +223,10 @@ class _Averaging(Callback):
         self._average.stores = []
         if self._average.model is None and self.updates: self._average.model = learn.model
 
+# %% ../../nbs/steer/update.ipynb #ba549db7
+class _Shown(_Averaging):
+    "Shows the average to validation and test, puts the weights back, and has a state."
+
     def before_pass(self, learn: Learner) -> None:
         average = self._average
         if learn.phase == "train" or not self.validate or not average.values: return
@@ -239,9 +244,23 @@ class _Averaging(Callback):
         with torch.no_grad(): torch._foreach_copy_(tensors, weights)
         self._weights = []
 
+    def state_dict(self) -> dict[str, Any]:
+        "The averages by name, and how many steps are in them."
+        return {"updates": self._average.updates, "averages": dict(self._average.values)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        "Continue with the averages of an earlier run. Raises ValueError for another state."
+        for name in ("updates", "averages"):
+            if name not in state:
+                raise ValueError(f"load_state_dict: the state has no {name}; it has "
+                                 f"{sorted(state)}")
+        average = self._average = _Average()
+        average.updates = state["updates"]
+        average.values = {name: value.detach().clone() for name, value in state["averages"].items()}
+
 # %% ../../nbs/steer/update.ipynb #20827f57
-class _Kept(_Averaging):
-    "Gives the averages away, and has them in its state."
+class _Kept(_Shown):
+    "Gives the averages away."
 
     def copy_to(self, model: nn.Module) -> None:
         """Give a model the averages; its other buffers stay.
@@ -262,25 +281,12 @@ class _Kept(_Averaging):
 
     def model(self) -> nn.Module:
         "A copy of the model with the averages, in evaluation mode."
-        if self._average.model is None:
+        own = self._average.model
+        if own is None:
             raise RuntimeError("EMA has no model yet; train first, or use copy_to(model)")
-        copy = deepcopy(self._average.model)
+        copy = deepcopy(own).eval()
         self.copy_to(copy)
-        return copy.eval()
-
-    def state_dict(self) -> dict[str, Any]:
-        "The averages by name, and how many steps are in them."
-        return {"updates": self._average.updates, "averages": dict(self._average.values)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        "Continue with the averages of an earlier run. Raises ValueError for another state."
-        for name in ("updates", "averages"):
-            if name not in state:
-                raise ValueError(f"load_state_dict: the state has no {name}; "
-                                 f"it has {sorted(state)}")
-        average = self._average = _Average()
-        average.updates = state["updates"]
-        average.values = {name: value.detach().clone() for name, value in state["averages"].items()}
+        return copy
 
 # %% ../../nbs/steer/update.ipynb #36e4f5a0
 class EMA(_Kept):

@@ -58,7 +58,7 @@ def _torcheval() -> Any:
     finally:
         if hidden: del loaded[name]
     if hidden:
-        fid = import_module("torcheval.metrics.image.fid")
+        fid: Any = import_module("torcheval.metrics.image.fid")
         fid.models, fid._TORCHVISION_AVAILABLE = _Later("torchvision.models"), True
     return metrics
 
@@ -144,7 +144,9 @@ class _Copies:
 
     def flush(self) -> None:
         "Hand the batches that are held to the metrics."
-        if self.chunk.count: _update(self.additive, *self.chunk.take(), 0)
+        if not self.chunk.count: return
+        predictions, labels = self.chunk.take()
+        _update(self.additive, predictions, labels, 0)
 
 # %% ../../nbs/watch/metrics.ipynb #1130faf1
 class PassMetrics(_Copies):

@@ -266,7 +266,8 @@ class GradientNorm(Callback):
     watches = True
 
     def __init__(self, log: StepLog, per: str):
-        self.log, self.norm = log, None
+        self.log = log
+        self.norm: Any = None
         setattr(self, "before_step" if per == "batch" else "after_backward", None)
 
     def __repr__(self) -> str: return "Recorder(\"gradient_norm\")"

@@ -77,7 +77,7 @@ def test_a_callback_on_the_step_refuses_in_the_first_batch_whose_step_it_does_no
     refused(make(kind, ON_THE_STEP[name]()), match)
 
 
-@pytest.mark.parametrize("name", ["Accumulate", "Recorder", "MixedPrecision"])
+@pytest.mark.parametrize("name", ["Accumulate", "MixedPrecision"])
 def test_a_callback_on_the_backward_pass_refuses_too(name):
     refused(make(OwnBackward, ON_THE_STEP[name]()), "backward")
 
