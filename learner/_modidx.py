@@ -1590,6 +1590,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'learner/loop/together.py'),
                                        'learner.loop.together._Side.batches_from': ( 'loop/together.html#_side.batches_from',
                                                                                      'learner/loop/together.py'),
+                                       'learner.loop.together._inner': ('loop/together.html#_inner', 'learner/loop/together.py'),
                                        'learner.loop.together._together': ('loop/together.html#_together', 'learner/loop/together.py'),
                                        'learner.loop.together._total': ('loop/together.html#_total', 'learner/loop/together.py')},
             'learner.loop.updates': { 'learner.loop.updates._callbacks_on': ('loop/updates.html#_callbacks_on', 'learner/loop/updates.py'),

@@ -71,6 +71,7 @@ def _label_of(batch: Any, form: str, whole: bool) -> Any:
                      f"{[*_parts_of(batch)]}; name it with Learner(..., labels=\"...\"), or pass "
                      "labels=None")
 
+# %% ../../nbs/base/batch.ipynb #32506c50
 def _own_size(value: Any) -> int | None:
     "The number of examples that an object states itself."
     for name in ("num_graphs", "batch_size"):
@@ -92,6 +93,7 @@ def _is_examples(value: Any) -> bool:
     if not isinstance(value, tuple | list) or is_leaf(value): return False
     return bool(value) and all(map(_is_one_example, value))
 
+# %% ../../nbs/base/batch.ipynb #535f9d98
 def _check_form(batch: Any, form: str, parts: Mapping[Any, Any], chosen: bool) -> None:
     "Raise BatchError for what is not a batch, or could be meant in two ways."
     if form == _NONE:
@@ -126,6 +128,7 @@ def _chosen(batch: Any, inputs: Any) -> _Parts:
     keywords = all(isinstance(key, str) for key in parts) and not isinstance(batch, tuple | list)
     return _Parts(parts if keywords else tuple(parts.values()), None, parts)
 
+# %% ../../nbs/base/batch.ipynb #1f4d0c36
 def _split(batch: Any, form: str, labels: Any, inputs: Any, whole: bool) -> _Parts:
     "Tell data from labels; raises BatchError for what is not a batch."
     parts, default = _parts_of(batch), labels == LABELS
@@ -145,6 +148,7 @@ def _split(batch: Any, form: str, labels: Any, inputs: Any, whole: bool) -> _Par
     if key is None and default and form != _KEYWORDS: target = data
     return _Parts(data, target, others)
 
+# %% ../../nbs/base/batch.ipynb #e3c71dcb
 def _place_of(batch: Any, key: int | str) -> int | str:
     "Where among its parts the labels of a batch are."
     names = getattr(batch, "_fields", None)
@@ -252,6 +256,7 @@ def _warn_once(batch: Any, wheres: Iterable[str], what: str) -> None:
     warnings.warn(f"{what}; if that is wrong, give the batch a batch_size, or set learn.batch_size "
                   "in an after_prepare hook", stacklevel=4)
 
+# %% ../../nbs/base/batch.ipynb #b9325296
 def _agreed(parts: _Parts) -> int | None:
     "The number of rows of the labels, if all is tensors and all have as many."
     labels, others = parts.labels, parts.others
@@ -260,6 +265,7 @@ def _agreed(parts: _Parts) -> int | None:
     agreed = all(isinstance(v, Tensor) and v.ndim and v.size(0) == size for v in others.values())
     return size if agreed else None
 
+# %% ../../nbs/base/batch.ipynb #419d4a98
 def _count(batch: Any, form: str, parts: _Parts) -> int:
     "The number of examples in a batch."
     own = None if type(batch) in (dict, tuple, list, Tensor) else _own_size(batch)
@@ -285,6 +291,7 @@ def _count(batch: Any, form: str, parts: _Parts) -> int:
                    "it is counted as 1")
     return size
 
+# %% ../../nbs/base/batch.ipynb #3b69c020
 def size_of(value: Any) -> int:
     """The number of examples that labels, predictions or data stand for.
 

@@ -122,6 +122,7 @@ def _tensors_hash(data: Any, indices: Tensor | None) -> str:
     part = map_tensors(lambda leaf: leaf.index_select(0, chosen.to(leaf.device)), data)
     return _with_share(data_hash(part), len(chosen), count)
 
+# %% ../../nbs/base/data_hash.ipynb #8890ec66
 def _examples_hash(loader: Any) -> str | None:
     "The hash of what a loader gives; None if it has no data that can be read again."
     if hasattr(loader, "data") and hasattr(loader, "indices"):
@@ -143,6 +144,7 @@ def _examples_hash(loader: Any) -> str | None:
     digest = data_hash(dataset if everything else _Chosen(dataset, read))
     return _with_share(digest, len(read), len(positions))
 
+# %% ../../nbs/base/data_hash.ipynb #81540417
 def loader_hash(loader: Any) -> str | None:
     """SHA-256 of the examples that a loader gives, whatever their order.
 

@@ -42,8 +42,10 @@ class LockedError(FileError):
 
 # %% ../../nbs/base/files.ipynb #646b9384
 _HERE = os.open in os.supports_dir_fd  # else paths are used as they are: on Windows
+
 _FLAGS = reduce(or_, (getattr(os, name, 0) for name in
                       ("O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY", "O_BINARY", "O_CLOEXEC")))
+
 _FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0)
 
 @contextlib.contextmanager
@@ -73,6 +75,7 @@ def _place(path: AnyPath, inside: AnyPath | None) -> Iterator[tuple[int | None, 
 def _has_link(root: Path, names: tuple[str, ...]) -> bool:
     return any(root.joinpath(*names[:end]).is_symlink() for end in range(1, len(names) + 1))
 
+# %% ../../nbs/base/files.ipynb #d691e7c5
 def _open(path: AnyPath, flags: int, inside: AnyPath | None) -> tuple[int, int]:
     "Open a regular file: its descriptor and its size."
     with _place(path, inside) as (folder, name):
@@ -146,6 +149,7 @@ def _finite(text: str) -> float:
     if math.isfinite(number := float(text)): return number
     raise ValueError(f"has the number {text[:20]}, which is too large")
 
+# %% ../../nbs/base/files.ipynb #b376911f
 def _is_shallow(value: Any, depth: int) -> bool:
     level = [value]
     for _ in range(depth):
@@ -189,6 +193,7 @@ def _check_replaceable(path: AnyPath, folder: int | None, name: str) -> None:
     if not stat.S_ISREG(mode):
         raise FileError(path, f"is {_kind(mode)}, which is not replaced; choose another name")
 
+# %% ../../nbs/base/files.ipynb #9abb461f
 @contextlib.contextmanager
 def replacing(
     path: AnyPath,
@@ -284,6 +289,7 @@ class FileLock:
             os.close(self.file)
         self.file = -1
 
+# %% ../../nbs/base/files.ipynb #7e2c3c3c
 def is_locked(path: AnyPath, inside: AnyPath | None = None) -> bool:
     "Whether a process holds the lock of a file; raises nothing."
     try: file, _ = _open(path, os.O_RDONLY, inside)

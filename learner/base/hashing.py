@@ -49,6 +49,7 @@ def _blocks(array: Any) -> Iterator[Any]:
 # %% ../../nbs/base/hashing.ipynb #7b11eec3
 Where = tuple[Any, Any] | None  # the way to a value: that to what holds it, and its index or key
 
+# %% ../../nbs/base/hashing.ipynb #4e58cfb4
 class Hasher:
     "Writes nested values to SHA-256 so that different values are different bytes."
 

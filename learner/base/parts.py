@@ -58,6 +58,7 @@ def check_optimiser(
         raise ValueError(f"optimiser: {type(optimiser).__name__} has no parameter of the model in "
                          "it; make it from model.parameters()")
 
+# %% ../../nbs/base/parts.ipynb #b41ac268
 def make_optimiser(
     factory: Callable[..., Any],  # called as `factory(model.parameters(), lr=learning_rate)`
     model: nn.Module,  # whose parameters it is to train
@@ -248,6 +249,7 @@ def places_in(
         yield where, part
         waiting.extend((f"{where}{name}", inner) for name, inner in _held_by(part).items())
 
+# %% ../../nbs/base/parts.ipynb #c1ff8b97
 def samplers_of(
     loader: Any,  # any iterable
 ) -> Iterator[Any]:

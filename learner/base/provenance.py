@@ -127,6 +127,7 @@ def _set(state: Mapping[str, Any]) -> list[str]:
     if numpy := _unflatten(state, "numpy"): np.random.set_state(numpy)
     return absent
 
+# %% ../../nbs/base/provenance.ipynb #26f2cd91
 def set_rng_state(state: Mapping[str, Any]) -> None:
     """Set the generators back.
 

@@ -129,6 +129,7 @@ def _too_deep(where: _Where) -> ValueError:
     return ValueError(f"{_place(where)} is nested more than {_DEPTH} levels deep; does the state "
                       "contain itself?")
 
+# %% ../../nbs/base/store.ipynb #f3fb6589
 def _encode_numpy(value: Any, tensors: _Tensors, where: _Where) -> Any:
     numpy = sys.modules.get("numpy")  # where it was not imported, nothing is of its types
     plain = value.item() if numpy and isinstance(value, numpy.generic) else None
@@ -381,6 +382,7 @@ def _blocks(head: bytes, tensors: Iterable[Tensor]) -> Iterator[memoryview]:
         for start in range(0, len(data), BLOCK): yield data[start : start + BLOCK]
     yield memoryview(small)
 
+# %% ../../nbs/base/store.ipynb #c4da35db
 def _write(file: int, head: bytes, tensors: Iterable[Tensor]) -> bytes:
     "Fill a new file and have it on the disk; the hash."
     with _Digest() as digest:
@@ -418,6 +420,7 @@ def _slices(tensors: Iterable[Tensor]) -> Iterator[memoryview]:
     for data in map(tensor_bytes, tensors):
         for start in range(0, len(data), BLOCK): yield data[start : start + BLOCK]
 
+# %% ../../nbs/base/store.ipynb #9d472619
 def _read(file: _File, device: torch.device | None) -> Any:
     "The state in a file, or None on no device, which only checks it; raises ValueError."
     size = os.fstat(file.fileno()).st_size
@@ -482,6 +485,7 @@ def save_state(path: AnyPath, state: Mapping[str, Any]) -> None:
         reason = f"{error.strerror}; what was saved before is kept"
         raise OSError(error.errno, reason, os.fspath(path)) from error
 
+# %% ../../nbs/base/store.ipynb #9f5a4d06
 def _hash_again(file: int) -> bytes | None:
     "The hash of a file as it is on the disk; None if it is not the one in its metadata."
     os.lseek(file, 0, os.SEEK_SET)
@@ -581,6 +585,7 @@ def newest_checkpoint(
             warnings.warn(f"{error}; the checkpoint before it is used", stacklevel=3)
     return None
 
+# %% ../../nbs/base/store.ipynb #81b422f9
 def read_checkpoint(path: AnyPath) -> dict[str, Any]:
     """Read the state in a checkpoint, or the newest good one in a folder of checkpoints.
 

@@ -172,6 +172,7 @@ def read_column(name: str, loaders: Mapping[str, Iterable[str]]) -> Column:
         if own and own != quantity: return Column(phase, loader, own)
     return Column(phase, "", quantity)
 
+# %% ../../nbs/base/words.ipynb #ed3eece8
 def named_loaders(dataloaders: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """The names of the loaders of each phase that has several.
 

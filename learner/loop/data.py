@@ -456,6 +456,7 @@ class DataLoaders(Mapping[str, Any]):
 
     def __repr__(self) -> str: return "\n".join(["DataLoaders", *_lines(self._loaders)])
 
+# %% ../../nbs/loop/data.ipynb #a88a8122
 def _find(loaders: Mapping[str, Any], name: str) -> Any:
     if name in loaders: return loaders[name]
     raise NoLoader(f"{name!r} is not one of the loaders {', '.join(loaders)}"

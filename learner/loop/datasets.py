@@ -92,6 +92,7 @@ def _idx_shape(file: Any, path: Any) -> tuple[int, ...]:
     _, _, dimensions = struct.unpack(">HBB", head)
     return struct.unpack(f">{dimensions}I", file.read(4 * dimensions))
 
+# %% ../../nbs/loop/datasets.ipynb #ff47e272
 def read_idx(path: str | os.PathLike[str], most: int = 2**28) -> Tensor:
     """Read an IDX file, the format of MNIST (LeCun et al., 1998).
 
@@ -144,6 +145,7 @@ def _image_loaders(
     if test is not None: loaders["test"] = TensorLoader(test, **options)
     return DataLoaders(**loaders, classes=classes)
 
+# %% ../../nbs/loop/datasets.ipynb #5484416e
 def digits(batch_size: int = 64, validation: float | int | None = 0.1, seed: int = 0,
            test: bool = True) -> DataLoaders:
     """Handwritten digits: 1,797 images, Nx1x8x8, float32 from 0 to 1, and labels, int64.

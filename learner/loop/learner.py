@@ -238,6 +238,7 @@ class Trainer(Guarded):
 # %% ../../nbs/loop/learner.ipynb #0c5793cf
 class Trials(Trainer):
     "Copies, hashes and tidying up."
+    is_trial = False  # a copy that `trial` gave, which leaves no trace
 
     @contextmanager
     def trial(self) -> Iterator[Self]:
@@ -256,6 +257,7 @@ class Trials(Trainer):
         with kept_rng(), kept_order(loaders_of(self).values()):
             trial = copied(self, shared | computed_tensors(self))
             trial.remove_watchers()
+            trial.is_trial = True
             yield trial
 
     def fingerprint(self) -> dict[str, str]:

@@ -40,6 +40,7 @@ def _gives_way(number: int, handler: Any) -> bool:
     asyncios = getattr(getattr(handler, "func", None), "__qualname__", "") == "Runner._on_sigint"
     return handler == _DEFAULTS[number] or asyncios or getattr(handler, "gives_way", False)
 
+# %% ../../nbs/loop/resume.ipynb #d97d1ac9
 class Signals:
     "Within a `with` the first Ctrl-C or SIGTERM is noted, and the second one acts at once."
 
@@ -121,6 +122,7 @@ class Arriving(Plan):
         orders = {each.prefix: order_state(loader) for each, loader in passes.items()}
         self.began = {"rng": rng_state(), "orders": orders}
 
+# %% ../../nbs/loop/resume.ipynb #d77a921c
 def set_random(learn: Any, loop: Mapping[str, Any]) -> None:
     "Put random numbers and the orders of the loaders as they were."
     loaders = loaders_of(learn)
@@ -167,6 +169,7 @@ class Standing(Arriving):
 
     def end_epoch(self, learn: Any) -> None: self.place = Place(learn.epoch + 1)
 
+# %% ../../nbs/loop/resume.ipynb #468101d0
 def tell_epoch(loader: Any, epoch: int) -> Any:
     "A training loader; whatever shuffles by epoch in it learns which epoch it is."
     for part in with_epochs(loader): part.set_epoch(epoch)
@@ -304,6 +307,7 @@ def kept_state(learn: Any, half: str) -> dict[str, Any]:
     if half: beside["loop"]["half"] = COUNTED if learn.batches_stepped > learn.batch_num else half
     return {"groups": groups, **beside}
 
+# %% ../../nbs/loop/resume.ipynb #bfddd9c4
 class Cursor(Keeping):
     "The plan of a training that can begin in the middle, and knows at any time where it stands."
 

@@ -181,6 +181,7 @@ def _check_stream(stream: Mapping[str, Any]) -> None:
         if type(stream[name]) is not int or stream[name] < 0: raise ValueError(name)
     if stream["given"]: stream["began"]["rng"], stream["began"]["order"], stream["loader"]
 
+# %% ../../nbs/loop/state.ipynb #94ec16bc
 def check_loop_state(loop: Any) -> None:
     "Raise ResumeError unless a value says where a training stands."
     match loop:
@@ -241,6 +242,7 @@ def gradients_left(learn: Any) -> list[Any] | None:
     if all(gradient is None for gradient in found): return None
     return [None if gradient is None else gradient.detach().clone() for gradient in found]
 
+# %% ../../nbs/loop/state.ipynb #7f294a71
 def gather(learn: Any) -> dict[str, Any]:
     "The state of callbacks and loop: everything that the model and the optimiser do not hold."
     cursor, history = learn.cursor, learn.history
@@ -344,6 +346,7 @@ def check_gradients(optimiser: Any, gradients: Any) -> None:
         for gradient, shape in zip(gradients, shapes, strict=True))
     if not fit: raise ResumeError("the gradients in the state are not those of the optimiser's parameters")
 
+# %% ../../nbs/loop/state.ipynb #bf05b766
 def put_gradients(learn: Any, gradients: Any) -> None:
     "Put the gradients back that a step which was left out has kept."
     if gradients is None: return

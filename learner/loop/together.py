@@ -67,6 +67,7 @@ def _total(batches: Any, loaders: Mapping[str, Any]) -> int:
                          "batches a pass has: Together(batches=100, ...)")
     return max(known) if batches == "longest" else min(known)
 
+# %% ../../nbs/loop/together.ipynb #de5f72a8
 class Together:
     """Several loaders read at once; each batch is a mapping with a batch of each.
 
@@ -79,8 +80,7 @@ class Together:
         **loaders: By name, any iterables of batches that can be read again.
 
     Raises:
-        ValueError: There are fewer than two loaders, one is given twice, or the number of batches
-            cannot be known.
+        ValueError: A loader is given twice, or the number of batches cannot be known.
 
     Example:
         >>> [*Together(a=[1, 2, 3], b=[4, 5])]
@@ -89,8 +89,8 @@ class Together:
 
     def __init__(self, batches: str | int = "longest", **loaders: Iterable[Any]):
         if len({id(loader) for loader in loaders.values()}) < max(2, len(loaders)):
-            raise ValueError(f"Together: the loaders are {list(loaders)}; give at least two, each "
-                             "its own")
+            names = list(loaders)
+            raise ValueError(f"Together: the loaders are {names}; give at least two, each its own")
         self.loaders, self.batches, self.epoch = loaders, _total(batches, loaders), 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -106,9 +106,11 @@ class Together:
             return partial(_together, self)  # without it a pass is read again up to the middle
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    def __repr__(self) -> str:
-        inner = ", ".join(f"{name}: {summary_of(loader)}" for name, loader in self.loaders.items())
-        return f"Together({self.batches:,} batches of {inner})"
+    def __repr__(self) -> str: return f"Together({self.batches:,} batches of {_inner(self)})"
+
+# %% ../../nbs/loop/together.ipynb #cdfffb78
+def _inner(loader: Together) -> str:
+    return ", ".join(f"{name}: {summary_of(each)}" for name, each in loader.loaders.items())
 
 def _together(loader: Together, first: int) -> Iterator[TogetherBatch]:
     "The next pass of several loaders, without the batches before number `first`."

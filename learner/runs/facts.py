@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['script_text', 'module_text', 'command_line', 'host_facts', 'versions', 'model_hash']
 
-# %% ../../nbs/runs/facts.ipynb #9a97fdb9
+# %% ../../nbs/runs/facts.ipynb #2bf50373
 import contextlib
 import inspect
 import os
@@ -52,7 +52,7 @@ def command_line() -> list[str] | None:
     if getattr(main, "__file__", None) and _is_ours(main): return ["learner", *sys.argv[1:]]
     return ["python", *sys.orig_argv[1:]]
 
-# %% ../../nbs/runs/facts.ipynb #4312eb9c
+# %% ../../nbs/runs/facts.ipynb #e320325e
 def host_facts() -> dict[str, Any]:
     "What of this machine may change results and times."
     facts: dict[str, Any] = {"platform": platform.platform(), "machine": platform.machine(),
@@ -73,7 +73,7 @@ def versions() -> dict[str, str]:
             with contextlib.suppress(PackageNotFoundError): found[module] = version(package)
     return found
 
-# %% ../../nbs/runs/facts.ipynb #ef73b2b8
+# %% ../../nbs/runs/facts.ipynb #7c0286d1
 def model_hash(model: torch.nn.Module) -> str | None:
     "SHA-256 of weights and buffers; None where there are none yet."
     try: return data_hash(dict(model.state_dict()))

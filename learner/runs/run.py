@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Nested', 'write_plots', 'write_predictions', 'MetaFile', 'epochs_text', 'ResultFiles', 'RunFrame', 'RunHooks', 'Run']
 
-# %% ../../nbs/runs/run.ipynb #0e75d422
+# %% ../../nbs/runs/run.ipynb #30594713
 import contextlib
 import os
 import re
@@ -48,7 +48,7 @@ from ..watch.look import show_predictions
 
 Nested = Mapping[str, Any]
 
-# %% ../../nbs/runs/run.ipynb #7af0222e
+# %% ../../nbs/runs/run.ipynb #a9ab75e5
 def _draw(folder: Path, draw: Callable[[Path], None]) -> None:
     "Draw pictures into a folder, which is made; an error becomes a warning."
     try:
@@ -90,7 +90,7 @@ def write_predictions(folder: AnyPath, learn: Learner) -> None:
     except Exception as error: _warn_of_pictures(folder, error)
     else: _draw(Path(folder), lambda folder: _save_figure(figure, folder / "predictions.png"))
 
-# %% ../../nbs/runs/run.ipynb #b9085247
+# %% ../../nbs/runs/run.ipynb #4b78dd85
 class MetaFile:
     "meta.json of a run while it trains."
 
@@ -129,7 +129,7 @@ class MetaFile:
         evaluations = [*list_in(known, "evaluations"), *added]
         write_json(self.path, {**self.values, "evaluations": evaluations}, sync)
 
-# %% ../../nbs/runs/run.ipynb #7db5a113
+# %% ../../nbs/runs/run.ipynb #adabe8d4
 def _first_facts(run: "RunFrame", learn: Learner, made: Settings | None) -> dict[str, Any]:
     "What is known when a run begins, and never changes."
     parent = run.parent if run.parent is not None else vars(learn).get("loaded_from")
@@ -153,7 +153,7 @@ def _how_it_ended(error: BaseException | None) -> tuple[str, str | None]:
     if error is None or isinstance(error, CancelException): return "finished", None
     return "failed", f"{type(error).__name__}: {error}".splitlines()[0][:1000]
 
-# %% ../../nbs/runs/run.ipynb #cfcc171a
+# %% ../../nbs/runs/run.ipynb #805246a5
 def _make_parts(folder: Path, options: Nested, settings: Nested | None) -> Iterator[Callback]:
     "The callbacks that a run brings along."
     checkpoint, tensorboard = options["checkpoint"], options["tensorboard"]
@@ -185,7 +185,7 @@ def epochs_text(count: int) -> str:
     "A number of epochs in words."
     return f"{count} epoch{'s' * (count != 1)}"
 
-# %% ../../nbs/runs/run.ipynb #cc2dbe8a
+# %% ../../nbs/runs/run.ipynb #a0613eec
 class ResultFiles:
     "history.csv, score.json and meta.json of a run while it trains."
 
@@ -223,7 +223,7 @@ def _cut_steps(path: Path, end: int) -> None:
         while block := list(islice(kept, 1000)):
             write_all(file, csv_text(block, STEP_COLUMNS, head=False).encode())
 
-# %% ../../nbs/runs/run.ipynb #9b1349c0
+# %% ../../nbs/runs/run.ipynb #1876967b
 def _begin(run: "RunFrame", learn: Learner, again: bool) -> None:
     "Write down what is known when a training begins."
     folder, meta = run.folder, run.results.meta
@@ -245,8 +245,8 @@ def _begin(run: "RunFrame", learn: Learner, again: bool) -> None:
     run.results.rewrite(learn.history)
 
 def _write_config(run: "RunFrame", learn: Learner, made: Settings | None) -> None:
-    record: dict[str, Any]
-    if made is None: record = {"config": None, "settings": describe_settings(learn)}
+    record: dict[str, Any] = {"config": None}
+    if made is None: record["settings"] = describe_settings(learn)
     else: record = made.record()
     if run.settings is not None: record |= {"settings": run.settings}
     config = {"format": FORMAT, "version": VERSION, **record, "options": run.options}
@@ -259,7 +259,7 @@ def _compare_data(folder: Path, learn: Learner, before: Nested) -> None:
         if loader_hash(learn.dataloaders[phase]) not in (None, before[phase]):
             warnings.warn(f"{folder}: the {phase} data is not what it was", stacklevel=2)
 
-# %% ../../nbs/runs/run.ipynb #4763a997
+# %% ../../nbs/runs/run.ipynb #ad05df3f
 def _keep(folder: Path, name: str, text: str) -> None:
     "Write a text down; one that differs from what is there gets a number."
     if not text: return
@@ -273,7 +273,7 @@ def _keep(folder: Path, name: str, text: str) -> None:
     longer = bool(last) and text.startswith(last)
     write_text(folder / names[count - 1 if longer else count], text)
 
-# %% ../../nbs/runs/run.ipynb #f2c9d735
+# %% ../../nbs/runs/run.ipynb #4febe353
 @contextlib.contextmanager
 def _opened(run: "RunFrame", learn: Learner) -> Iterator[None]:
     "The folder of a run, open for a training: locked, its beginning and its end written down."
@@ -308,7 +308,7 @@ def _end(run: "RunFrame", learn: Learner, error: BaseException | None) -> None:
         if error is None: raise
         error.add_note(f"{run.folder} is not complete: {type(second).__name__}: {second}")
 
-# %% ../../nbs/runs/run.ipynb #517e3663
+# %% ../../nbs/runs/run.ipynb #4c437b57
 def _note_test(run: "RunFrame", learn: Learner) -> None:
     "Write down what a test has found, in the row it belongs to and as an evaluation."
     found = {name: value for name, value in learn.results.items()
@@ -322,7 +322,7 @@ def _note_test(run: "RunFrame", learn: Learner) -> None:
         meta.go_on(meta.values["seconds"])  # a test is not training
         run.results.rewrite(learn.history, entry)
 
-# %% ../../nbs/runs/run.ipynb #eaf00e29
+# %% ../../nbs/runs/run.ipynb #af2cd864
 class RunFrame(StepLogger):
     "A run folder, open as long as a training lasts; `Run` explains the arguments."
     priority = 2000  # last, so that everything is there that others have logged
@@ -349,11 +349,13 @@ class RunFrame(StepLogger):
 
     @provides("train")
     def run(self, learn: Learner) -> Iterator[Self]:
-        with _opened(self, learn): yield self
+        if learn.is_trial: yield self  # a trial leaves no trace
+        else:
+            with _opened(self, learn): yield self
 
     def __repr__(self) -> str: return f"Run({str(self.folder)!r})"
 
-# %% ../../nbs/runs/run.ipynb #34376ed6
+# %% ../../nbs/runs/run.ipynb #5f04b93c
 class RunHooks(RunFrame):
     "What a run writes down within a training, and of a test after it or by itself."
 
@@ -381,7 +383,7 @@ class RunHooks(RunFrame):
         if self.opened: self.after_training()
         return super().state_dict()
 
-# %% ../../nbs/runs/run.ipynb #336cb1e5
+# %% ../../nbs/runs/run.ipynb #85321253
 class Run(RunHooks):
     """Keeps a run folder: settings, code, data, output, results, checkpoints.
 

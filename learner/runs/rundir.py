@@ -13,8 +13,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
-from ..base import files
-from ..base.files import AnyPath, FileLock, LockedError
+from ..base.files import AnyPath, FileLock, LockedError, is_file
+from ..base.files import is_locked as is_file_locked
 
 # %% ../../nbs/runs/rundir.ipynb #290a1c7a
 FORMAT, VERSION = "learner.run", 1  # in config.json
@@ -40,7 +40,7 @@ def check_name(name: Any, what: str = "name") -> str:
     if wrong: raise RunError(f"{what} is {str(name)[:80]!r}; {wrong}")
     return str(name)
 
-# %% ../../nbs/runs/rundir.ipynb #452b0f69
+# %% ../../nbs/runs/rundir.ipynb #c86895b9
 def printable(text: Any) -> str:
     r"""Text in which everything that a terminal would obey or hide is written as an escape.
 
@@ -74,7 +74,7 @@ def check_layout(folder: Path) -> None:
     "Raise RunError for a run in which something else is in the place of a file or a folder."
     for name in _FILES:
         path = folder / name
-        if os.path.lexists(path) and not files.is_file(path):
+        if os.path.lexists(path) and not is_file(path):
             raise RunError(f"{path} is not a regular file; remove it to continue the run")
     for name in _FOLDERS: inner_folder(folder, name)
 
@@ -88,7 +88,7 @@ def is_run(folder: AnyPath) -> bool:
     "Whether a folder is a run, complete or not."
     return any(os.path.isfile(os.path.join(folder, name)) for name in ("config.json", "meta.json"))
 
-# %% ../../nbs/runs/rundir.ipynb #0c587e8a
+# %% ../../nbs/runs/rundir.ipynb #e3a22cc7
 def create_run(folder: AnyPath) -> Path:
     "Make a new folder, and those above it; raises RunExistsError, or RunError for a bad name."
     path = Path(os.path.abspath(run_path(folder)))
@@ -119,7 +119,7 @@ def inner_folder(folder: Path, name: str) -> Path:
     if path.is_symlink(): raise RunError(f"{path} is a link, which is not followed")
     return path
 
-# %% ../../nbs/runs/rundir.ipynb #f94d00dc
+# %% ../../nbs/runs/rundir.ipynb #85a7f703
 def move_aside(folder: AnyPath) -> Path | None:
     "Rename a run out of the way, and return its new path, None if there was none; raises RunError."
     path = Path(os.path.abspath(run_path(folder)))
@@ -149,7 +149,7 @@ def find_runs(folder: AnyPath) -> list[Path]:
 # %% ../../nbs/runs/rundir.ipynb #fa336b59
 def is_locked(folder: AnyPath) -> bool:
     "Whether a process is training in a folder at this moment."
-    return files.is_locked(Path(folder) / ".lock")
+    return is_file_locked(Path(folder) / ".lock")
 
 class RunLock(FileLock):
     "The lock of a run folder, for a `with`; raises RunError if a process is training there."

@@ -43,8 +43,11 @@ _all_ = ["Model", "Optimiser", "Callbacks"]
 
 # %% ../../nbs/runs/signature.ipynb #70e2d8fe
 _PLAIN = (Any, int, float, str, bool, NoneType, Path)
+
 _COLLECTIONS = (list, tuple, dict, set, frozenset, Sequence, Mapping, Iterable, Collection)
+
 _UNIONS = (Union, UnionType)
+
 _BARE = {Sequence: list, Iterable: list, Collection: list, Mapping: dict}  # what holds any values
 
 def plain_hint(hint: Any) -> Any:
@@ -70,6 +73,7 @@ def members(hint: Any) -> tuple[Any, ...]:
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false",
           NoneType: "null", Path: "a path"}
 
+# %% ../../nbs/runs/signature.ipynb #d113eb1d
 def describe(hint: Any) -> str:
     "An annotation in words, for messages."
     origin, args = get_origin(hint), get_args(hint)
