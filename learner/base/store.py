@@ -383,8 +383,8 @@ def _blocks(head: bytes, tensors: Iterable[Tensor]) -> Iterator[memoryview]:
     yield memoryview(small)
 
 # %% ../../nbs/base/store.ipynb #c4da35db
-def _write(file: int, head: bytes, tensors: Iterable[Tensor]) -> None:
-    "Fill a new file and have it on the disk."
+def _write(file: int, head: bytes, tensors: Iterable[Tensor]) -> bytes:
+    "Fill a new file and have it on the disk; the hash."
     with _Digest() as digest:
         for block in _blocks(head, tensors):
             begin = digest.size
@@ -396,6 +396,7 @@ def _write(file: int, head: bytes, tensors: Iterable[Tensor]) -> None:
     os.lseek(file, _SUM.start, os.SEEK_SET)
     write_all(file, digest.text())
     os.fsync(file)
+    return digest.text()
 
 # %% ../../nbs/base/store.ipynb #af8a6f93
 _File = io.RawIOBase | io.BufferedIOBase
@@ -476,22 +477,23 @@ def save_state(path: AnyPath, state: Mapping[str, Any]) -> None:
         make_folder(path.parent)
         tidy(path.parent, path.name)
         with replacing(path) as file:
-            _write(file, head, ordered)
-            _check_written(file)
+            if _write(file, head, ordered) != _hash_again(file):
+                raise OSError(errno.EIO, "what was read back is not what was written: the disk "
+                              "fails, or a tensor changed meanwhile (save a snapshot)")
     except OSError as error:
         if error.errno is None: raise
         reason = f"{error.strerror}; what was saved before is kept"
         raise OSError(error.errno, reason, os.fspath(path)) from error
 
 # %% ../../nbs/base/store.ipynb #9f5a4d06
-def _check_written(file: int) -> None:
-    "Read a new file back; raises OSError."
+def _hash_again(file: int) -> bytes | None:
+    "The hash of a file as it is on the disk; None if it is not the one in its metadata."
     os.lseek(file, 0, os.SEEK_SET)
-    try:
-        with open(file, "rb", buffering=0, closefd=False) as again: _read(again, device=None)
-    except ValueError as error:
-        raise OSError(errno.EIO, f"what was read back is not what was written (it {error}): the "
-                      "disk fails, or a tensor changed meanwhile (save a snapshot)") from None
+    with open(file, "rb", buffering=0, closefd=False) as again, _Digest() as digest:
+        start = bytes(_fill(again, memoryview(bytearray(_SUM.stop))))
+        digest.add(start[: _SUM.start] + _ZERO)
+        for block in _ring(os.fstat(file).st_size - _SUM.stop): digest.add(_fill(again, block))
+    return digest.text() if digest.text() == start[_SUM] else None
 
 def _check_replaceable(path: Path) -> None:
     "Raise FileError for a file that neither is nor was a checkpoint."
