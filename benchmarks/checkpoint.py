@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from learner.base.store import check_state, load_state, save_state, snapshot
+from learner.base.nested import snapshot
+from learner.base.store import check_state, load_state, save_state
 
 LIMIT = 1.5  # save_state may take this much of the disk's own time
 SHARE = 2**22  # parameters of one tensor

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import StepLR
 
 import learner
 from learner.base.hashing import hash_state
-from learner.base.store import snapshot
+from learner.base.nested import snapshot
 from learner.check.bench import example_learner
 from learner.check.conformance import check_callback
 from learner.check.nan_guard import NaNGuard

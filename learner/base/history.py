@@ -185,9 +185,8 @@ class History(Table):
     `history[-1]` is the last row, `history["train_loss"]` a column.
 
     Attributes:
-        rows: the rows, mappings of column to value.
-        keep_steps: set it before training to have every batch's values in `steps`.
-        steps: the values of single batches by column, if they are kept.
+        rows: mappings of column to value.
+        keep_steps: set it before training to have every batch's values in `steps`, by column.
 
     Example:
         >>> learn.history["validation_loss"]
@@ -210,9 +209,7 @@ class History(Table):
         """Draw the curves of a quantity over the epochs.
 
         Args:
-            quantity: every column that ends in it, so that "loss" draws train_loss, validation_loss
-                and so on; or a
-                single column.
+            quantity: every column that ends in it, as "loss" for train_loss; or one column.
             ax: the axes to draw on; a new figure by default.
 
         Raises:

@@ -24,7 +24,8 @@ import torch
 
 from ..base.parts import is_optimiser, length_of, with_epochs
 from ..base.provenance import rng_state, set_rng_state
-from ..base.store import read_checkpoint, snapshot
+from ..base.nested import snapshot
+from ..base.store import read_checkpoint
 from ..base.tree import to_device
 from ..base.words import PHASES, check_whole, split_column
 from .loop import Plan

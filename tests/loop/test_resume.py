@@ -23,8 +23,9 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from learner.base.hashing import hash_state
+from learner.base.nested import snapshot
 from learner.base.provenance import rng_state, seed_everything
-from learner.base.store import DamagedError, load_state, save_state, snapshot
+from learner.base.store import DamagedError, load_state, save_state
 from learner.loop.data import DataLoaders, DatasetLoader
 from learner.loop.learner import Learner
 from learner.loop.resume import Rewind
