@@ -213,8 +213,7 @@ class History(Table):
             ax: the axes to draw on; a new figure by default.
 
         Raises:
-            HistoryError: there is no such column.
-        """
+            HistoryError: there is no such column."""
         from learner.base.show import plot_curves
         names = _columns_of(quantity, self.columns)
         epochs = [row["epoch"] for row in self.rows]

@@ -206,8 +206,7 @@ class Trainer(Guarded):
 
         Args:
             epochs: Passes over the training data; 1 by default. On resume they count from the beginning.
-            learning_rate: Of all parameter groups, which keep their proportions; by default the
-                optimiser's own. A training that is resumed keeps what it has.
+            learning_rate: Of all groups, in proportion; the optimiser's own by default and on resume.
             validation_epochs: Validate every so many epochs, and after the last; 1 by default.
             callbacks: Callbacks for this call only.
             resume: True to go on in this process; or a checkpoint, a folder of them, or a state.
