@@ -89,7 +89,7 @@ class _Looking(_Watching):
     def _look(self, learn: Learner, batches: int) -> None:
         "Redraw; only here is anything read from the device."
         if self.view is None: return
-        loss = vars(learn).get("loss")
+        loss = getattr(learn, "loss", None)
         self.view.values = {}
         for callback in learn.callbacks:
             if isinstance(callback, Metrics): self.view.values |= callback.glance()

@@ -1044,7 +1044,7 @@ FORGED = {
     "an average that is none": (swap("callbacks", EMA=3), "the state of EMA does not fit: "),
     "a schedule of another kind": (lambda s: s["callbacks"]["BatchSchedule"].update(kind="StepLR"), "the state of BatchSchedule does not fit: BatchSchedule(OneCycleLR): the state is of StepLR, and the factory makes OneCycleLR; load it"),
     "a schedule with a hole": (lambda s: s["callbacks"]["BatchSchedule"].pop("done"), "the state of BatchSchedule does not fit: BatchSchedule(OneCycleLR): the state has no done; load what state_dict() gave"),
-    "another recorder": (lambda s: s["callbacks"]["Recorder"].update(names=["os"]), "the state of Recorder does not fit: the state has os, and this is Recorder(loss, learning_rate, gradient_norm); record the same quantities"),
+    "another recorder": (lambda s: s["callbacks"]["Recorder"].update(names=["os"]), "the state of Recorder does not fit: the state holds os, but this is Recorder(loss, learning_rate, gradient_norm); record the same quantities"),
     "another stopping": (swap("callbacks", EarlyStopping={}), "the state of EarlyStopping does not fit: "),
     "another count": (swap("callbacks", FreezeUntil={"epochs": -1}), "the state of FreezeUntil does not fit: epochs is -1; it must be a whole number of at least 0"),
     "a group with a hole": (lambda s: s["callbacks"]["Accumulate"].pop("gradients"), "the state of Accumulate does not fit: load_state_dict: the state has no gradients"),
