@@ -93,7 +93,7 @@ def of_images():
 
 
 LEARNERS = {"CutMix": of_images}  # for those that the kit's own learner, with its rows of numbers, is not for
-BASES = {"ModuleStats", "HookedStats", "GradientNorm"}  # bases and parts of others, which do not work alone
+BASES = {"ModuleStats", "HookedStats", "GradientNorm", "RunFrame", "RunHooks", "StepLogger", "PassLogger", "Destination", "Board", "Graph", "Histograms", "Images"}  # bases and parts of others, which do not work alone
 
 
 def public_callbacks():

@@ -465,7 +465,7 @@ class Loop(Ready):
         self.history, self.results, self.plan, self.columns = History(), {}, Plan(), Columns("")
         self.last = {}
         self.phase, self.num_epochs, self.epoch = "", 0, 0
-        self.batch_num = self.batches_done = self.batches_stepped = 0
+        self.batch_num, self.batches_done, self.batches_stepped = -1, 0, 0
         super().__init__(callbacks)
         self._asked_device, self.device, self._steps = device, place_model(model, device), {}
 

@@ -250,7 +250,7 @@ class _Measuring(Callback):
                               "Metrics(..., phases=...)") from None
         if self.pick: predictions, labels = self.pick(predictions, labels)
         elif learn.loss_func is None: predictions = _logits(predictions)
-        size = learn.batch_size if "batch_size" in vars(learn) else unpack(learn.batch)[3]
+        size = learn.batch_size if hasattr(learn, "batch_size") else unpack(learn.batch)[3]
         now.add(predictions, labels, size)
         if not self.tried:
             try_out(now.running)
