@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from learner.base.store import check_state, load_state, save_state, snapshot
+from learner.base.nested import snapshot
+from learner.base.store import check_state, load_state, save_state
 
 LIMIT = 1.5  # save_state may take this much of the disk's own time
 SHARE = 2**22  # parameters of one tensor
@@ -86,12 +87,12 @@ def measure(folder: Path, millions: int, rounds: int) -> None:
 
     ways: dict[str, Callable[[], object]] = {
         "the disk alone": lambda: replace(folder / "plain", lambda path: write(path, blocks)),
-        "save_state": lambda: save_state(folder / "ours", state),
+        "save_state": lambda: save_state(folder / "ours.safetensors", state),
         "torch.save, replacing": lambda: replace(folder / "torch.pt", lambda path: torch.save(state, path)),
         "torch.save": lambda: torch.save(state, folder / "fast.pt"),
         "snapshot": lambda: snapshot(state),
-        "check_state": lambda: check_state(folder / "ours"),
-        "load_state": lambda: load_state(folder / "ours"),
+        "check_state": lambda: check_state(folder / "ours.safetensors"),
+        "load_state": lambda: load_state(folder / "ours.safetensors"),
         "torch.load": lambda: torch.load(folder / "torch.pt"),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -101,7 +102,7 @@ def measure(folder: Path, millions: int, rounds: int) -> None:
             if number: times[name].append(took)  # the first round makes the files
             os.sync()
     medians = {name: statistics.median(values) for name, values in times.items()}
-    ours = sum(file.stat().st_size for file in (folder / "ours").iterdir())
+    ours = (folder / "ours.safetensors").stat().st_size
     print(f"\n{millions} M parameters of float32 and two moments, {size / 1e6:,.1f} MB; files: save_state {ours / 1e6:,.3f} MB, "
           f"torch.save {(folder / 'torch.pt').stat().st_size / 1e6:,.3f} MB; median of {rounds} rounds")
     print(f"{'':24}{'seconds':>9}{'least':>9}{'most':>9}{'MB/s':>8}")
@@ -118,7 +119,7 @@ def training(folder: str | None) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as place:
         learn.add(Checkpoint(place))
         learn.train(2)
-        size = sum(file.stat().st_size for file in Path(place, "epoch-0002").iterdir())
+        size = Path(place, "epoch-0002.safetensors").stat().st_size
     epochs, whole = learn.times["train", "epoch"]
     saves, saving = learn.times["train", "epoch", "Checkpoint.after_epoch"]
     epoch, save = whole / epochs, saving / saves

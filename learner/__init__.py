@@ -7,8 +7,11 @@ __all__ = ['FOLDERS']
 
 # %% ../nbs/init.ipynb #52ef9a69
 import sys
+
 from importlib import import_module
+
 from importlib.util import find_spec
+
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ def __getattr__(name: str) -> Any:
         raise ImportError(message, name="learner")  # would say less
     raise AttributeError(message)
 
+# %% ../nbs/init.ipynb #e9202ed6
 def _missing(name: str, main: list[str]) -> str:
     "What to say of a name that is not handed on: where it is, or which was meant."
     from learner._modidx import d

@@ -12,7 +12,9 @@ from torch import nn
 
 from learner.loop.learner import Learner
 from learner.loop.stages import CancelStepException
-from learner.steer.update import EMA, Accumulate, ClipGradients, FreezeUntil
+from learner.steer.accumulate import Accumulate
+from learner.steer.freeze import FreezeUntil
+from learner.steer.update import EMA, ClipGradients
 
 
 def optional(module):

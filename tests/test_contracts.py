@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import StepLR
 
 import learner
 from learner.base.hashing import hash_state
-from learner.base.store import snapshot
+from learner.base.nested import snapshot
 from learner.check.bench import example_learner
 from learner.check.conformance import check_callback
 from learner.check.nan_guard import NaNGuard
@@ -28,10 +28,14 @@ from learner.loop.stages import Callback, FunctionCallback
 from learner.runs.loggers import ConsoleTable, CSVLogger, JSONLinesLogger, Logger
 from learner.runs.runs import Run
 from learner.runs.tensorboard import TensorBoard
+from learner.steer.accumulate import Accumulate
 from learner.steer.augment import TTA, BatchTransform, CutMix, Mixup
+from learner.steer.curves import cosine
+from learner.steer.freeze import FreezeUntil
 from learner.steer.precision import ChannelsLast, Compile, MixedPrecision
-from learner.steer.schedule import BatchSchedule, EarlyStopping, EpochSchedule, PiecewiseSchedule, Schedule, cosine
-from learner.steer.update import EMA, Accumulate, ClipGradients, FreezeUntil
+from learner.steer.schedule import BatchSchedule, EpochSchedule, PiecewiseSchedule, Schedule
+from learner.steer.stopping import EarlyStopping
+from learner.steer.update import EMA, ClipGradients
 from learner.watch.activations import ActivationStats, GradientStats
 from learner.watch.metrics import Metrics, MulticlassAccuracy
 from learner.watch.profiler import Profiler
@@ -89,7 +93,7 @@ def of_images():
 
 
 LEARNERS = {"CutMix": of_images}  # for those that the kit's own learner, with its rows of numbers, is not for
-BASES = {"ModuleStats", "HookedStats", "GradientNorm"}  # bases and parts of others, which do not work alone
+BASES = {"ModuleStats", "HookedStats", "GradientNorm", "RunFrame", "RunHooks", "StepLogger", "PassLogger", "Destination", "Board", "Graph", "Histograms", "Images"}  # bases and parts of others, which do not work alone
 
 
 def public_callbacks():

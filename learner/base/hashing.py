@@ -50,8 +50,8 @@ def _blocks(array: Any) -> Iterator[Any]:
 Where = tuple[Any, Any] | None  # the way to a value: that to what holds it, and its index or key
 
 # %% ../../nbs/base/hashing.ipynb #4e58cfb4
-class Hasher:
-    "Writes nested values to SHA-256 so that different values are different bytes."
+class _Sha:
+    "A SHA-256, and the error for what it cannot take."
 
     def __init__(self, name: str = "data"):
         self.sha, self.name = hashlib.sha256(), name
@@ -60,6 +60,20 @@ class Hasher:
         "Add a line that says what comes, and its bytes."
         self.sha.update(line.encode() + b"\n")
         self.sha.update(payload)
+
+    def refused(self, value: Any, where: Where, fix: str) -> TypeError:
+        "The error for a value that cannot be hashed."
+        steps = ""
+        while where:
+            above, key = where
+            steps = f"[{key!r}]{steps}"
+            where = above
+        kind = type(value).__name__
+        return TypeError(f"{self.name}{steps} of type {kind} cannot be hashed: {fix}")
+
+# %% ../../nbs/base/hashing.ipynb #f61c429f
+class Hasher(_Sha):
+    "Writes nested values to SHA-256 so that different values are different bytes."
 
     def add(self, value: Any, where: Where = None) -> None:
         "Add a value with all that it holds; raises TypeError for what cannot be hashed."
@@ -87,16 +101,6 @@ class Hasher:
         "Add a value of any other type."
         fix = "give tensors, arrays, numbers, text, or lists, tuples and mappings of them"
         raise self.refused(value, where, fix)
-
-    def refused(self, value: Any, where: Where, fix: str) -> TypeError:
-        "The error for a value that cannot be hashed."
-        steps = ""
-        while where:
-            above, key = where
-            steps = f"[{key!r}]{steps}"
-            where = above
-        kind = type(value).__name__
-        return TypeError(f"{self.name}{steps} of type {kind} cannot be hashed: {fix}")
 
 # %% ../../nbs/base/hashing.ipynb #8286bfc8
 def _add_items(hasher: Hasher, value: list[Any] | tuple[Any, ...], where: Where) -> None:

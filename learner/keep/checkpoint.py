@@ -18,7 +18,8 @@ from typing import Any
 from ..base.files import AnyPath, FileError, FileLock, LockedError
 from ..base.files import make_folder, read_json, remove, tidy, write_json
 from ..base.store import check_state, checkpoint_name, list_checkpoints, load_state
-from ..base.store import newest_checkpoint, save_state, snapshot
+from ..base.nested import snapshot
+from ..base.store import newest_checkpoint, save_state
 from ..base.words import check_number, check_whole, plain
 from ..loop.learner import Learner
 from ..loop.stages import Callback

@@ -206,20 +206,16 @@ class Trainer(Guarded):
 
         Args:
             epochs: Passes over the training data; 1 by default. On resume they count from the beginning.
-            learning_rate: Of all parameter groups, which keep their proportions; by default the
-                optimiser's own. A training that is resumed keeps what it has.
+            learning_rate: Of all groups, in proportion; the optimiser's own by default and on resume.
             validation_epochs: Validate every so many epochs, and after the last; 1 by default.
             callbacks: Callbacks for this call only.
-            resume: True to go on where training was stopped in this process; or a checkpoint, a
-                folder of them, or a state.
+            resume: True to go on in this process; or a checkpoint, a folder of them, or a state.
             steps: Count batches instead of epochs: so many in all, also on a loader without end.
             validation_steps: With `steps`: batches between two validations, each a row of the history.
-            validate: False to leave out validations.
-            test: False to leave out the test at the end.
+            validate, test: False to leave out validations, or the test at the end.
 
         Raises:
-            ResumeError: If there is nothing to resume, or it does not fit; nothing is changed then.
-            ValueError, TypeError: For what cannot be trained, before the first batch.
+            ResumeError, ValueError, TypeError: Before the first batch; nothing is changed then.
 
         Example:
             >>> learn.train(5, learning_rate=0.01)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STOPPING', 'AGAIN', 'COUNTED', 'Signals', 'stop_error', 'Arriving', 'set_random', 'Standing', 'tell_epoch', 'Batches',
-           'Keeping', 'kept_state', 'Cursor', 'begin', 'state_to_resume', 'set_steps', 'lengths', 'Rewind']
+           'Flow', 'TrainingBatches', 'Keeping', 'kept_state', 'Cursor', 'begin', 'state_to_resume', 'set_steps',
+           'lengths', 'Rewind']
 
 # %% ../../nbs/loop/resume.ipynb #7467fc4f
 import os
@@ -23,7 +24,8 @@ import torch
 
 from ..base.parts import is_optimiser, length_of, with_epochs
 from ..base.provenance import rng_state, set_rng_state
-from ..base.store import read_checkpoint, snapshot
+from ..base.nested import snapshot
+from ..base.store import read_checkpoint
 from ..base.tree import to_device
 from ..base.words import PHASES, check_whole, split_column
 from .loop import Plan
@@ -202,28 +204,14 @@ class Batches(Standing):
             if signals.noted: raise signals.error(self.stopped(learn)) from None
             raise
 
-    def training_batches(self, learn: Any) -> Iterator[tuple[int, Any]]:
-        "The batches of training, or those that are left to a training that goes on."
-        loop = self.arrive(learn) if self.arriving else None
-        loader, first = learn.dataloaders["train"], self.place.batch
-        if loop is not None and first:
-            learn.batch_num, learn.batches_done = first - 1, first
-            for name, mean in loop["means"].items():
-                learn.columns.means[name].load_state_dict(mean, learn.device)
-        else: self.place, first = Place(learn.epoch, "train"), 0
-        if self.steps is not None:
-            self.began = {"rng": {}, "order": {}}  # the stream knows
-            left = (self.length(learn) or 0) - first
-            return self.batches(learn, islice(self.flow(learn, loader), left), first)
-        tell_epoch(loader, len(learn.history))
-        if loop is None or not first:
-            self.began = {"rng": rng_state(), "order": order_state(loader)}
-            return self.batches(learn, loader)
-        self.began = loop["began"]
-        set_order_state(loader, self.began["order"])
-        batches = batches_from(loader, first, self.began["rng"], loop["loader"], loop["orders"]["train"])
-        set_rng_state(loop["rng"])
-        return self.batches(learn, batches, first)
+    def stopped(self, learn: Any) -> str:
+        "What a notebook shows of a stop."
+        goes_on = "; train(resume=True) goes on from there" if learn.call == "train" else ""
+        return f"stopped after {learn.position()}{goes_on}"
+
+# %% ../../nbs/loop/resume.ipynb #ce824c80
+class Flow(Batches):
+    "The stream of a training that counts batches, and how it gets back to its place."
 
     def flow(self, learn: Any, loader: Any) -> Stream:
         "The stream of a training that counts batches, where it stands."
@@ -252,10 +240,32 @@ class Batches(Standing):
         own = loader.state_dict() if has_state(loader) else None
         return {"passes": self.stream.passes, "given": self.stream.given, "began": self.stream.began, "loader": own}
 
-    def stopped(self, learn: Any) -> str:
-        "What a notebook shows of a stop."
-        goes_on = "; train(resume=True) goes on from there" if learn.call == "train" else ""
-        return f"stopped after {learn.position()}{goes_on}"
+# %% ../../nbs/loop/resume.ipynb #27ca62db
+class TrainingBatches(Flow):
+    "The batches of training from a place on."
+
+    def training_batches(self, learn: Any) -> Iterator[tuple[int, Any]]:
+        "The batches of training, or those that are left to a training that goes on."
+        loop = self.arrive(learn) if self.arriving else None
+        loader, first = learn.dataloaders["train"], self.place.batch
+        if loop is not None and first:
+            learn.batch_num, learn.batches_done = first - 1, first
+            for name, mean in loop["means"].items():
+                learn.columns.means[name].load_state_dict(mean, learn.device)
+        else: self.place, first = Place(learn.epoch, "train"), 0
+        if self.steps is not None:
+            self.began = {"rng": {}, "order": {}}  # the stream knows
+            left = (self.length(learn) or 0) - first
+            return self.batches(learn, islice(self.flow(learn, loader), left), first)
+        tell_epoch(loader, len(learn.history))
+        if loop is None or not first:
+            self.began = {"rng": rng_state(), "order": order_state(loader)}
+            return self.batches(learn, loader)
+        self.began = loop["began"]
+        set_order_state(loader, self.began["order"])
+        batches = batches_from(loader, first, self.began["rng"], loop["loader"], loop["orders"]["train"])
+        set_rng_state(loop["rng"])
+        return self.batches(learn, batches, first)
 
 # %% ../../nbs/loop/resume.ipynb #4d7f1c15
 AGAIN = ("the batch that failed is done again, and what its first half drew from the random numbers, "
@@ -263,7 +273,7 @@ AGAIN = ("the batch that failed is done again, and what its first half drew from
 COUNTED = ("the batch that failed had taken its step and counts as done, without the hooks that had not "
            "run yet")
 
-class Keeping(Batches):
+class Keeping(TrainingBatches):
     "What is kept of a training that ends early."
 
     def __init__(self) -> None:

@@ -35,7 +35,7 @@ class _Side:
     records: Sequence[Record] | None = None  # fingerprints
     notes: list[str] = field(default_factory=list)  # what could not be read
 
-# %% ../../nbs/runs/compare.ipynb #d724f865
+# %% ../../nbs/runs/compare.ipynb #a75bf851
 def _side(given: Any, name: str) -> _Side:
     """One of the two, whatever it was given as.
 
@@ -135,7 +135,7 @@ def _place(*numbers: int | None) -> str:
     named = zip(("epoch", "batch"), numbers, strict=False)
     return ", ".join(f"{word} {number}" for word, number in named if number is not None)
 
-# %% ../../nbs/runs/compare.ipynb #15ba2d7e
+# %% ../../nbs/runs/compare.ipynb #5d78fdb4
 _Rows = Iterable[Mapping[str, Any]]
 
 def _first_row(a: _Rows, b: _Rows, key: str, source: str) -> tuple[First, Pairs] | None:
@@ -196,7 +196,7 @@ class Differences:
     compared: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-# %% ../../nbs/runs/compare.ipynb #2856db2b
+# %% ../../nbs/runs/compare.ipynb #423670e9
 _ROWS = 8  # of each section that are shown
 _WIDE = 36  # characters of a value that are shown
 _HASH = re.compile(r"(?:[0-9a-f]{40}|[0-9a-f]{64})(?: \(.*\))?")
@@ -235,7 +235,7 @@ def _html_section(title: str, nothing: str, pairs: Pairs) -> str:
         lines.append([f"<td>{escape(text)}</td>" for text in (printable(name), *_shown(*pair))])
     return "".join(f"<tr>{''.join(line)}</tr>" for line in lines)
 
-# %% ../../nbs/runs/compare.ipynb #c9e81547
+# %% ../../nbs/runs/compare.ipynb #d89793f6
 class Sections(Differences):
     "What differs between two runs, section by section."
 
@@ -259,7 +259,7 @@ class Sections(Differences):
         if self.last and self.epochs != (epoch + 1, epoch + 1):
             yield "results of the last epoch", "", self.last
 
-# %% ../../nbs/runs/compare.ipynb #72299261
+# %% ../../nbs/runs/compare.ipynb #581ee7d0
 class Comparison(Sections):
     "What differs between two runs, shown as text and as HTML."
 
@@ -325,7 +325,7 @@ def _compare_folders(found: Differences, a: RunFiles, b: RunFiles) -> None:
     found.compared += ["start", "machine"]
     found.notes += [f"{run.folder} is {run.status}" for run in (a, b) if run.status != "finished"]
 
-# %% ../../nbs/runs/compare.ipynb #a93f3477
+# %% ../../nbs/runs/compare.ipynb #f9b37f1c
 def compare_runs(a: Any, b: Any) -> Comparison:
     """What differs between two runs.
 
@@ -360,7 +360,7 @@ def compare_runs(a: Any, b: Any) -> Comparison:
         raise CompareError(f"{one.name} and {other.name} have nothing in common to compare")
     return found
 
-# %% ../../nbs/runs/compare.ipynb #5e3abfb1
+# %% ../../nbs/runs/compare.ipynb #6a599273
 def _compare_fingerprints(found: Differences, one: _Side, other: _Side) -> None:
     if one.records is not None and other.records is not None:
         try: part = first_difference(one.records, other.records)

@@ -59,7 +59,8 @@ def _classifier(
     from torch.nn import functional as F
     from learner.loop.learner import Learner
     from learner.watch.metrics import Metrics, MulticlassAccuracy
-    from learner.steer.schedule import PiecewiseSchedule, Schedule, cosine, linear
+    from learner.steer.curves import cosine, linear
+    from learner.steer.schedule import PiecewiseSchedule, Schedule
 
     steering: list[Any] = []
     if not isinstance(schedule, str): steering = [PiecewiseSchedule(schedule)]

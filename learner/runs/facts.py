@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['script_text', 'module_text', 'command_line', 'host_facts', 'versions', 'model_hash']
 
-# %% ../../nbs/runs/facts.ipynb #2bf50373
+# %% ../../nbs/runs/facts.ipynb #dbf29d14
 import contextlib
 import inspect
 import os
@@ -52,7 +52,7 @@ def command_line() -> list[str] | None:
     if getattr(main, "__file__", None) and _is_ours(main): return ["learner", *sys.argv[1:]]
     return ["python", *sys.orig_argv[1:]]
 
-# %% ../../nbs/runs/facts.ipynb #e320325e
+# %% ../../nbs/runs/facts.ipynb #3fdf02dd
 def host_facts() -> dict[str, Any]:
     "What of this machine may change results and times."
     facts: dict[str, Any] = {"platform": platform.platform(), "machine": platform.machine(),
@@ -73,7 +73,7 @@ def versions() -> dict[str, str]:
             with contextlib.suppress(PackageNotFoundError): found[module] = version(package)
     return found
 
-# %% ../../nbs/runs/facts.ipynb #7c0286d1
+# %% ../../nbs/runs/facts.ipynb #c11c2b16
 def model_hash(model: torch.nn.Module) -> str | None:
     "SHA-256 of weights and buffers; None where there are none yet."
     try: return data_hash(dict(model.state_dict()))

@@ -120,7 +120,7 @@ class Destination(Callback):
     def close(self) -> None:
         "A training or such a pass is over, whether it went well or not; more may follow."
 
-# %% ../../nbs/runs/loggers.ipynb #24ffae5c
+# %% ../../nbs/runs/loggers.ipynb #fb9af30b
 class StepLogger(Destination):
     "Hands on values of single steps, where `log_steps` is overridden."
 
@@ -150,7 +150,7 @@ class StepLogger(Destination):
         "Continue the numbers of the steps."
         self.values.num_steps = int(state["num_steps"])
 
-# %% ../../nbs/runs/loggers.ipynb #7d6f7b21
+# %% ../../nbs/runs/loggers.ipynb #aa3f2ff5
 class PassLogger(StepLogger):
     "Hands on the results of a test, and of a validation of its own."
     known: frozenset[str] = frozenset()  # columns that were there when a pass began
@@ -170,7 +170,7 @@ class PassLogger(StepLogger):
             self.log_results({k: v for k, v in learn.results.items() if k in new or k == "epoch"})
         self.close()
 
-# %% ../../nbs/runs/loggers.ipynb #a07f933d
+# %% ../../nbs/runs/loggers.ipynb #b28359c5
 class Logger(PassLogger):
     """The base of loggers: override the methods of `Destination` as needed.
 
@@ -204,7 +204,7 @@ class Logger(PassLogger):
         self.values.points = []  # of a pass that an error has ended
         self.close()
 
-# %% ../../nbs/runs/loggers.ipynb #57ae1c03
+# %% ../../nbs/runs/loggers.ipynb #653ed24b
 class BestSoFar:
     "Best and last value of each column of numbers; of equal values the first is the best."
 
@@ -262,7 +262,7 @@ class StarredRows(LogView):
 class StarredTerminal(StarredRows, TerminalView):
     "The same above a bar for the pass that is under way."
 
-# %% ../../nbs/runs/loggers.ipynb #ca1392b5
+# %% ../../nbs/runs/loggers.ipynb #dd8531b5
 class ConsoleTable(Progress):
     """Progress as text, with a star at the best value of each column so far.
 

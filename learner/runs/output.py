@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ScreenLines', 'Tee', 'kept_output']
 
-# %% ../../nbs/runs/output.ipynb #0d990ca1
+# %% ../../nbs/runs/output.ipynb #4eb1588e
 import contextlib
 import os
 import re
@@ -17,7 +17,7 @@ from typing import Any
 
 from ..base.files import AnyPath, open_append
 
-# %% ../../nbs/runs/output.ipynb #e2838873
+# %% ../../nbs/runs/output.ipynb #fbebee8b
 _CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # of colours and the like
 
 class ScreenLines:
@@ -41,7 +41,7 @@ class ScreenLines:
                 self.at += len(part)
         return "".join(lines)
 
-# %% ../../nbs/runs/output.ipynb #f29f5754
+# %% ../../nbs/runs/output.ipynb #dbb311d9
 class Tee:
     """A stream that hands on what is written, and keeps the lines in a file.
 
@@ -81,7 +81,7 @@ class Tee:
 
     def __iter__(self) -> Any: return iter(self._stream)
 
-# %% ../../nbs/runs/output.ipynb #828df3db
+# %% ../../nbs/runs/output.ipynb #23790e22
 @contextlib.contextmanager
 def kept_output(folder: AnyPath) -> Iterator[None]:
     "Append what is printed to stdout.txt and stderr.txt, as long as the `with` lasts."

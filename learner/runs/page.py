@@ -25,7 +25,7 @@ from .ranking import Score, evaluations_of, format_cell, number_in
 from .rundir import RunError, printable
 from .runfiles import RunFiles, mapping_in
 
-# %% ../../nbs/runs/page.ipynb #2e33957d
+# %% ../../nbs/runs/page.ipynb #534769f6
 def quote(word: Any) -> str:
     "A word as a shell reads it back, all in visible characters."
     text = str(word)
@@ -38,7 +38,7 @@ def _shell_escape(c: str) -> str:
     errors = "surrogateescape" if "\udc80" <= c <= "\udcff" else "surrogatepass"
     return "".join(f"\\x{byte:02x}" for byte in c.encode(errors=errors))
 
-# %% ../../nbs/runs/page.ipynb #b4505914
+# %% ../../nbs/runs/page.ipynb #69d4fd96
 def _path(path: Path) -> str:
     "A path that is not taken for an option even if its name begins with a dash."
     text = os.fspath(path)
@@ -53,7 +53,7 @@ def rerun_command(run: RunFiles) -> list[str]:
     path = _path(run.folder)
     return ["learner", "rerun", path, f"{path}-again"]
 
-# %% ../../nbs/runs/page.ipynb #e425c5a2
+# %% ../../nbs/runs/page.ipynb #22932f27
 # of configurations; None for one that is not registered
 Defaults = dict[str, dict[str, Any] | None]
 
@@ -86,7 +86,7 @@ def _defaults(config: str, names: Mapping[str, Any]) -> dict[str, Any] | None:
     return {name: value for name, value in chosen.items() if name not in names
             or given.get(name) == value}
 
-# %% ../../nbs/runs/page.ipynb #6d2aab0e
+# %% ../../nbs/runs/page.ipynb #169e77da
 _POINTS = 500  # of a curve
 
 def curves(run: RunFiles) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def _rounded(value: Any) -> float | None:
     number = number_in(value) if isinstance(value, int | float) else None
     return float(f"{number:.6g}") if number is not None and math.isfinite(number) else None
 
-# %% ../../nbs/runs/page.ipynb #360ab25e
+# %% ../../nbs/runs/page.ipynb #6c1b32ec
 _LONGEST = 100_000  # characters of a text
 
 def duration(seconds: Any) -> str:
@@ -142,7 +142,7 @@ def _text(label: str, run: RunFiles, name: str) -> dict[str, Any] | None:
     lines = (printable(line.replace("\t", "    ")) for line in text.split("\n"))
     return {"kind": "text", "label": label, "text": "\n".join(lines)}
 
-# %% ../../nbs/runs/page.ipynb #8128f9b7
+# %% ../../nbs/runs/page.ipynb #6f9015c0
 def _commands(run: RunFiles, known: Defaults) -> dict[str, Any]:
     train, started = train_command(run, known), run.meta.get("command")
     commands: dict[str, list[Any]] = {}
@@ -180,7 +180,7 @@ def _state(run: RunFiles) -> dict[str, Any]:
         "starts": len(starts) if isinstance(starts, list) else None,
     })
 
-# %% ../../nbs/runs/page.ipynb #f1271b96
+# %% ../../nbs/runs/page.ipynb #fa85c6e4
 def details(row: Score, differing: Collection[str], known: Defaults) -> list[dict[str, Any]]:
     "What the page shows of a run on a click: sections that have a title and parts."
     run, meta = row.run, row.run.meta
@@ -208,7 +208,7 @@ def details(row: Score, differing: Collection[str], known: Defaults) -> list[dic
 def _has_content(part: Mapping[str, Any]) -> bool:
     return bool(part.get("rows") or part.get("items") or part.get("text"))
 
-# %% ../../nbs/runs/page.ipynb #89ab4468
+# %% ../../nbs/runs/page.ipynb #806411c0
 def asset(name: str) -> str:
     "The source of the page: scores.html, scores.css or scores.js."
     return files("learner.runs").joinpath("assets", name).read_text(encoding="utf-8")
@@ -222,7 +222,7 @@ def embed(data: Any) -> str:
     for character in "<>&": text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
-# %% ../../nbs/runs/page.ipynb #beadf98a
+# %% ../../nbs/runs/page.ipynb #62a20a0c
 def page(title: str, lead: Sequence[str], data: Mapping[str, Any],
          left_out: Sequence[tuple[str, str]], table: str, foot: str = "",
          notes: Sequence[str] = ()) -> str:

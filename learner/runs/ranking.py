@@ -7,7 +7,7 @@ __all__ = ['USUAL', 'STATUSES', 'Where', 'ScoreError', 'format_cell', 'Score', '
            'number_in', 'evaluations_of', 'metrics_of', 'value_of', 'mode_among', 'check_metric', 'check_arguments',
            'check_status', 'select', 'ranked', 'data_sets']
 
-# %% ../../nbs/runs/ranking.ipynb #7c5984ab
+# %% ../../nbs/runs/ranking.ipynb #cad541f4
 import json
 import math
 import os
@@ -21,7 +21,7 @@ from ..base.words import did_you_mean, flatten, format_value, mode_of, plain
 from .rundir import RunError, printable
 from .runfiles import RunFiles, list_in, mapping_in
 
-# %% ../../nbs/runs/ranking.ipynb #789e41db
+# %% ../../nbs/runs/ranking.ipynb #058a3462
 class ScoreError(ValueError):
     "Runs that cannot be ranked in this way."
 
@@ -31,7 +31,7 @@ def format_cell(value: Any) -> str:
     if isinstance(value, str): return printable(value)
     return printable(json.dumps(plain(value), ensure_ascii=False))
 
-# %% ../../nbs/runs/ranking.ipynb #d7bc85d2
+# %% ../../nbs/runs/ranking.ipynb #b5fcd0b0
 @dataclass(frozen=True)
 class Score:
     """A run and its place; what else its folder says is in `run`.
@@ -66,7 +66,7 @@ class Score:
         "What the tables show besides the value and the settings."
         return facts_of(self.run)
 
-# %% ../../nbs/runs/ranking.ipynb #215078c9
+# %% ../../nbs/runs/ranking.ipynb #de1c112c
 def facts_of(run: RunFiles) -> dict[str, Any]:
     "What a run says of itself besides its values and settings."
     meta, git = run.meta, mapping_in(run.meta, "git")
@@ -78,7 +78,7 @@ def known_of(score: Score) -> dict[str, Any]:
     "Facts and settings by name."
     return score.facts | score.settings
 
-# %% ../../nbs/runs/ranking.ipynb #aec77057
+# %% ../../nbs/runs/ranking.ipynb #11f52fda
 class Unranked(Exception):
     "Why a run has no place."
 
@@ -108,7 +108,7 @@ def metrics_of(run: RunFiles) -> list[str]:
     evaluated = [str(name) for entry in evaluations_of(run) for name in entry["results"]]
     return list(dict.fromkeys([*run.score, *in_history, *evaluated]))
 
-# %% ../../nbs/runs/ranking.ipynb #33396676
+# %% ../../nbs/runs/ranking.ipynb #250f7c2f
 def _from_score(run: RunFiles, metric: str, mode: str, by: str) -> Value | None:
     "The value in score.json; None where that is the best in the other direction."
     entry = run.score.get(metric) or {}
@@ -140,7 +140,7 @@ def value_of(run: RunFiles, metric: str, mode: str, by: str) -> Value:
     if not math.isfinite(found.value): raise Unranked(f"its {metric} is {found.value}")
     return found
 
-# %% ../../nbs/runs/ranking.ipynb #45857423
+# %% ../../nbs/runs/ranking.ipynb #5fb594fa
 USUAL = ("validation_accuracy", "validation_loss", "train_loss")  # the first that there is
 
 def mode_among(metric: str, runs: Iterable[RunFiles]) -> str:
@@ -164,7 +164,7 @@ def check_metric(metric: str, runs: Iterable[RunFiles]) -> None:
         near = did_you_mean(metric, names) or f"; there are {', '.join(names)}"
         raise ScoreError(f"no run has {metric}{near}")
 
-# %% ../../nbs/runs/ranking.ipynb #ccacf3e2
+# %% ../../nbs/runs/ranking.ipynb #39548c18
 STATUSES = ("finished", "running", "stopped", "failed", "unknown")
 
 def check_arguments(folder: Any, metric: Any, mode: Any, by: Any, status: Any) -> tuple[str, ...]:
@@ -199,7 +199,7 @@ def check_status(run: RunFiles, wanted: Collection[str]) -> None:
                "unknown": "its meta.json has no status"}
     raise Unranked(reasons[run.status])
 
-# %% ../../nbs/runs/ranking.ipynb #8e83d19f
+# %% ../../nbs/runs/ranking.ipynb #3fe809db
 Where = Mapping[str, Any] | Callable[[Score], Any]
 
 def _fits(value: Any, wanted: Any) -> bool:
@@ -231,7 +231,7 @@ def ranked(rows: Sequence[Score], mode: str) -> list[Score]:
         found.append(Score(rank, row.name, row.value, row.epoch, row.last, row.run))
     return found
 
-# %% ../../nbs/runs/ranking.ipynb #7035f2d7
+# %% ../../nbs/runs/ranking.ipynb #89da0cb2
 def data_sets(rows: Sequence[Score], metric: str) -> dict[str, list[str]]:
     "The names of the runs by the hash of the data that a metric was measured on."
     phase = metric.partition("_")[0]

@@ -59,7 +59,7 @@ _CALLBACKS = {
     "check.nan_guard": ("NaNGuard",), "steer.accumulate": ("Accumulate",),
     "steer.augment": ("CutMix", "Mixup"), "steer.initialise": ("LSUV",),
     "steer.precision": ("ChannelsLast", "Compile", "MixedPrecision"),
-    "steer.schedule": ("EarlyStopping",), "steer.update": ("EMA", "ClipGradients"),
+    "steer.stopping": ("EarlyStopping",), "steer.update": ("EMA", "ClipGradients"),
     "watch.activations": ("ActivationStats", "GradientStats"),
 }
 _registered: dict[str, dict[str, Entry]] = {

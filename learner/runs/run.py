@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Nested', 'write_plots', 'write_predictions', 'MetaFile', 'epochs_text', 'ResultFiles', 'RunFrame', 'RunHooks', 'Run']
 
-# %% ../../nbs/runs/run.ipynb #30594713
+# %% ../../nbs/runs/run.ipynb #a7287a96
 import contextlib
 import os
 import re
@@ -46,9 +46,9 @@ from .runfiles import now, read_run, write_json
 from .tensorboard import TensorBoard
 from ..watch.look import show_predictions
 
+# %% ../../nbs/runs/run.ipynb #20b81569
 Nested = Mapping[str, Any]
 
-# %% ../../nbs/runs/run.ipynb #a9ab75e5
 def _draw(folder: Path, draw: Callable[[Path], None]) -> None:
     "Draw pictures into a folder, which is made; an error becomes a warning."
     try:
@@ -78,6 +78,7 @@ def write_plots(folder: AnyPath, history: History) -> None:
             _save_figure(figure, folder / (re.sub(r"[^\w.-]", "_", quantity) + ".png"))
     if quantities: _draw(Path(folder), draw)
 
+# %% ../../nbs/runs/run.ipynb #b0b0db97
 def write_predictions(folder: AnyPath, learn: Learner) -> None:
     """Draw the first images of the validation data with the model's predictions as predictions.png.
 
@@ -90,7 +91,7 @@ def write_predictions(folder: AnyPath, learn: Learner) -> None:
     except Exception as error: _warn_of_pictures(folder, error)
     else: _draw(Path(folder), lambda folder: _save_figure(figure, folder / "predictions.png"))
 
-# %% ../../nbs/runs/run.ipynb #4b78dd85
+# %% ../../nbs/runs/run.ipynb #3d1823c1
 class MetaFile:
     "meta.json of a run while it trains."
 
@@ -129,7 +130,7 @@ class MetaFile:
         evaluations = [*list_in(known, "evaluations"), *added]
         write_json(self.path, {**self.values, "evaluations": evaluations}, sync)
 
-# %% ../../nbs/runs/run.ipynb #adabe8d4
+# %% ../../nbs/runs/run.ipynb #23c3cf19
 def _first_facts(run: "RunFrame", learn: Learner, made: Settings | None) -> dict[str, Any]:
     "What is known when a run begins, and never changes."
     parent = run.parent if run.parent is not None else vars(learn).get("loaded_from")
@@ -153,7 +154,7 @@ def _how_it_ended(error: BaseException | None) -> tuple[str, str | None]:
     if error is None or isinstance(error, CancelException): return "finished", None
     return "failed", f"{type(error).__name__}: {error}".splitlines()[0][:1000]
 
-# %% ../../nbs/runs/run.ipynb #805246a5
+# %% ../../nbs/runs/run.ipynb #f1c769e6
 def _make_parts(folder: Path, options: Nested, settings: Nested | None) -> Iterator[Callback]:
     "The callbacks that a run brings along."
     checkpoint, tensorboard = options["checkpoint"], options["tensorboard"]
@@ -185,7 +186,7 @@ def epochs_text(count: int) -> str:
     "A number of epochs in words."
     return f"{count} epoch{'s' * (count != 1)}"
 
-# %% ../../nbs/runs/run.ipynb #a0613eec
+# %% ../../nbs/runs/run.ipynb #c8cec6b6
 class ResultFiles:
     "history.csv, score.json and meta.json of a run while it trains."
 
@@ -223,7 +224,7 @@ def _cut_steps(path: Path, end: int) -> None:
         while block := list(islice(kept, 1000)):
             write_all(file, csv_text(block, STEP_COLUMNS, head=False).encode())
 
-# %% ../../nbs/runs/run.ipynb #1876967b
+# %% ../../nbs/runs/run.ipynb #13dd0267
 def _begin(run: "RunFrame", learn: Learner, again: bool) -> None:
     "Write down what is known when a training begins."
     folder, meta = run.folder, run.results.meta
@@ -259,7 +260,7 @@ def _compare_data(folder: Path, learn: Learner, before: Nested) -> None:
         if loader_hash(learn.dataloaders[phase]) not in (None, before[phase]):
             warnings.warn(f"{folder}: the {phase} data is not what it was", stacklevel=2)
 
-# %% ../../nbs/runs/run.ipynb #ad05df3f
+# %% ../../nbs/runs/run.ipynb #7c09c50e
 def _keep(folder: Path, name: str, text: str) -> None:
     "Write a text down; one that differs from what is there gets a number."
     if not text: return
@@ -273,7 +274,7 @@ def _keep(folder: Path, name: str, text: str) -> None:
     longer = bool(last) and text.startswith(last)
     write_text(folder / names[count - 1 if longer else count], text)
 
-# %% ../../nbs/runs/run.ipynb #4febe353
+# %% ../../nbs/runs/run.ipynb #3a91b7b2
 @contextlib.contextmanager
 def _opened(run: "RunFrame", learn: Learner) -> Iterator[None]:
     "The folder of a run, open for a training: locked, its beginning and its end written down."
@@ -308,7 +309,7 @@ def _end(run: "RunFrame", learn: Learner, error: BaseException | None) -> None:
         if error is None: raise
         error.add_note(f"{run.folder} is not complete: {type(second).__name__}: {second}")
 
-# %% ../../nbs/runs/run.ipynb #4c437b57
+# %% ../../nbs/runs/run.ipynb #b42ccc69
 def _note_test(run: "RunFrame", learn: Learner) -> None:
     "Write down what a test has found, in the row it belongs to and as an evaluation."
     found = {name: value for name, value in learn.results.items()
@@ -322,7 +323,7 @@ def _note_test(run: "RunFrame", learn: Learner) -> None:
         meta.go_on(meta.values["seconds"])  # a test is not training
         run.results.rewrite(learn.history, entry)
 
-# %% ../../nbs/runs/run.ipynb #af2cd864
+# %% ../../nbs/runs/run.ipynb #86930752
 class RunFrame(StepLogger):
     "A run folder, open as long as a training lasts; `Run` explains the arguments."
     priority = 2000  # last, so that everything is there that others have logged
@@ -355,7 +356,7 @@ class RunFrame(StepLogger):
 
     def __repr__(self) -> str: return f"Run({str(self.folder)!r})"
 
-# %% ../../nbs/runs/run.ipynb #5f04b93c
+# %% ../../nbs/runs/run.ipynb #a08ce2c7
 class RunHooks(RunFrame):
     "What a run writes down within a training, and of a test after it or by itself."
 
@@ -383,7 +384,7 @@ class RunHooks(RunFrame):
         if self.opened: self.after_training()
         return super().state_dict()
 
-# %% ../../nbs/runs/run.ipynb #85321253
+# %% ../../nbs/runs/run.ipynb #bae2afd9
 class Run(RunHooks):
     """Keeps a run folder: settings, code, data, output, results, checkpoints.
 

@@ -40,7 +40,7 @@ def check_name(name: Any, what: str = "name") -> str:
     if wrong: raise RunError(f"{what} is {str(name)[:80]!r}; {wrong}")
     return str(name)
 
-# %% ../../nbs/runs/rundir.ipynb #c86895b9
+# %% ../../nbs/runs/rundir.ipynb #12860f92
 def printable(text: Any) -> str:
     r"""Text in which everything that a terminal would obey or hide is written as an escape.
 
@@ -88,7 +88,7 @@ def is_run(folder: AnyPath) -> bool:
     "Whether a folder is a run, complete or not."
     return any(os.path.isfile(os.path.join(folder, name)) for name in ("config.json", "meta.json"))
 
-# %% ../../nbs/runs/rundir.ipynb #e3a22cc7
+# %% ../../nbs/runs/rundir.ipynb #e6410b68
 def create_run(folder: AnyPath) -> Path:
     "Make a new folder, and those above it; raises RunExistsError, or RunError for a bad name."
     path = Path(os.path.abspath(run_path(folder)))
@@ -119,7 +119,7 @@ def inner_folder(folder: Path, name: str) -> Path:
     if path.is_symlink(): raise RunError(f"{path} is a link, which is not followed")
     return path
 
-# %% ../../nbs/runs/rundir.ipynb #85a7f703
+# %% ../../nbs/runs/rundir.ipynb #fe0b29f2
 def move_aside(folder: AnyPath) -> Path | None:
     "Rename a run out of the way, and return its new path, None if there was none; raises RunError."
     path = Path(os.path.abspath(run_path(folder)))

@@ -6,7 +6,7 @@
 __all__ = ['Rows', 'write_json', 'now', 'csv_lines', 'csv_text', 'write_rows', 'GrowingTable', 'read_json', 'mapping_in',
            'list_in', 'read_cell', 'iter_rows', 'RunFacts', 'RunResults', 'RunFiles', 'read_run']
 
-# %% ../../nbs/runs/runfiles.ipynb #c0662527
+# %% ../../nbs/runs/runfiles.ipynb #bd8c6bc1
 import contextlib
 import csv
 import io
@@ -27,7 +27,7 @@ from .rundir import is_run, printable, run_path
 
 Rows = Iterable[Mapping[str, Any]]
 
-# %% ../../nbs/runs/runfiles.ipynb #c32a2a3b
+# %% ../../nbs/runs/runfiles.ipynb #9207e574
 def write_json(path: AnyPath, value: Any, sync: bool = True) -> None:
     """Replace a file by a value as JSON.
 
@@ -39,7 +39,7 @@ def now() -> str:
     "The time as in `2026-01-31T12:00:00+00:00`."
     return datetime.now(UTC).isoformat(timespec="seconds")
 
-# %% ../../nbs/runs/runfiles.ipynb #6a40936d
+# %% ../../nbs/runs/runfiles.ipynb #0014b183
 def csv_lines(lines: Iterable[Sequence[Any]]) -> str:
     "Lines of cells as CSV, numbers in full precision."
     lines = list(lines)
@@ -66,7 +66,7 @@ def write_rows(path: AnyPath, rows: Rows, columns: Sequence[str] | None = None,
     if columns is None: columns = list(dict.fromkeys(name for row in rows for name in row))
     write_text(path, csv_text(rows, columns), sync=sync)
 
-# %% ../../nbs/runs/runfiles.ipynb #8f0dda6c
+# %% ../../nbs/runs/runfiles.ipynb #2bc0a6a6
 class GrowingTable:
     "A CSV file that follows a list of rows as it grows."
 
@@ -90,7 +90,7 @@ class GrowingTable:
         write_rows(self.path, rows, columns)
         self.columns, self.known, self.count = columns, frozenset(columns), len(rows)
 
-# %% ../../nbs/runs/runfiles.ipynb #25b055cf
+# %% ../../nbs/runs/runfiles.ipynb #c600bd19
 _LARGEST = {"json": 8 << 20, "csv": 256 << 20, "text": 16 << 20}  # bytes of a file
 _MOST, _MOST_SETTINGS = 200_000, 10_000  # values in a file of JSON
 _DEEPEST = 50  # levels of nesting in it
@@ -118,7 +118,7 @@ def read_json(path: AnyPath, most: int = _MOST) -> dict[str, Any]:
         raise RunError(f"{path} is damaged: it holds a {type(value).__name__}, not an object")
     return value
 
-# %% ../../nbs/runs/runfiles.ipynb #db320199
+# %% ../../nbs/runs/runfiles.ipynb #3dd5aead
 def mapping_in(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     "The mapping under a name, empty if something else is there."
     found = values.get(name)
@@ -129,7 +129,7 @@ def list_in(values: Mapping[str, Any], name: str) -> list[Any]:
     found = values.get(name)
     return found if isinstance(found, list) else []
 
-# %% ../../nbs/runs/runfiles.ipynb #97ef5814
+# %% ../../nbs/runs/runfiles.ipynb #5cc21bc8
 _NUMBER = re.compile(r"[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|inf(?:inity)?)", re.A | re.I)
 
 def read_cell(text: str) -> Any:
@@ -161,7 +161,7 @@ def _lines(file: io.TextIOWrapper) -> Iterator[str]:
         elif len(line) == _LONGEST_LINE:
             raise ValueError(f"has a line of more than {_LONGEST_LINE:,} characters")
 
-# %% ../../nbs/runs/runfiles.ipynb #ce20cf4b
+# %% ../../nbs/runs/runfiles.ipynb #b798bb92
 _STATUSES = ("running", "finished", "stopped", "failed")
 
 class RunFacts:
@@ -203,7 +203,7 @@ class RunFacts:
         try: return read_json(self.folder / name, most)
         except FileNotFoundError: return {}
 
-# %% ../../nbs/runs/runfiles.ipynb #c0c1b408
+# %% ../../nbs/runs/runfiles.ipynb #bae8d627
 def _checked_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     "The contents of config.json; raises RunError for what this version cannot read."
     if config and config.get("format") != FORMAT:
@@ -235,7 +235,7 @@ def _checked_score(path: Path, found: Mapping[str, Any]) -> dict[str, dict[str, 
         score[name] = {**entry, **numbers}
     return score
 
-# %% ../../nbs/runs/runfiles.ipynb #1c704942
+# %% ../../nbs/runs/runfiles.ipynb #94b35125
 class RunResults(RunFacts):
     "What came of a run, and the texts that it has kept."
 
@@ -271,7 +271,7 @@ class RunResults(RunFacts):
             with _named(path): return read_text(path, _LARGEST["text"])
         except FileNotFoundError: return ""
 
-# %% ../../nbs/runs/runfiles.ipynb #e580eea1
+# %% ../../nbs/runs/runfiles.ipynb #24f9d893
 _CHECKPOINT = re.compile(r"epoch-(\d{4,9})(?:-batch-(\d{5,12}))?\.safetensors")
 
 def _checkpoints(folder: Path) -> dict[tuple[int, int], str]:
@@ -283,7 +283,7 @@ def _checkpoints(folder: Path) -> dict[tuple[int, int], str]:
     matches = [match for name in names if (match := _CHECKPOINT.fullmatch(name))]
     return dict(sorted(((int(match[1]), int(match[2] or 0)), match[0]) for match in matches))
 
-# %% ../../nbs/runs/runfiles.ipynb #78360703
+# %% ../../nbs/runs/runfiles.ipynb #cebafb59
 class RunFiles(RunResults):
     """What a run folder says; a damaged file raises RunError that names it when it is asked for.
 
@@ -316,7 +316,7 @@ class RunFiles(RunResults):
         except RunError as error: words = str(error)
         return printable(f"RunFiles({self.folder}: {words})")
 
-# %% ../../nbs/runs/runfiles.ipynb #19ff2572
+# %% ../../nbs/runs/runfiles.ipynb #19552aac
 def read_run(folder: AnyPath) -> RunFiles:
     """Open a run folder for reading.
 

@@ -31,7 +31,7 @@ _all_ = ["Run", "build"]
 
 Callbacks = Callback | Iterable[Callback] | None
 
-# %% ../../nbs/runs/runs.ipynb #24a5cff4
+# %% ../../nbs/runs/runs.ipynb #93832755
 def train_run(config: Any, folder: AnyPath, overrides: Mapping[str, Any] | None = None,
               overwrite: bool = False, allow: Iterable[str] | None = None,
               callbacks: Callbacks = None, **options: Any) -> Learner:
@@ -66,7 +66,7 @@ def _trained(settings: Settings, run: Run, callbacks: Callbacks) -> Learner:
     if run.options["plots"]: write_predictions(run.folder / "plots", learn)
     return learn
 
-# %% ../../nbs/runs/runs.ipynb #83ed4466
+# %% ../../nbs/runs/runs.ipynb #fb3bba03
 def checkpoint_of(folder: AnyPath, checkpoint: AnyPath = "best") -> Path:
     """The path of a checkpoint of a run.
 
@@ -104,7 +104,7 @@ def _best_or_last(files: RunFiles, which: str, there: str) -> Path:
                                 f"name one, or resume the run{there}")
     raise FileNotFoundError(f"{files.folder} has no {which} checkpoint{there}")
 
-# %% ../../nbs/runs/runs.ipynb #108185ae
+# %% ../../nbs/runs/runs.ipynb #eb3828b6
 def _settings(files: RunFiles, allow: Iterable[str], *layers: Mapping[str, Any]) -> Settings:
     "The settings of a run; raises RunError for a learner that was built by hand."
     if files.config.get("config") is None:
@@ -140,7 +140,7 @@ def load_run(folder: AnyPath, checkpoint: AnyPath = "best", allow: Iterable[str]
     learn.loaded_from = path  # type: ignore[attr-defined]  # the parent of a run that tunes it
     return learn
 
-# %% ../../nbs/runs/runs.ipynb #982e3286
+# %% ../../nbs/runs/runs.ipynb #6a179268
 def resume_run(folder: AnyPath, epochs: int | None = None, allow: Iterable[str] = (),
                callbacks: Callbacks = None) -> Learner:
     """Continue where a run stopped, exactly; a finished one is loaded.
@@ -180,7 +180,7 @@ def resume_run(folder: AnyPath, epochs: int | None = None, allow: Iterable[str] 
     if run.options["plots"]: write_predictions(run.folder / "plots", learn)
     return learn
 
-# %% ../../nbs/runs/runs.ipynb #96cf3c4f
+# %% ../../nbs/runs/runs.ipynb #9d23fef3
 def _options(files: RunFiles) -> dict[str, Any]:
     "The options of Run that are kept in config.json."
     known = ("log_every", "checkpoint", "tensorboard", "fingerprints", "hash_data", "plots")
@@ -211,7 +211,7 @@ def _latest(files: RunFiles) -> Path | None:
                        "another folder (learner rerun, or rerun)")
     return latest
 
-# %% ../../nbs/runs/runs.ipynb #0507e5ad
+# %% ../../nbs/runs/runs.ipynb #69e90c56
 class Evaluation(dict[str, Any]):
     """Results such as `{"test_loss": 0.3}`, which also say what was evaluated.
 
@@ -228,7 +228,7 @@ class Evaluation(dict[str, Any]):
         values = ", ".join(f"{name} {value:.6g}" for name, value in self.items())
         return printable(f"{self.checkpoint.name} on {self.split}: {values}")
 
-# %% ../../nbs/runs/runs.ipynb #e6290a2c
+# %% ../../nbs/runs/runs.ipynb #ea49ff47
 def evaluate_run(folder: AnyPath, split: str = "validation", checkpoint: AnyPath = "best",
                  allow: Iterable[str] = (), callbacks: Callbacks = None) -> Evaluation:
     """Evaluate a run on a split, and write down in its meta.json that it was done, and when.
@@ -257,7 +257,7 @@ def evaluate_run(folder: AnyPath, split: str = "validation", checkpoint: AnyPath
     _note_evaluation(Path(folder), split, path.name, loader_hash(learn.dataloaders[split]), results)
     return Evaluation(results, split, path)
 
-# %% ../../nbs/runs/runs.ipynb #4dbae662
+# %% ../../nbs/runs/runs.ipynb #f2f060f5
 def _check_split(split: Any) -> None:
     known = ("validation", "test")
     if split not in known:
@@ -282,7 +282,7 @@ def _note_evaluation(folder: Path, split: str, checkpoint: str, digest: str | No
     if before not in (None, digest):
         warnings.warn(f"{folder}: the {split} data is not what it was", stacklevel=3)
 
-# %% ../../nbs/runs/runs.ipynb #61283b9c
+# %% ../../nbs/runs/runs.ipynb #c1af389d
 class Rerun:
     """What came of running a run again.
 
@@ -323,7 +323,7 @@ def _differences(old: RunFiles, new: RunFiles) -> Iterator[str]:
             if what == "data": yield f"the {name} data differs"
             else: yield f"{name} was {was} and is {value}"
 
-# %% ../../nbs/runs/runs.ipynb #9f93585c
+# %% ../../nbs/runs/runs.ipynb #87c0f3ff
 def rerun(folder: AnyPath, new_folder: AnyPath, allow: Iterable[str] = (),
           callbacks: Callbacks = None,
           overwrite: bool = False) -> Rerun:

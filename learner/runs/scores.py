@@ -25,7 +25,7 @@ from .ranking import mode_among, number_in, ranked, select, value_of
 from .rundir import RunError, find_runs, printable
 from .runfiles import RunFiles, csv_lines, now
 
-# %% ../../nbs/runs/scores.ipynb #9c06215d
+# %% ../../nbs/runs/scores.ipynb #4b7bbebb
 def _values(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
     "The values of each name as JSON, one for each row that has it."
     found: dict[str, list[str]] = {}
@@ -55,7 +55,7 @@ def differing_settings(rows: Sequence[Score]) -> list[str]:
             and (name.endswith(".name") or not belongs_to_a_part(name)
                  or len(set(values[name])) > 1)]
 
-# %% ../../nbs/runs/scores.ipynb #d0724868
+# %% ../../nbs/runs/scores.ipynb #84255c5a
 @dataclass(frozen=True)
 class Column:
     """A column of the table.
@@ -90,7 +90,7 @@ def _column_of(name: str, rows: Sequence[Score]) -> Column:
     return Column("setting", printable(name), value, lambda row: setting(known_of(row).get(name)),
                   number=numbers)
 
-# %% ../../nbs/runs/scores.ipynb #e51847f3
+# %% ../../nbs/runs/scores.ipynb #dd116dce
 _MOST = 50  # settings in a table
 _FACTS = ("config", "seed", "status")  # that a table shows where they differ
 
@@ -120,7 +120,7 @@ def columns_of(rows: Sequence[Score], metric: str, mode: str, names: Sequence[st
                lambda row: day(row.facts["started"]), number=False, down=True),
     ]
 
-# %% ../../nbs/runs/scores.ipynb #a27b73b4
+# %% ../../nbs/runs/scores.ipynb #f87d1b71
 @dataclass(frozen=True)
 class LeftOut:
     "A run that has no place, and why."
@@ -153,7 +153,7 @@ def _text_table(columns: list[Column], rows: Sequence[Score]) -> tuple[list[str]
         lines.append("  ".join(aligned).rstrip())
     return lines, [column.label for i, column in enumerate(columns) if i not in shown]
 
-# %% ../../nbs/runs/scores.ipynb #dba5fbac
+# %% ../../nbs/runs/scores.ipynb #265e2a5f
 class Ranking(Sequence[Score]):
     "Ranked runs: a sequence of rows, and what there is to say of them."
 
@@ -191,7 +191,7 @@ class Ranking(Sequence[Score]):
         "What keeps the values from being compared, and settings that are not in the table."
         return [*_data_notes(self.rows, self.metric), *_column_notes(self.rows, self.differing)]
 
-# %% ../../nbs/runs/scores.ipynb #9c8fda2a
+# %% ../../nbs/runs/scores.ipynb #8e42bb41
 def _data_notes(rows: Sequence[Score], metric: str) -> list[str]:
     "A note on runs that were measured on different data."
     groups = sorted(data_sets(rows, metric).values(), key=len, reverse=True)
@@ -213,7 +213,7 @@ def _run_notes(others: int, left_out: Sequence[LeftOut]) -> list[str]:
     notes = [f"{others} other{'s' * (others != 1)} did not match where"] if others else []
     return notes + [f"left out: {printable(run.name)}: {printable(run.reason)}" for run in left_out]
 
-# %% ../../nbs/runs/scores.ipynb #1eb1e75e
+# %% ../../nbs/runs/scores.ipynb #f6e9a259
 class ShownRanking(Ranking):
     "A ranking that shows itself as text and as HTML."
 
@@ -239,7 +239,7 @@ class ShownRanking(Ranking):
         return (f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead>"
                 f"<tbody>{body}</tbody></table><small>{notes}</small>")
 
-# %% ../../nbs/runs/scores.ipynb #4d0cd7e1
+# %% ../../nbs/runs/scores.ipynb #d8ffeee6
 _FORMULA = re.compile(r"[\t\r\n]|\W*?[=+\-@\uff1d\uff0b\uff0d\uff20]")
 
 def _csv_cell(value: Any) -> Any:
@@ -266,7 +266,7 @@ def _json_row(row: Score) -> dict[str, Any]:
                "epoch": row.epoch, "last": row.last}
     return {**plain(numbers | row.facts), "settings": plain(row.run.settings)}
 
-# %% ../../nbs/runs/scores.ipynb #aaef3132
+# %% ../../nbs/runs/scores.ipynb #c5137b82
 def _page_data(ranking: Ranking) -> dict[str, Any]:
     "What the page shows, as its script reads it."
     columns, known = ranking.columns(), dict[str, Any]()
@@ -303,7 +303,7 @@ def _page_lead(ranking: Ranking) -> list[str]:
     if others: lead.append(f" and {others} other{'s' * (others != 1)}")
     return lead
 
-# %% ../../nbs/runs/scores.ipynb #c69661d7
+# %% ../../nbs/runs/scores.ipynb #f7b7aff8
 class Scores(ShownRanking):
     """Ranked runs: a sequence of rows that shows itself as a table.
 
@@ -336,7 +336,7 @@ class Scores(ShownRanking):
         write_text(path, page(title, _page_lead(self), _page_data(self), left_out,
                               self._repr_html_(), foot, self.warnings()))
 
-# %% ../../nbs/runs/scores.ipynb #414ede93
+# %% ../../nbs/runs/scores.ipynb #0ced9d81
 def scores(folder: AnyPath, metric: str | None = None, top: int | None = 10,
            mode: str | None = None, by: str = "best",
            status: str | Collection[str] | None = "finished", where: Where | None = None) -> Scores:
@@ -376,7 +376,7 @@ def scores(folder: AnyPath, metric: str | None = None, top: int | None = 10,
     return Scores(Path(folder), metric, mode, by, shown, left_out, len(found),
                   len(rows) - len(found))
 
-# %% ../../nbs/runs/scores.ipynb #6fe292b3
+# %% ../../nbs/runs/scores.ipynb #427c26bd
 def _read_runs(folder: Path, wanted: Collection[str]) -> tuple[dict[str, RunFiles], list[LeftOut]]:
     """The runs in a folder that can be read and have a wanted status, and the others.
 

@@ -72,7 +72,7 @@ def write_graph(writer: Any, model: nn.Module, data: Any) -> None:
         # it prints what it raises
         with redirect_stdout(io.StringIO()): writer.add_graph(copy, (data,))
 
-# %% ../../nbs/runs/tensorboard.ipynb #dcec9367
+# %% ../../nbs/runs/tensorboard.ipynb #77bdbbed
 class Graph(Callback):
     "Writes the graph of the model, once."
     priority = 890  # before the board ends the epoch
@@ -90,7 +90,7 @@ class Graph(Callback):
             warnings.warn(f"TensorBoard: the graph of the model is left out ({reason[:200]})",
                           stacklevel=2)
 
-# %% ../../nbs/runs/tensorboard.ipynb #03614abc
+# %% ../../nbs/runs/tensorboard.ipynb #dcc4ca6a
 def _add_histogram(board: "TensorBoard", name: str, values: Tensor) -> None:
     "Write a histogram of the finite values; those that are not finite are counted."
     values = values.detach().float().flatten()
@@ -131,7 +131,7 @@ class Histograms(Callback):
 
     def cleanup_train(self) -> None: self.gradients = {}
 
-# %% ../../nbs/runs/tensorboard.ipynb #786b33ff
+# %% ../../nbs/runs/tensorboard.ipynb #f46b4309
 class Images(Callback):
     "Writes the first images of the validation data with the model's predictions."
     priority = 890  # before the board ends the epoch
@@ -167,7 +167,7 @@ def _are_images(data: Any) -> bool:
     if not isinstance(data, Tensor) or data.ndim != 4: return False
     return data.shape[1] in (1, 3) and min(data.shape[2:]) > 1
 
-# %% ../../nbs/runs/tensorboard.ipynb #1d1dd94f
+# %% ../../nbs/runs/tensorboard.ipynb #19fd26d1
 def _titles(labels: Any, predictions: Any,
             names: Any) -> tuple[list[str] | None, list[str | None] | None]:
     "Titles of images and their colours: what they are, and in red what the model predicts instead."
@@ -187,7 +187,7 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     found = {name: as_number(value) for name, value in values.items() if name != "epoch"}
     return {name: float(number) for name, number in found.items() if number is not None}
 
-# %% ../../nbs/runs/tensorboard.ipynb #308ccb53
+# %% ../../nbs/runs/tensorboard.ipynb #ce4ab503
 class Board(Logger):
     "Writes the numbers of a training as event files."
 
@@ -225,7 +225,7 @@ class Board(Logger):
     def before_training(self, learn: Learner) -> None:
         self.epoch = learn.results.get("epoch", learn.epoch)
 
-# %% ../../nbs/runs/tensorboard.ipynb #eb95901a
+# %% ../../nbs/runs/tensorboard.ipynb #69b4a89d
 class TensorBoard(Board):
     """Writes event files for TensorBoard.
 
@@ -267,7 +267,7 @@ class TensorBoard(Board):
 
     def __getstate__(self) -> dict[str, Any]: return {**vars(self), "writer": None}
 
-# %% ../../nbs/runs/tensorboard.ipynb #f351bf65
+# %% ../../nbs/runs/tensorboard.ipynb #bde87f22
 def _looks(board: TensorBoard, histograms: int, images: int, graph: bool) -> Iterator[Callback]:
     "The parts of a board."
     if graph: yield Graph(board)

@@ -98,6 +98,7 @@ class _WithState(Callback):
     _group: _Group
     _optimiser: Any = None  # in a pass
     _in_batch = False  # or in one whose end was not seen
+    keeps_gradients = True  # in its own state
     _loaded: dict[str, Any] | None = None  # a state whose gradients are still to be put back
 
     def state_dict(self) -> dict[str, Any]:

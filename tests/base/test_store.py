@@ -26,9 +26,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from learner.base import store
+from learner.base import nested, store
 from learner.base.files import FileError
 from learner.base.hashing import sparse_parts, tensor_bytes
+from learner.base.nested import snapshot
 from learner.base.provenance import kept_rng, rng_state, set_rng_state
 from learner.base.store import (
     DamagedError,
@@ -40,7 +41,6 @@ from learner.base.store import (
     newest_checkpoint,
     read_checkpoint,
     save_state,
-    snapshot,
 )
 
 LONG = os.environ.get("LEARNER_LONG") == "1"
@@ -92,10 +92,10 @@ def test_values_come_back_exactly(tmp_path, name):
     assert same(snapshot({name: VALUES[name]}), {name: VALUES[name]})
 
 
-@pytest.mark.parametrize("code", store._DTYPES)
+@pytest.mark.parametrize("code", nested.DTYPES)
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (5,), (3, 4), (2, 1, 6)], ids=str)
 def test_tensors_of_every_type_come_back_and_the_library_agrees(tmp_path, code, shape):
-    dtype = store._DTYPES[code]
+    dtype = nested.DTYPES[code]
     if code == "F4" and not shape: pytest.skip("two of these numbers make a byte, so there is none alone")
     raw = torch.randint(0, 2 if code == "BOOL" else 256, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8)
     tensor = raw.view(dtype).reshape(shape) if raw.numel() else torch.empty(shape, dtype=dtype)
@@ -159,7 +159,7 @@ def test_sparse_tensors_come_back(tmp_path, kind, dtype):
 
 def test_all_the_types_that_the_library_knows_are_known():
     from safetensors.torch import _SIZE
-    assert {dtype for dtype in _SIZE if dtype} == set(store._CODES)
+    assert {dtype for dtype in _SIZE if dtype} == set(nested.CODES)
 
 
 def test_views_and_lazy_tensors_come_back_by_value(tmp_path):
@@ -564,7 +564,7 @@ def test_everything_is_on_the_disk_before_what_depends_on_it(tmp_path, monkeypat
             return function(*arguments, **options)
         return operation
     for name in ("write", "fsync", "replace", "mkdir", "unlink"): monkeypatch.setattr(os, name, record(name, getattr(os, name)))
-    monkeypatch.setattr(store, "_check_written", record("read", store._check_written))
+    monkeypatch.setattr(store, "_hash_again", record("read", store._hash_again))
     for step in (1, 2):
         log.clear()
         save_state(place, made(step))
@@ -601,7 +601,7 @@ def test_what_is_written_wrongly_never_replaces(tmp_path, monkeypatch):
         if len(data) > 500: data[400] ^= 1  # a disk or a memory that is not sound
         return write(file, data)
     monkeypatch.setattr(os, "write", flips)
-    with pytest.raises(OSError, match=r"what was read back is not what was written \(it is damaged.*what was saved before is kept"):
+    with pytest.raises(OSError, match="what was read back is not what was written: the disk fails, .*what was saved before is kept"):
         save_state(tmp_path / "c", made(2))
     monkeypatch.undo()
     assert whole(load_state(tmp_path / "c")) == 1 and os.listdir(tmp_path) == ["c"]
@@ -660,7 +660,7 @@ def test_a_reader_sees_whole_checkpoints_while_they_are_replaced(tmp_path):
 
 
 def test_a_save_may_outlast_the_script(tmp_path):
-    code = ("import threading, torch; from learner.base.store import save_state, snapshot; big = {'model': torch.ones(8_000_000)};"
+    code = ("import threading, torch; from learner.base.nested import snapshot; from learner.base.store import save_state; big = {'model': torch.ones(8_000_000)};"
             f"threading.Thread(target=save_state, args=({str(tmp_path / 'c')!r}, snapshot(big))).start()")
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0 and done.stderr == ""

@@ -25,8 +25,9 @@ from learner.check.trials import short_trainings
 from learner.loop.data import DataLoaders
 from learner.loop.learner import Learner
 from learner.loop.stages import Callback
+from learner.steer.accumulate import Accumulate
 from learner.steer.precision import MixedPrecision
-from learner.steer.update import Accumulate, ClipGradients
+from learner.steer.update import ClipGradients
 
 
 def batch(n=16, features=6, classes=3, seed=0):

@@ -23,7 +23,7 @@ from learner.base.store import DamagedError, list_checkpoints, load_state
 from learner.keep import checkpoint
 from learner.keep.checkpoint import Checkpoint, CheckpointError
 from learner.loop.stages import Callback
-from learner.steer.schedule import EarlyStopping, MonitorError
+from learner.steer.stopping import EarlyStopping, MonitorError
 
 LONG = os.environ.get("LEARNER_LONG") == "1"
 

@@ -720,7 +720,7 @@ def test_in_a_trial_who_steers_keeps_what_a_watcher_provides():
     assert len(learn.callbacks) == 4
 
 
-@pytest.mark.parametrize("call", ["validate", "test", "train", "release", "trial"])
+@pytest.mark.parametrize("call", ["train", "release", "trial"])
 def test_a_call_within_a_run_is_refused_and_leaves_the_signals_alone(call):
     learn, refused = learner(loaders_={"train": batches(), "validation": batches(), "test": batches()}), []
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -908,10 +908,20 @@ def test_evaluation_without_a_loader():
 
 
 def test_calls_inside_a_call_are_refused():
-    for call in ("train", "validate", "test"):
+    for call, hook in (("train", "after_batch"), ("validate", "after_validation_batch"), ("test", "before_validation")):
         learn = learner()
-        learn.on("after_batch", lambda learn, call=call: getattr(learn, call)())
+        learn.on(hook, lambda learn, call=call: getattr(learn, call)())
         with pytest.raises(RuntimeError, match=f"{call}\\(\\) was called inside train\\(\\); call it afterwards"): learn.train()
+
+
+@pytest.mark.parametrize("hook", ["before_epoch", "before_batch", "after_loss", "after_batch", "after_epoch"])
+def test_a_validation_from_a_hook_changes_nothing(hook):
+    plain, looked, seen = learner(), learner(), []
+    looked.on(hook, lambda learn: seen.append(learn.validate()))
+    for learn in (plain, looked): learn.train(2)
+    assert plain.history.rows == looked.history.rows and len(seen) >= 2
+    assert all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), looked.model.parameters(), strict=True))
+    assert seen[0].keys() == {"validation_loss"} and (hook != "after_epoch" or seen[-1]["validation_loss"] == plain.history[-1]["validation_loss"])
 
 
 def test_history_names():

@@ -23,18 +23,23 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from learner.base.hashing import hash_state
+from learner.base.nested import snapshot
 from learner.base.provenance import rng_state, seed_everything
-from learner.base.store import DamagedError, load_state, save_state, snapshot
+from learner.base.store import DamagedError, load_state, save_state
 from learner.loop.data import DataLoaders, DatasetLoader
 from learner.loop.learner import Learner
 from learner.loop.resume import Rewind
 from learner.loop.stages import Callback, hooks_of
 from learner.loop.state import ResumeError, order_state
+from learner.steer.accumulate import Accumulate
 from learner.steer.augment import CutMix, Mixup
+from learner.steer.curves import cosine
+from learner.steer.freeze import FreezeUntil
 from learner.steer.multi import Optimisers
 from learner.steer.precision import Compile, MixedPrecision
-from learner.steer.schedule import BatchSchedule, EarlyStopping, EpochSchedule, Schedule, cosine
-from learner.steer.update import EMA, Accumulate, ClipGradients, FreezeUntil
+from learner.steer.schedule import BatchSchedule, EpochSchedule, Schedule
+from learner.steer.stopping import EarlyStopping
+from learner.steer.update import EMA, ClipGradients
 from learner.watch.metrics import Metrics, MulticlassAccuracy, MulticlassAUROC
 from learner.watch.recorder import Recorder
 
@@ -1039,7 +1044,7 @@ FORGED = {
     "an average that is none": (swap("callbacks", EMA=3), "the state of EMA does not fit: "),
     "a schedule of another kind": (lambda s: s["callbacks"]["BatchSchedule"].update(kind="StepLR"), "the state of BatchSchedule does not fit: BatchSchedule(OneCycleLR): the state is of StepLR, and the factory makes OneCycleLR; load it"),
     "a schedule with a hole": (lambda s: s["callbacks"]["BatchSchedule"].pop("done"), "the state of BatchSchedule does not fit: BatchSchedule(OneCycleLR): the state has no done; load what state_dict() gave"),
-    "another recorder": (lambda s: s["callbacks"]["Recorder"].update(names=["os"]), "the state of Recorder does not fit: the state has os, and this is Recorder(loss, learning_rate, gradient_norm); record the same quantities"),
+    "another recorder": (lambda s: s["callbacks"]["Recorder"].update(names=["os"]), "the state of Recorder does not fit: the state holds os, but this is Recorder(loss, learning_rate, gradient_norm); record the same quantities"),
     "another stopping": (swap("callbacks", EarlyStopping={}), "the state of EarlyStopping does not fit: "),
     "another count": (swap("callbacks", FreezeUntil={"epochs": -1}), "the state of FreezeUntil does not fit: epochs is -1; it must be a whole number of at least 0"),
     "a group with a hole": (lambda s: s["callbacks"]["Accumulate"].pop("gradients"), "the state of Accumulate does not fit: load_state_dict: the state has no gradients"),

@@ -150,7 +150,7 @@ MISTAKES = [
     ("train json:no_such runs/x", "json has no no_such"),
     ("train foreign/config.json runs/x", "model: evil.Net is code that is not registered here; if you trust it, allow its module: --allow=evil"),
     ("train digits runs/first", "runs/first exists already: continue that run (learner resume; or Run(..., resume=True) and train(resume=...)), choose another name (first-2 is free), or move the old one aside (--overwrite, or overwrite=True)"),
-    ("train digits full", "full exists and is not a run, so nothing is written into it"),
+    ("train digits full", "full exists and is not a run, so it stays as it is"),
     ("train digits file", "file is a file"),
     ("train digits runs/x --log_every=0", "learner train: --log_every is 0; it must be a whole number of at least 1"),
     ("train digits runs/x --fingerprints=-1", "learner train: --fingerprints is -1; it must be a whole number of at least 0; 0 means never"),

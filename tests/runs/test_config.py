@@ -556,15 +556,15 @@ def test_the_same_settings_give_the_same_learner_and_the_same_training():
 
 
 def test_the_test_data_are_loaded_only_for_a_test(monkeypatch):
-    from learner.loop import data
+    from learner.loop import datasets
     learn = build("digits", **{"model.width": 2})
     assert list(learn.dataloaders) == ["train", "validation"]
     assert list(resolve("digits").build(["test"]).dataloaders) == ["test"]
     opened = []
-    try: files = data._fashion_files(None)
+    try: files = datasets._fashion_files(None)
     except FileNotFoundError: pytest.skip("Fashion-MNIST is not here")
-    real = data.read_idx
-    monkeypatch.setattr(data, "read_idx", lambda path: (opened.append(Path(path).name), real(path))[1])
+    real = datasets.read_idx
+    monkeypatch.setattr(datasets, "read_idx", lambda path: (opened.append(Path(path).name), real(path))[1])
     learn = build("fashion_mnist", model="LeNet")
     assert opened == [file.name for file in files[:2]] and list(learn.dataloaders) == ["train", "validation"]
     reference = data.fashion_mnist()

@@ -32,7 +32,7 @@ from learner.runs.loggers import (
     describe_settings,
 )
 from learner.runs.runfiles import iter_rows
-from learner.steer.update import Accumulate
+from learner.steer.accumulate import Accumulate
 from learner.watch.metrics import Metrics, MulticlassAccuracy
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,9 +11,10 @@ from learner.keep.range_test import lr_find
 from learner.loop.learner import Learner
 from learner.loop.stages import Callback, CallbackError
 from learner.steer.accumulate import Accumulate
+from learner.steer.curves import linear
 from learner.steer.multi import Optimisers
 from learner.steer.precision import MixedPrecision
-from learner.steer.schedule import BatchSchedule, EpochSchedule, Schedule, linear
+from learner.steer.schedule import BatchSchedule, EpochSchedule, Schedule
 from learner.steer.update import EMA, ClipGradients
 from learner.watch.recorder import Recorder
 

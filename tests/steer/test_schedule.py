@@ -25,16 +25,9 @@ from learner.loop.stages import (
     CancelStepException,
     CancelTrainException,
 )
-from learner.steer.curves import combine, constant, cosine, exponential, linear, warm_up
-from learner.steer.schedule import (
-    BatchSchedule,
-    EarlyStopping,
-    EpochSchedule,
-    MonitorError,
-    PiecewiseSchedule,
-    Schedule,
-    ScheduleError,
-)
+from learner.steer.curves import ScheduleError, combine, constant, cosine, exponential, linear, warm_up
+from learner.steer.schedule import BatchSchedule, EpochSchedule, PiecewiseSchedule, Schedule
+from learner.steer.stopping import EarlyStopping, MonitorError
 from learner.steer.update import EMA
 from learner.watch.progress import Progress
 

@@ -20,8 +20,9 @@ from learner.loop.stages import (
     CancelStepException,
     CancelTrainException,
 )
-from learner.steer.freeze import pick
-from learner.steer.update import EMA, Accumulate, ClipGradients, FreezeUntil
+from learner.steer.accumulate import Accumulate
+from learner.steer.freeze import FreezeUntil, pick
+from learner.steer.update import EMA, ClipGradients
 from learner.watch.recorder import Recorder
 
 

@@ -343,12 +343,12 @@ def test_a_routine_of_its_own():
     by_batch = Recorder("loss", "learning_rate", per="batch")
     Own(net(), sgd, F.cross_entropy, loaders, by_batch, device="cpu").train(1)
     assert len(by_batch) == 11
-    with pytest.raises(CallbackError, match=r"Recorder\.after_step would never be called: the routine of Own takes"):
+    with pytest.raises(CallbackError, match=r"Recorder\.after_step is never called: the routine of Own takes"):
         Own(net(), sgd, F.cross_entropy, loaders, Recorder(), device="cpu").train(1)
     twice = Recorder("loss", "gradient_norm")
     Twice(net(), sgd, F.cross_entropy, loaders, twice, device="cpu").train(1)
     assert len(twice) == 22
-    with pytest.raises(CallbackError, match=r"GradientNorm\.after_backward would never be called"):
+    with pytest.raises(CallbackError, match=r"GradientNorm\.after_backward is never called"):
         Own(net(), sgd, F.cross_entropy, loaders, Recorder("gradient_norm", per="batch"), device="cpu").train(1)
 
     class NoLoss(Own):
