@@ -207,16 +207,11 @@ class History(Table):
             writer.writerows(self.rows)
 
     def plot(self, quantity: str = "loss", ax: "Axes | None" = None) -> "Axes":
-        """Draw the curves of a quantity over the epochs.
+        """Draw the curves of a quantity over the epochs; raises HistoryError if there is none.
 
         Args:
-            quantity: every column that ends in it, so that "loss" draws train_loss, validation_loss
-                and so on; or a
-                single column.
+            quantity: a column, or the end of several, so that "loss" draws train_loss and others.
             ax: the axes to draw on; a new figure by default.
-
-        Raises:
-            HistoryError: there is no such column.
         """
         from learner.base.show import plot_curves
         names = _columns_of(quantity, self.columns)
