@@ -7,12 +7,14 @@ __all__ = ['Times', 'Stopwatch', 'TimedStage', 'format_seconds', 'Timed']
 
 # %% ../../nbs/loop/explain.ipynb #a7e6ee30
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
+from ..base.words import in_encoding
 from .dispatch import Compiled, Staged, WholeStage
 from .resolution import Hook, Resolution
 from .stages import Callback, Stage
@@ -215,4 +217,5 @@ class Timed(_Measuring):
         Example:
             >>> learn.explain()
         """
-        print("\n".join(_Explanation(type(self).__name__, self._resolved, self.times).lines()))
+        lines = _Explanation(type(self).__name__, self._resolved, self.times).lines()
+        print(in_encoding("\n".join(lines), sys.stdout))

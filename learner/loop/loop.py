@@ -288,7 +288,7 @@ class Rows(Values):
         batch = f"batch {self.batch_num}"
         if self.phase != "train": batch = f"{' '.join(filter(None, [self.phase, self.loader_name]))} {batch}"
         if self.phase == "test" or not self.num_epochs: return batch
-        return f"epoch {self.epoch}, {batch}"
+        return f"epoch {self.results.get('epoch', self.epoch)}, {batch}"  # as in the history
 
 # %% ../../nbs/loop/loop.ipynb #4d223433
 class Frames(Rows):

@@ -784,3 +784,12 @@ def test_a_view_of_ones_own_needs_no_more_than_it_shows(capsys):
         def new_view(self, learn, epochs): return Rows(len(learn.history), epochs)
     learner(Mine()).train(2, learning_rate=0.1)
     assert capsys.readouterr().out == "0\n1\n"
+
+
+def test_a_note_numbers_epochs_as_bars_and_rows_do(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "new_view", lambda first, epochs, plot: TerminalView(first, epochs))
+    learn = learner(Progress())
+    learn.train(2, learning_rate=0.1)
+    with pytest.raises(RuntimeError) as caught: learn.train(3, callbacks=At("after_loss", RuntimeError("stop")))
+    assert "(epoch 3, batch 2)" in caught.value.__notes__[0]
+    assert re.findall(r"epoch (\d+)/4 train", capsys.readouterr().out)[-1] == "3"
