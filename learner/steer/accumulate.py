@@ -96,9 +96,9 @@ _STATE = ("batches", "total", "unit", "divisor", "gradients")
 class _WithState(Callback):
     "What of an accumulation is kept, and put back."
     _group: _Group
+    keeps_gradients = True
     _optimiser: Any = None  # in a pass
     _in_batch = False  # or in one whose end was not seen
-    keeps_gradients = True  # in its own state
     _loaded: dict[str, Any] | None = None  # a state whose gradients are still to be put back
 
     def state_dict(self) -> dict[str, Any]:
@@ -112,8 +112,7 @@ class _WithState(Callback):
         "Continue with the group of an earlier run. Raises ValueError for a state of another kind."
         for name in _STATE:
             if state and name not in state:
-                raise ValueError(f"load_state_dict: the state has no {name}; it has "
-                                 f"{sorted(state)}")
+                raise ValueError(f"load_state_dict: the state has no {name}; it has {sorted(state)}")
         self._loaded = dict(state) or None
         if self._optimiser is None: return
         self._group = _Group()

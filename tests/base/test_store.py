@@ -26,7 +26,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from learner.base import nested, store
+from learner.base import nested as nested_values
+from learner.base import store
 from learner.base.files import FileError
 from learner.base.hashing import sparse_parts, tensor_bytes
 from learner.base.nested import snapshot
@@ -92,10 +93,10 @@ def test_values_come_back_exactly(tmp_path, name):
     assert same(snapshot({name: VALUES[name]}), {name: VALUES[name]})
 
 
-@pytest.mark.parametrize("code", nested.DTYPES)
+@pytest.mark.parametrize("code", nested_values.DTYPES)
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (5,), (3, 4), (2, 1, 6)], ids=str)
 def test_tensors_of_every_type_come_back_and_the_library_agrees(tmp_path, code, shape):
-    dtype = nested.DTYPES[code]
+    dtype = nested_values.DTYPES[code]
     if code == "F4" and not shape: pytest.skip("two of these numbers make a byte, so there is none alone")
     raw = torch.randint(0, 2 if code == "BOOL" else 256, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8)
     tensor = raw.view(dtype).reshape(shape) if raw.numel() else torch.empty(shape, dtype=dtype)
@@ -159,7 +160,7 @@ def test_sparse_tensors_come_back(tmp_path, kind, dtype):
 
 def test_all_the_types_that_the_library_knows_are_known():
     from safetensors.torch import _SIZE
-    assert {dtype for dtype in _SIZE if dtype} == set(nested.CODES)
+    assert {dtype for dtype in _SIZE if dtype} == set(nested_values.CODES)
 
 
 def test_views_and_lazy_tensors_come_back_by_value(tmp_path):

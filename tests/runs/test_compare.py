@@ -151,7 +151,7 @@ def test_what_is_damaged_is_noted_and_the_rest_is_compared(base, tmp_path):
     change(other, "meta.json", status="failed")
     found = compare_runs(base, other)
     assert found.first.source == "steps" and found.first.epoch == 0
-    assert any("fingerprints.jsonl: line 1 is no object" in note for note in found.notes) and any("history.csv is damaged" in note for note in found.notes)
+    assert any("fingerprints.jsonl: line 1 is not an object" in note for note in found.notes) and any("history.csv is damaged" in note for note in found.notes)
     assert any("is failed" in note for note in found.notes) and all(note in repr(found) for note in found.notes)
     (other / "fingerprints.jsonl").unlink()
     assert f"only {base} has fingerprints" in compare_runs(base, other).notes

@@ -567,7 +567,7 @@ def test_the_test_data_are_loaded_only_for_a_test(monkeypatch):
     monkeypatch.setattr(datasets, "read_idx", lambda path: (opened.append(Path(path).name), real(path))[1])
     learn = build("fashion_mnist", model="LeNet")
     assert opened == [file.name for file in files[:2]] and list(learn.dataloaders) == ["train", "validation"]
-    reference = data.fashion_mnist()
+    reference = datasets.fashion_mnist()
     assert torch.equal(learn.dataloaders["train"].order(3), reference["train"].order(3)) and torch.equal(learn.dataloaders["validation"].order(0), reference["validation"].order(0))
     opened.clear()
     test = resolve("fashion_mnist").build(["test"])

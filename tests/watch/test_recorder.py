@@ -348,7 +348,7 @@ def test_a_routine_of_its_own():
     twice = Recorder("loss", "gradient_norm")
     Twice(net(), sgd, F.cross_entropy, loaders, twice, device="cpu").train(1)
     assert len(twice) == 22
-    with pytest.raises(CallbackError, match=r"GradientNorm\.after_backward would never be called"):
+    with pytest.raises(CallbackError, match=r"GradientNorm\.after_backward is never called"):
         Own(net(), sgd, F.cross_entropy, loaders, Recorder("gradient_norm", per="batch"), device="cpu").train(1)
 
     class NoLoss(Own):
