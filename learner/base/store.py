@@ -27,7 +27,7 @@ from torch import Tensor
 from .files import AnyPath, FileError, list_names, make_folder
 from .files import open_file, parse_json, replacing, tidy, write_all
 from .hashing import BLOCK, tensor_bytes
-from .nested import CODES, DEPTH, DTYPES, Builder, Tensors, decode, encode_state, is_huge
+from .nested import CODES, DEPTH, DTYPES, decode_state, encode_state, is_huge
 from .words import did_you_mean
 
 # %% ../../nbs/base/store.ipynb #0f6d1762
@@ -188,7 +188,7 @@ def _slices(tensors: Iterable[Tensor]) -> Iterator[memoryview]:
 def _read(file: _File, device: torch.device | None) -> Any:
     "The state in a file, or None on no device, which only checks it; raises ValueError."
     size = os.fstat(file.fileno()).st_size
-    if size < _SUM.stop: raise ValueError("is not a checkpoint, or the most of it is missing")
+    if size < _SUM.stop: raise ValueError("is not a checkpoint, or most of it is missing")
     first = _fill(file, memoryview(bytearray(8)))
     length = int.from_bytes(first, "little")
     if length > min(size - 8, _HEADER): raise ValueError("is not a checkpoint, or is damaged")
@@ -206,7 +206,7 @@ def _read(file: _File, device: torch.device | None) -> Any:
             digest.add(_fill(file, block))
     if digest.text() != head[_SUM]:
         raise ValueError("is damaged: its SHA-256 is not the one that was written")
-    try: return decode(encoded, Builder(tensors, device))
+    try: return decode_state(encoded, tensors, device)
     except ValueError as error: raise ValueError(f"is damaged: its state {error}") from None
 
 # %% ../../nbs/base/store.ipynb #da877bcf
@@ -232,9 +232,7 @@ def save_state(path: AnyPath, state: Mapping[str, Any]) -> None:
         >>> load_state("last.safetensors")["epoch"]
         3
     """
-    tensors = Tensors()
-    encoded = encode_state(state, tensors)
-    head, ordered = _make_head(encoded, tensors.named)
+    head, ordered = _make_head(*encode_state(state))
     path = Path(path)
     try:
         _check_replaceable(path)

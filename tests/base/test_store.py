@@ -318,7 +318,7 @@ cycle.append(cycle)
 t = torch.ones(2)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # both are prototypes, or will go
-    nested = torch.nested.nested_tensor([t, t[:1]])
+    ragged = torch.nested.nested_tensor([t, t[:1]])
     quantized = torch.quantize_per_tensor(t, 0.1, 0, torch.quint8)
 REFUSED = [
     ({"callbacks": {"EMA": {"x": Foo()}}}, "state['callbacks']['EMA']['x'] is a Foo; a checkpoint holds None, bool"),
@@ -341,7 +341,7 @@ REFUSED = [
     ({"a": {1.0: 3}}, "state['a'] has the key 1.0, a float; keys must be str or int"),
     ({"a": cycle}, "state['a'][0][0]"),
     ({"a": quantized}, "state['a'] is a tensor that is quantized, nested or without values"),
-    ({"a": nested}, "state['a'] is a tensor that is quantized, nested or without values"),
+    ({"a": ragged}, "state['a'] is a tensor that is quantized, nested or without values"),
     ({1: t}, "a state is a mapping with text as keys"),
     ([t], "a state is a mapping with text as keys"),
     (t, "a state is a mapping with text as keys"),
