@@ -164,7 +164,7 @@ class _Beginning(_WithState):
         return self._make(groups.optimiser, lengths)
 
     def _start(self, learn: Learner, groups: ParameterGroups, notes: Groups) -> None:
-        "Make the scheduler, and let it begin anew or go on."
+        "Make the scheduler, and let it start afresh or go on."
         state, lengths = self._state, self._lengths(learn)
         scheduler = self._made(groups, notes, lengths)
         if isinstance(groups.optimiser, torch.optim.Optimizer):
