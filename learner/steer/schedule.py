@@ -25,7 +25,7 @@ from ..loop.stages import Callback
 from .curves import Curve, FunctionScheduler, ScheduleError, check_finite, check_name
 from .curves import get_hyperparameter, split_name
 from .schedulers import TOTALS, Groups, ParameterGroups, check_factory, class_of
-from .schedulers import name_of, open_lengths, plain, step_wants, updates_per_epoch
+from .schedulers import name_of, open_lengths, step_wants, storable, updates_per_epoch
 from .stopping import EarlyStopping, check_monitor, monitored
 
 if TYPE_CHECKING:
@@ -114,10 +114,10 @@ class _WithState(_Lengths):
 
     def state_dict(self) -> dict[str, Any]:
         "Within a training what another goes on from; else what the next training needs."
-        if self.scheduler is None or self._groups is None: return plain(self._state)
+        if self.scheduler is None or self._groups is None: return storable(self._state)
         return {"under_way": True, "kind": type(self.scheduler).__name__, "done": self.done,
-                "limit": self.limit, "scheduler": plain(self.scheduler.state_dict()),
-                "groups": self._groups.read(), "before": plain(self._before)}
+                "limit": self.limit, "scheduler": storable(self.scheduler.state_dict()),
+                "groups": self._groups.read(), "before": storable(self._before)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Go on from where another stood; in the next training, or at once if one is under way."
@@ -127,7 +127,7 @@ class _WithState(_Lengths):
                                 "state_dict() gave")
         kind = class_of(self.factory)
         if isinstance(kind, type): self._check_kind(state, kind)
-        self._state = plain(state)
+        self._state = storable(state)
         if self.scheduler is not None and state: self._take_up(self._state, self.scheduler)
 
     def _take_up(self, state: Mapping[str, Any], scheduler: Any) -> None:
@@ -164,7 +164,7 @@ class _Beginning(_WithState):
         return self._make(groups.optimiser, lengths)
 
     def _start(self, learn: Learner, groups: ParameterGroups, notes: Groups) -> None:
-        "Make the scheduler, and let it begin anew or go on."
+        "Make the scheduler, and let it start afresh or go on."
         state, lengths = self._state, self._lengths(learn)
         scheduler = self._made(groups, notes, lengths)
         if isinstance(groups.optimiser, torch.optim.Optimizer):
