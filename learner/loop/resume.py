@@ -32,7 +32,7 @@ from .loop import Plan
 from .passes import Pass, Stream, passes_of
 from .stages import Callback, CancelException, CancelTrainException
 from .state import Place, ResumeError, batches_from, check_state, gather, groups_of
-from .state import has_state, loaders_of, order_state, put, put_gradients, set_order_state
+from .state import has_state, loaders_of, order_state, put, put_gradients, set_order_state, with_state
 
 # %% ../../nbs/loop/resume.ipynb #19337a7d
 _DEFAULTS: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
@@ -122,7 +122,8 @@ class Arriving(Plan):
         if self.arriving: self.arrive(learn)
         passes = passes_of(learn.dataloaders, phase)
         orders = {each.prefix: order_state(loader) for each, loader in passes.items()}
-        self.began = {"rng": rng_state(), "orders": orders}
+        states = {name: deepcopy(each.state_dict()) for name, each in with_state(learn.callbacks).items()}
+        self.began = {"rng": rng_state(), "orders": orders, "callbacks": states}
 
 # %% ../../nbs/loop/resume.ipynb #d77a921c
 def set_random(learn: Any, loop: Mapping[str, Any]) -> None:

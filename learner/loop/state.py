@@ -265,7 +265,8 @@ def gather(learn: Any) -> dict[str, Any]:
         "plan": {"steps": cursor.steps, "validation_steps": cursor.validation_steps},
         "stream": cursor.stream_state(loader), "gradients": gradients_left(learn) if within else None,
     }
-    callbacks = {name: callback.state_dict() for name, callback in with_state(learn.callbacks).items()}
+    callbacks = again.get("callbacks") or {
+        name: callback.state_dict() for name, callback in with_state(learn.callbacks).items()}
     return {"callbacks": callbacks, "loop": loop}
 
 # %% ../../nbs/loop/state.ipynb #d5406456

@@ -340,3 +340,34 @@ def test_arguments_of_other_libraries_are_answered_with_ours(given, ours):
 def test_verbs_of_other_modules_are_methods_too():
     learn = made()
     assert learn.predict(X[:3]).shape == (3, 1)
+
+
+# ---------------------------------------------------------------------------------------------------- a pass that starts over
+
+@pytest.mark.parametrize("phase", ["validation", "test"])
+@pytest.mark.parametrize("way", ["process", "state"])
+def test_a_pass_that_starts_over_starts_with_the_states_of_callbacks_that_it_had(phase, way):
+    class Counts(Callback):
+        def __init__(self): self.seen = 0
+        def after_any_batch(self, learn):
+            self.seen += 1
+            learn.log(seen=self.seen)
+        def state_dict(self): return {"seen": self.seen}
+        def load_state_dict(self, state): self.seen = state["seen"]
+
+    class Break(Callback):
+        left = 3
+        def after_any_batch(self, learn):
+            if learn.phase != phase: return
+            self.left -= 1
+            if not self.left: raise KeyboardInterrupt
+
+    def learner(): return made(validation=PARTS, test=PARTS, callbacks=[Counts()])
+    whole, learn = learner(), learner()
+    whole.train(2, 0.01)
+    with pytest.raises(KeyboardInterrupt): learn.train(2, 0.01, callbacks=Break())
+    if way == "state":
+        state, learn = learn.state_dict(), learner()
+        learn.train(resume=state)
+    else: learn.train(resume=True)
+    assert learn.history.rows == whole.history.rows and learn.callbacks[0].seen == whole.callbacks[0].seen
