@@ -15,10 +15,11 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy, deepcopy
-from functools import partial, wraps
+from functools import wraps
 from html import escape
 from importlib import import_module
 from os import PathLike
+from types import MethodType
 from typing import Any, Self
 
 import torch
@@ -105,6 +106,26 @@ class Files(Resumable):
         """
         self.check_idle("load")
         self.load_state_dict(read_checkpoint(path))
+
+# %% ../../nbs/loop/learner.ipynb #378d429a
+class Word:
+    "A word of another library: whoever reads it learns ours."
+
+    def __init__(self, word: str, ours: str): self.word, self.ours = word, ours
+
+    def __get__(self, learn: Any, owner: Any = None) -> Any:
+        message = f"{owner.__name__} has no {self.word}; here it is called {self.ours}"
+        raise AttributeError(message, name=self.word, obj=learn)
+
+class Verb:
+    "A function of a learner as a method of it; its module is imported when it is used."
+
+    def __init__(self, place: str): self.place = place
+
+    def __get__(self, learn: Any, owner: Any = None) -> Any:
+        module, _, function = self.place.partition(":")
+        function = getattr(import_module(module), function)
+        return function if learn is None else MethodType(function, learn)
 
 # %% ../../nbs/loop/learner.ipynb #e7cd8be9
 METHODS = {  # functions of a learner that are methods too; their modules are imported when they are used
@@ -300,14 +321,10 @@ def copied(learn: Any, shared: dict[int, Any]) -> Any:
 
 # %% ../../nbs/loop/learner.ipynb #47d16f31
 class Shown(Trials):
-    "How a learner is shown, and what it says of words that it does not have."
+    "How a learner is shown, with the verbs and the words of other modules and libraries."
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"): raise AttributeError(name, name=name, obj=self)
-        if name in METHODS:
-            module, _, function = METHODS[name].partition(":")
-            return partial(getattr(import_module(module), function), self)
-        raise AttributeError(missing(self, name), name=name, obj=self)
+    def __dir__(self) -> list[str]:
+        return [name for name in super().__dir__() if name not in ELSEWHERE]
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{name}: {value}" for name, value in summary_of(self).items())
@@ -317,6 +334,9 @@ class Shown(Trials):
         rows = "".join(f"<tr><th>{name}</th><td>{escape(value)}</td></tr>"
                        for name, value in summary_of(self).items())
         return f"<table><caption>{type(self).__name__}</caption>{rows}</table>"
+
+for word, ours in ELSEWHERE.items(): setattr(Shown, word, Word(word, ours))
+for verb, place in METHODS.items(): setattr(Shown, verb, Verb(place))
 
 # %% ../../nbs/loop/learner.ipynb #48f84627
 class Learner(Shown):
@@ -368,16 +388,6 @@ def renew_workers(loader: Any) -> None:
     persisting = getattr(loader, "_iterator", None)
     workers = getattr(persisting, "_workers", None) or []
     if workers and not all(worker.is_alive() for worker in workers): loader._iterator = None
-
-def missing(learn: Loop, name: str) -> str:
-    "What to say of an attribute that a learner does not have."
-    kind = type(learn).__name__
-    if name in learn.tree.passing():
-        if learn.is_running: return f"{kind} has no {name} now; it {learn.tree.lifetime(name)}"
-        return (f"{kind} has no {name} now: it goes when its batch ends; set learn.keep_last = True before "
-                "training to keep the values of the last batch")
-    if name in ELSEWHERE: return f"{kind} has no {name}; here it is called {ELSEWHERE[name]}"
-    return f"{kind} has no attribute {name}{did_you_mean(name, [*dir(type(learn)), *METHODS])}"
 
 # %% ../../nbs/loop/learner.ipynb #7a758e18
 def clear_traceback(error: BaseException | None) -> None:
