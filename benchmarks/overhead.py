@@ -93,7 +93,7 @@ def learner_shown(batches):
     return learner(batches, [Metrics(accuracy=MulticlassAccuracy()), Progress()])
 
 
-WATCHERS = {  # callbacks by class: the module, and what to make of it; left out where the module does not have it
+WATCHERS = {  # callbacks by class: the module, and what to make of it
     "Recorder": ("watch.recorder", lambda module: module.Recorder("loss", "learning_rate")),
     "NaNGuard": ("check.nan_guard", lambda module: module.NaNGuard()),
     "ActivationStats": ("watch.activations", lambda module: module.ActivationStats()),
@@ -101,14 +101,11 @@ WATCHERS = {  # callbacks by class: the module, and what to make of it; left out
 
 
 def there(table):
-    "A row for each callback of a table that there is."
+    "A row for each callback of a table."
     rows = {}
     for name, (module, make, *_) in table.items():
-        try: found = importlib.import_module(f"learner.{module}")
-        except ModuleNotFoundError as error:
-            if error.name != f"learner.{module}": raise
-            continue
-        if hasattr(found, name): rows[f"Learner: {name}"] = partial(watched, make=partial(make, found))
+        found = importlib.import_module(f"learner.{module}")
+        rows[f"Learner: {name}"] = partial(watched, make=partial(make, found))
     return rows
 
 
@@ -181,11 +178,11 @@ def plain_ema(batches, decay=0.999):
 
 
 STEERERS = {  # callbacks by class: the module, what to make of it, and the loop that does the same
-    "BatchSchedule": ("schedule", lambda module: module.BatchSchedule(
+    "BatchSchedule": ("steer.schedule", lambda module: module.BatchSchedule(
         partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=10**6)), plain_schedule),
-    "ClipGradients": ("update", lambda module: module.ClipGradients(1.0), plain_clip),
-    "Accumulate": ("update", lambda module: module.Accumulate(4), plain_accumulate),
-    "EMA": ("update", lambda module: module.EMA(0.999), plain_ema),
+    "ClipGradients": ("steer.update", lambda module: module.ClipGradients(1.0), plain_clip),
+    "Accumulate": ("steer.update", lambda module: module.Accumulate(4), plain_accumulate),
+    "EMA": ("steer.update", lambda module: module.EMA(0.999), plain_ema),
 }
 
 
