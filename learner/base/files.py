@@ -24,18 +24,20 @@ from pathlib import Path
 from time import sleep
 from typing import Any, BinaryIO, Self
 
+from .words import PrintableError, error_line
+
 # %% ../../nbs/base/files.ipynb #759eb00e
 AnyPath = str | os.PathLike[str]
 LIMIT = 2**28  # bytes of a file that is read as a whole
 
-class FileError(ValueError):
+class FileError(PrintableError):
     "A file that is not what it should be; `path` names it and `what` says what is wrong with it."
 
     def __init__(self, path: AnyPath, what: str):
         super().__init__(path, what)
         self.path, self.what = path, what
 
-    def __str__(self) -> str: return f"{self.path} {self.what}"
+    def __str__(self) -> str: return error_line(f"{self.path} {self.what}")
 
 class LockedError(FileError):
     "A lock that another process holds."
@@ -228,8 +230,8 @@ def write_bytes(
 def write_text(
     path: AnyPath, text: str, inside: AnyPath | None = None, sync: bool = True
 ) -> None:
-    "Replace a file by text in UTF-8; raises FileError or OSError."
-    write_bytes(path, text.encode(), inside, sync)
+    "Replace a file by text in UTF-8, half a surrogate pair as \\ud800; raises FileError or OSError."
+    write_bytes(path, text.encode(errors="backslashreplace"), inside, sync)
 
 def write_json(
     path: AnyPath, value: Any, inside: AnyPath | None = None, sync: bool = True
@@ -245,7 +247,8 @@ def open_append(path: AnyPath, inside: AnyPath | None = None) -> BinaryIO:
 
 def append_text(path: AnyPath, text: str, inside: AnyPath | None = None) -> None:
     "Add text at the end of a file, which is made if need be; raises FileError or OSError."
-    with open_append(path, inside) as file: write_all(file.fileno(), text.encode())
+    with open_append(path, inside) as file:
+        write_all(file.fileno(), text.encode(errors="backslashreplace"))
 
 # %% ../../nbs/base/files.ipynb #9c807086
 _held: set[int] = set()  # descriptors of the locks of this process

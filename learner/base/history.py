@@ -6,17 +6,17 @@
 __all__ = ['Mean', 'HistoryError', 'Rows', 'Table', 'History']
 
 # %% ../../nbs/base/history.ipynb #2b90c78b
-import csv
 import math
 from collections.abc import Iterator, Mapping
 from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .words import PHASES, did_you_mean, format_value, split_column
+from .files import AnyPath, write_text
+from .words import PHASES, csv_lines, did_you_mean, format_value, no_formula
+from .words import split_column
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -199,12 +199,10 @@ class History(Table):
         self.keep_steps = False
         self.steps: dict[str, list[float]] = {}
 
-    def to_csv(self, path: str | Path) -> None:
+    def to_csv(self, path: AnyPath) -> None:
         "Write the table to a CSV file, values in full precision; one that exists is replaced."
-        with Path(path).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
+        lines = [[row.get(name) for name in self.columns] for row in self.rows]
+        write_text(path, csv_lines([*map(no_formula, line)] for line in (self.columns, *lines)))
 
     def plot(self, quantity: str = "loss", ax: "Axes | None" = None) -> "Axes":
         """Draw the curves of a quantity over the epochs; raises HistoryError if there is none.

@@ -4,12 +4,16 @@
 
 # %% auto #0
 __all__ = ['PHASES', 'MEASURES', 'did_you_mean', 'as_number', 'check_whole', 'check_number', 'plain', 'split_column', 'Column',
-           'read_column', 'named_loaders', 'mode_of', 'format_value', 'in_encoding', 'flatten']
+           'read_column', 'named_loaders', 'mode_of', 'format_value', 'in_encoding', 'printable', 'shortened',
+           'error_line', 'PrintableError', 'no_formula', 'csv_lines', 'flatten']
 
 # %% ../../nbs/base/words.ipynb #39f5036c
+import csv
+import io
 import math
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, datetime
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -256,6 +260,65 @@ def in_encoding(text: str, stream: Any) -> str:
     except UnicodeEncodeError:
         return text.translate(_SIMPLE).encode(encoding, "replace").decode(encoding)
     return text
+
+# %% ../../nbs/base/words.ipynb #068a685f
+def printable(text: Any, keep: str = "") -> str:
+    r"""Text in which everything that a terminal would obey or hide is written as an escape.
+
+    Args:
+        text: What is to be shown; anything that is not text is shown as `str` gives it.
+        keep: Characters that stay, such as `"\n\t"` where lines and tabs are meant.
+
+    Returns:
+        The text with control characters, line breaks and marks of direction as `\x1b`, `\n`
+        and so on.
+
+    Example:
+        >>> printable("clear the screen: \x1b[2J")
+        'clear the screen: \\x1b[2J'
+    """
+    def shown(c: str) -> str:
+        if c.isprintable() or c in keep: return c
+        return c.encode("unicode_escape", "backslashreplace").decode()
+    return "".join(map(shown, str(text)))
+
+# %% ../../nbs/base/words.ipynb #129b44a9
+def shortened(text: str, length: int) -> str:
+    "Text of at most so many characters; dots say that something is left out."
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+_LONGEST = 1000  # characters of a message
+
+def error_line(text: str) -> str:
+    "A message as one printable line; of a long one the middle is left out, the fix is at its end."
+    if len(text) > _LONGEST: text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+    return printable(text)
+
+class PrintableError(ValueError):
+    "A mistake in something that may come from elsewhere; its message is an `error_line`."
+
+    def __str__(self) -> str: return error_line(BaseException.__str__(self))
+
+# %% ../../nbs/base/words.ipynb #97c9a201
+_FORMULA = re.compile(r"[\t\r\n]|\W*?[=+\-@\uff1d\uff0b\uff0d\uff20]")
+
+def no_formula(cell: Any) -> Any:
+    "A cell that no spreadsheet takes for a formula: text that looks like one gets an apostrophe."
+    if not isinstance(cell, str) or not _FORMULA.match(cell): return cell
+    try: float(cell)
+    except ValueError: return f"'{cell}"
+    return cell
+
+def csv_lines(lines: Iterable[Sequence[Any]]) -> str:
+    "Lines of cells as CSV, numbers in full precision."
+    lines = list(lines)
+    # csv puts no quotes around a return before Python 3.13
+    returns = any(isinstance(cell, str) and "\r" in cell for line in lines for cell in line)
+    text = io.StringIO()
+    writer = csv.writer(text, quoting=csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL,
+                        lineterminator="\n")
+    writer.writerows(lines)
+    return text.getvalue()
 
 # %% ../../nbs/base/words.ipynb #c63256ad
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

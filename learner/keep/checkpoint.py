@@ -17,10 +17,11 @@ from typing import Any
 
 from ..base.files import AnyPath, FileError, FileLock, LockedError
 from ..base.files import make_folder, read_json, remove, tidy, write_json
-from ..base.store import check_state, checkpoint_name, list_checkpoints, load_state
+from ..base.checkpoints import checkpoint_name, list_checkpoints
+from ..base.store import check_state, load_state
 from ..base.nested import snapshot
 from ..base.store import newest_checkpoint, save_state
-from ..base.words import check_number, check_whole, plain
+from ..base.words import PrintableError, check_number, check_whole, plain
 from ..loop.learner import Learner
 from ..loop.stages import Callback
 from ..steer.stopping import MonitorError, check_mode, check_monitor, monitored
@@ -28,7 +29,7 @@ from ..steer.stopping import MonitorError, check_mode, check_monitor, monitored
 # %% ../../nbs/keep/checkpoint.ipynb #d0800420
 _INDEX = "index.json"  # beside the checkpoints: whose they are, and which is the best
 
-class CheckpointError(ValueError):
+class CheckpointError(PrintableError):
     "A folder in which a training cannot keep its checkpoints."
 
 def read_index(folder: AnyPath) -> dict[str, Any]:

@@ -12,14 +12,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..base.files import FileError, append_text, read_text, write_text
-from ..base.words import check_whole, did_you_mean
+from ..base.files import FileError, append_text, list_names, read_text, write_text
+from ..base.words import PrintableError, check_whole, did_you_mean
 from ..loop.stages import Callback
 
 # %% ../../nbs/keep/fingerprints.ipynb #bda93a36
 Record = dict[str, Any]  # "epoch" and "batch", counted from 0, and a hash for each part
 
-class FingerprintError(ValueError):
+class FingerprintError(PrintableError):
     "Fingerprints that cannot be read or compared."
 
 def _place(record: Mapping[str, Any]) -> tuple[int, int]: return record["epoch"], record["batch"]
@@ -42,7 +42,7 @@ def _read(file: str | os.PathLike[str]) -> str:
     path = Path(file)
     try: return read_text(path)
     except FileNotFoundError:
-        names = os.listdir(path.parent) if path.parent.is_dir() else []
+        names = list_names(path.parent) if path.parent.is_dir() else []
         raise FileNotFoundError("there is no file "
                                 f"{file}{did_you_mean(path.name, names)}") from None
     except FileError as error: raise FingerprintError(f"{file} cannot be read: it "

@@ -6,12 +6,12 @@
 __all__ = ['split', 'read_idx', 'digits', 'fashion_mnist']
 
 # %% ../../nbs/loop/datasets.ipynb #252eeb96
-import gzip
+import io
 import math
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.resources import files
 from itertools import product
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.files import AnyPath, read_bytes
 from ..base.words import check_whole
 from .data import DataLoaders, TensorLoader, hashed_permutation
 
@@ -83,17 +84,31 @@ def split(labels: Any, validation: float | int = 0.1, seed: int = 0) -> tuple[Te
     return order[wanted:].sort().values, order[:wanted].sort().values
 
 # %% ../../nbs/loop/datasets.ipynb #55f08da7
-def _idx_shape(file: Any, path: Any) -> tuple[int, ...]:
+def _idx_shape(read: Callable[[int], bytes], path: AnyPath) -> tuple[int, ...]:
     "The dimensions that the head of an IDX file gives."
-    head = file.read(4)
+    head = read(4)
     if len(head) == 4 and head[:3] != b"\0\0\x08":
         raise ValueError(f"{path} is not an IDX file of unsigned bytes, it begins with "
                          f"{head.hex(' ')}; get it again")
     _, _, dimensions = struct.unpack(">HBB", head)
-    return struct.unpack(f">{dimensions}I", file.read(4 * dimensions))
+    if dimensions > 8: raise ValueError(f"{path} has {dimensions} dimensions; at most 8 are read")
+    return struct.unpack(f">{dimensions}I", read(4 * dimensions))
+
+def _unpacking(data: bytes) -> Callable[[int], bytes]:
+    "Reads so many bytes of what gzip has packed, and unpacks no more; raises zlib.error."
+    unpack, left = zlib.decompressobj(16 + zlib.MAX_WBITS), data
+
+    def read(count: int) -> bytes:
+        nonlocal left
+        part = unpack.decompress(left, count) if count else b""
+        left = unpack.unconsumed_tail
+        if len(part) < count and not unpack.eof: raise EOFError("it ends too early")
+        if unpack.unused_data: raise EOFError("it goes on behind its end")
+        return part
+    return read
 
 # %% ../../nbs/loop/datasets.ipynb #ff47e272
-def read_idx(path: str | os.PathLike[str], most: int = 2**28) -> Tensor:
+def read_idx(path: AnyPath, most: int = 2**28) -> Tensor:
     """Read an IDX file, the format of MNIST (LeCun et al., 1998).
 
     Args:
@@ -105,24 +120,25 @@ def read_idx(path: str | os.PathLike[str], most: int = 2**28) -> Tensor:
 
     Raises:
         ValueError: The file is damaged, not in this format, or too large.
+        OSError: It cannot be read.
 
     Example:
         >>> read_idx("train-images-idx3-ubyte.gz").shape
         torch.Size([60000, 28, 28])
     """
-    with Path(path).open("rb") as raw:
-        packed = raw.peek(2)[:2] == b"\x1f\x8b"  # the mark of gzip, whatever the name of the file
-        try:
-            file = gzip.GzipFile(fileobj=raw) if packed else raw
-            shape = _idx_shape(file, path)
-            size = math.prod(shape)
-            if size > most:
-                raise ValueError(f"{path} has {size:,} values, or so it says, and no more than "
-                                 f"{most:,} are read; pass a larger most, if you trust it")
-            content = bytearray(file.read(size))
-            rest = file.read(1)
-        except (EOFError, zlib.error, gzip.BadGzipFile, struct.error) as error:
-            raise ValueError(f"{path} is damaged ({error}); get it again") from None
+    data = read_bytes(os.path.realpath(path), most + most // 1000 + 2**16)
+    packed = data[:2] == b"\x1f\x8b"  # the mark of gzip, whatever the name of the file
+    read = _unpacking(data) if packed else io.BytesIO(data).read
+    try:
+        shape = _idx_shape(read, path)
+        size = math.prod(shape)
+        if size > most:
+            raise ValueError(f"{path} has {size:,} values, or so it says, and no more than "
+                             f"{most:,} are read; pass a larger most, if you trust it")
+        content = bytearray(read(size))
+        rest = read(1)
+    except (EOFError, zlib.error, struct.error) as error:
+        raise ValueError(f"{path} is damaged ({error}); get it again") from None
     if rest or not content or len(content) != size:
         found = f"more than {size}" if rest else len(content)
         raise ValueError(f"{path} is damaged, it has {found} bytes for shape {shape}; get it again")

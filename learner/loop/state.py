@@ -23,13 +23,13 @@ from ..base.history import Mean
 from ..base.parts import generators_of, is_optimiser, make_optimiser, samplers_of
 from ..base.provenance import kept_rng, rng_state, set_rng_state
 from ..base.tree import to_device
-from ..base.words import PHASES, did_you_mean
+from ..base.words import PHASES, PrintableError, did_you_mean
 from .attached import attached_modules, by_class
 from .passes import passes_of
 from .stages import Callback
 
 # %% ../../nbs/loop/state.ipynb #d6929a95
-class ResumeError(ValueError):
+class ResumeError(PrintableError):
     "A training that cannot be resumed, or a state that does not fit where it is to be put."
 
 class Place(NamedTuple):

@@ -13,11 +13,10 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, Literal
 
-from ..base.files import FileError, append_text
-from ..base.words import did_you_mean, flatten
+from ..base.files import FileError, append_text, list_names
+from ..base.words import PrintableError, did_you_mean, flatten
 from .command import Command, UsageError, help_parser, say, split_words
 from .config import ConfigError, from_record, registered, resolve
 from .registry import import_named
@@ -54,7 +53,7 @@ def _training(run_dir: str) -> Iterator[None]:
     "The frame of a training: its folder keeps the traceback, and the user learns how to go on."
     try:
         with _ends_in_order(): yield
-    except (ConfigError, RunError): raise
+    except PrintableError: raise  # not the training, but what it was given
     except (KeyboardInterrupt, SystemExit):
         if is_run(run_dir): say(f"\nstopped; to go on: {_resume_line(run_dir)}", error=True)
         raise
@@ -87,8 +86,10 @@ def _report(run_dir: str) -> None:
             if name.startswith("validation_") and entry.get("best") is not None]
     words = f"{run_dir}: {_epochs(len(files.rows))}, {files.status}"
     say(f"{words}; best {', '.join(best)}" if best else words)
-    plots = sorted(Path(run_dir, "plots").glob("*.png"))
-    if plots: say(f"pictures: {', '.join(map(str, plots))}")
+    folder = os.path.join(run_dir, "plots")
+    try: plots = [name for name in list_names(folder, inside=run_dir) if name.endswith(".png")]
+    except (OSError, FileError): return
+    if plots: say(f"pictures: {', '.join(os.path.join(folder, name) for name in plots)}")
 
 # %% ../../nbs/runs/cli.ipynb #302fb251
 def _check_least(option: str, value: int | None, least: int, meaning: str = "") -> None:
@@ -125,7 +126,7 @@ def _console(quiet: bool) -> list[Any]:
 def _mistakes() -> Iterator[None]:
     "For commands that only read: what cannot be read is a mistake in the command line."
     try: yield
-    except (ConfigError, RunError, BrokenPipeError): raise
+    except (PrintableError, BrokenPipeError): raise
     except (ValueError, OSError) as error:
         raise UsageError(_as_line(error).partition("\n")[0]) from error
 
@@ -305,8 +306,8 @@ def help_text(command: Command | None = None, words: Sequence[str] = ()) -> str:
     return f"{text}\n\nsettings of {positionals[0]}, each as --key=value:\n{shown}"
 
 # %% ../../nbs/runs/cli.ipynb #cd30fdfd
-_BAD_INPUT = (UsageError, ConfigError, RunError, FileNotFoundError, FileExistsError,
-              NotADirectoryError, PermissionError)
+_BAD_INPUT = (PrintableError, FileNotFoundError, FileExistsError, NotADirectoryError,
+              PermissionError)
 
 def main(words: Sequence[str] | None = None) -> int:
     """The command line: `learner COMMAND ...`.

@@ -16,14 +16,15 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..base.words import did_you_mean, flatten
+from ..base.files import list_names
+from ..base.words import PrintableError, did_you_mean, flatten, printable, shortened
 from ..keep.fingerprints import FingerprintError, Record, first_difference, read_fingerprints
 from .ranking import format_cell
-from .rundir import RunError, is_run, printable
+from .rundir import RunError, is_run
 from .runfiles import RunFiles, iter_rows, mapping_in, read_run
 
 # %% ../../nbs/runs/compare.ipynb #0b6bb31e
-class CompareError(ValueError):
+class CompareError(PrintableError):
     "Things that cannot be compared."
 
 @dataclass
@@ -51,8 +52,8 @@ def _side(given: Any, name: str) -> _Side:
         if path.is_file():
             raise CompareError(f"{given} is neither a run folder nor a history (.csv) nor "
                                "fingerprints (.jsonl)")
-        others = os.scandir(path.parent) if path.parent.is_dir() else ()
-        beside = [entry.name for entry in others if is_run(entry.path)]
+        others = list_names(path.parent) if path.parent.is_dir() else []
+        beside = [other for other in others if is_run(path.with_name(other))]
         raise FileNotFoundError(f"there is no run {given}{did_you_mean(path.name, beside)}")
     rows = getattr(given, "rows", None)
     if isinstance(rows, list): return _Side(f"{name} history", rows=rows)
@@ -210,8 +211,7 @@ def _shown(a: Any, b: Any) -> tuple[str, str]:
     for digits in (4, 6, 9, 17):
         texts = text(a, digits), text(b, digits)
         if texts[0] != texts[1]: break
-    one, other = (cell if len(cell) <= _WIDE else f"{cell[: _WIDE - 1]}…" for cell in texts)
-    return one, other
+    return shortened(texts[0], _WIDE), shortened(texts[1], _WIDE)
 
 def _change(a: Any, b: Any) -> str:
     "By how much numbers differ, from the first to the second."
@@ -222,7 +222,7 @@ def _change(a: Any, b: Any) -> str:
 def _text_section(title: str, pairs: Pairs) -> list[str]:
     "A section as lines."
     listed = list(pairs.items())[:_ROWS]
-    rows = [(f"  {printable(name)}", *_shown(*pair), _change(*pair)) for name, pair in listed]
+    rows = [(f"  {shortened(printable(name), _WIDE)}", *_shown(*pair), _change(*pair)) for name, pair in listed]
     table = [(title, "a", "b", "b - a" if any(row[3] for row in rows) else ""), *rows]
     widths = [*(max(len(row[i]) for row in table) for i in range(3)), 0]
     padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in table)
@@ -232,7 +232,7 @@ def _text_section(title: str, pairs: Pairs) -> list[str]:
 def _html_section(title: str, nothing: str, pairs: Pairs) -> str:
     lines = [[f"<th>{escape(title)}</th>", f"<td colspan=\"2\">{'' if pairs else nothing}</td>"]]
     for name, pair in pairs.items():
-        lines.append([f"<td>{escape(text)}</td>" for text in (printable(name), *_shown(*pair))])
+        lines.append([f"<td>{escape(text)}</td>" for text in (shortened(printable(name), _WIDE), *_shown(*pair))])
     return "".join(f"<tr>{''.join(line)}</tr>" for line in lines)
 
 # %% ../../nbs/runs/compare.ipynb #d89793f6

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from ..base.files import FileError, read_text
+from ..base.files import FileError, list_names, read_text
 from ..base.words import check_number, check_whole, did_you_mean
 from .registry import ConfigError, Entry, find_config, import_allowed
 from .registry import register_config, register_model, registered
@@ -166,10 +166,11 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     raise ConfigError(f"{path}: it holds {show_value(value)}; it must be names with values")
 
 def _file_text(path: Path) -> str:
-    try: return read_text(path.resolve(), 2**20).removeprefix("\ufeff")  # follows links
+    try: return read_text(os.path.realpath(path), 2**20).removeprefix("\ufeff")  # follows links
     except FileError as error: raise ConfigError(f"it {error.what}") from None
     except FileNotFoundError:
-        beside = [other.name for other in path.parent.glob("*") if other.suffix in _SUFFIXES]
+        others = list_names(path.parent) if path.parent.is_dir() else []
+        beside = [other for other in others if other.endswith(_SUFFIXES)]
         raise ConfigError(f"there is no such file{did_you_mean(path.name, beside)}") from None
     except OSError as error: raise ConfigError(f"it cannot be read: {error.strerror}") from None
 

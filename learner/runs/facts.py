@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..base.data_hash import data_hash
+from ..base.files import FileError, read_text
 
 # %% ../../nbs/runs/facts.ipynb #5bfad046
 def script_text() -> str:
@@ -31,8 +32,8 @@ def script_text() -> str:
     main = sys.modules.get("__main__")
     file = getattr(main, "__file__", None)
     if not file or _is_ours(main): return ""
-    try: return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError): return ""
+    try: return read_text(os.path.realpath(file))
+    except (OSError, FileError): return ""
 
 def _is_ours(main: Any) -> bool:
     "Whether the command line was started, which is not a program of the user's."

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..base.files import AnyPath
+from ..base.files import AnyPath, append_text, make_folder
 from ..base.history import History
 from ..base.parts import is_optimiser, length_of
 from ..base.words import format_value, mode_of, as_number, plain
@@ -305,7 +305,7 @@ class CSVLogger(Logger):
         super().before_train(learn)
 
     def log_row(self, row: Mapping[str, Any]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         self.table.follow(self.history.rows, lambda: self.history.columns)
 
     def log_results(self, results: Mapping[str, Any]) -> None:
@@ -349,5 +349,5 @@ class JSONLinesLogger(Logger):
     def _append(self, event: str, *values: Mapping[str, Any]) -> None:
         lines = (json.dumps({"event": event, **plain(value)}, ensure_ascii=False) + "\n"
                  for value in values)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab", buffering=0) as file: file.write("".join(lines).encode())
+        make_folder(self.path.parent)
+        append_text(self.path, "".join(lines))

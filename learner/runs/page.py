@@ -20,9 +20,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..base.words import flatten, plain
+from ..base.words import flatten, plain, printable
 from .ranking import Score, evaluations_of, format_cell, number_in
-from .rundir import RunError, printable
+from .rundir import RunError
 from .runfiles import RunFiles, mapping_in
 
 # %% ../../nbs/runs/page.ipynb #534769f6
@@ -65,10 +65,9 @@ def train_command(run: RunFiles, known: Defaults | None = None) -> list[str] | N
     to the next."""
     config, settings = run.config.get("config"), flatten(run.settings)
     if not isinstance(config, str): return None
-    # the parts that were chosen
-    names = {name: value for name, value in settings.items() if name.endswith(".name")}
-    key, known, nothing = json.dumps([config, names]), {} if known is None else known, object()
-    if key not in known: known[key] = _defaults(config, names)
+    key, nothing = json.dumps([config, _words_in(run.settings)]), object()
+    if known is None: known = {}
+    if key not in known: known[key] = _defaults(config, run.settings)
     defaults = known[key]
     if defaults is None: return None
     changed = {name: value for name, value in settings.items()
@@ -76,10 +75,21 @@ def train_command(run: RunFiles, known: Defaults | None = None) -> list[str] | N
     options = [f"--{name}={_option(value)}" for name, value in changed.items()]
     return ["learner", "train", config, f"{_path(run.folder)}-again", *options]
 
-def _defaults(config: str, names: Mapping[str, Any]) -> dict[str, Any] | None:
-    "What a configuration has by default; None if it, or a part that was chosen, is not registered."
+def _words_in(settings: Any) -> Any:
+    "Settings without their numbers: what may name something."
+    if isinstance(settings, Mapping): return {key: _words_in(item) for key, item in settings.items()}
+    if isinstance(settings, list): return list(map(_words_in, settings))
+    return settings if isinstance(settings, str) else None
+
+def _defaults(config: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a configuration has by default, with the parts that were chosen.
+
+    None if the settings name anything that is not registered here: who pastes a command names
+    what is in it, and that would be imported."""
     from learner.runs.config import ConfigError, from_record
+    names = {name: value for name, value in flatten(settings).items() if name.endswith(".name")}
     try:
+        from_record({"config": config, "settings": settings})
         given, chosen = (flatten(from_record({"config": config, "settings": each}).values)
                          for each in ({}, names))
     except ConfigError: return None
@@ -151,7 +161,8 @@ def _commands(run: RunFiles, known: Defaults) -> dict[str, Any]:
     else: commands["Its learner was built by hand; its script is below."] = []
     if train:
         commands["From the configuration, with the settings that are not its defaults"] = train
-    if isinstance(started, list) and started: commands["As it was started"] = started
+    if isinstance(started, list) and started:
+        commands["As it was started, by its own account; read it before you paste it"] = started
     items = [{"label": label, "words": list(map(quote, words))}
              for label, words in commands.items()]
     return {"kind": "commands", "items": items}

@@ -17,12 +17,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..base.words import did_you_mean, flatten, format_value, mode_of, plain
-from .rundir import RunError, printable
+from ..base.files import list_names
+from ..base.words import PrintableError, did_you_mean, flatten, format_value, mode_of
+from ..base.words import plain, printable
+from .rundir import RunError
 from .runfiles import RunFiles, list_in, mapping_in
 
 # %% ../../nbs/runs/ranking.ipynb #058a3462
-class ScoreError(ValueError):
+class ScoreError(PrintableError):
     "Runs that cannot be ranked in this way."
 
 def format_cell(value: Any) -> str:
@@ -185,7 +187,7 @@ def check_arguments(folder: Any, metric: Any, mode: Any, by: Any, status: Any) -
     if os.path.lexists(folder):
         raise ScoreError(f"{folder} is a file; name a folder with runs in it")
     parent = Path(folder).parent
-    beside = [entry.name for entry in os.scandir(parent)] if parent.is_dir() else []
+    beside = list_names(parent) if parent.is_dir() else []
     raise FileNotFoundError(f"there is no folder {folder}{did_you_mean(Path(folder).name, beside)}")
 
 def check_status(run: RunFiles, wanted: Collection[str]) -> None:

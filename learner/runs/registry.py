@@ -15,10 +15,10 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from ..base.words import did_you_mean
+from ..base.words import PrintableError, did_you_mean
 
 # %% ../../nbs/runs/registry.ipynb #880eb46d
-class ConfigError(ValueError):
+class ConfigError(PrintableError):
     "Settings that make no sense: what is wrong, where, and the fix, in one line."
 
 # %% ../../nbs/runs/registry.ipynb #92704de4

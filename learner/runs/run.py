@@ -23,12 +23,12 @@ from typing import Any, Self
 import torch
 
 from ..base.data_hash import loader_hash
-from ..base.files import AnyPath, append_text, is_file, remove, replacing, write_all
-from ..base.files import write_bytes, write_text
+from ..base.files import AnyPath, append_text, is_file, make_folder, remove, replacing
+from ..base.files import write_all, write_bytes, write_text
 from ..base.hashing import hash_file
 from ..base.history import History
 from ..base.provenance import git_state
-from ..base.store import checkpoint_name
+from ..base.checkpoints import checkpoint_name
 from ..base.words import as_number, split_column
 from ..keep.checkpoint import Checkpoint
 from ..keep.fingerprints import Fingerprints
@@ -52,7 +52,7 @@ Nested = Mapping[str, Any]
 def _draw(folder: Path, draw: Callable[[Path], None]) -> None:
     "Draw pictures into a folder, which is made; an error becomes a warning."
     try:
-        inner_folder(folder.parent, folder.name).mkdir(exist_ok=True)
+        make_folder(inner_folder(folder.parent, folder.name))
         draw(folder)
     except Exception as error: _warn_of_pictures(folder, error)
 

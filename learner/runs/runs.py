@@ -17,12 +17,12 @@ from typing import Any
 
 from ..base.data_hash import loader_hash
 from ..base.files import AnyPath
-from ..base.words import check_whole, did_you_mean
+from ..base.words import check_whole, did_you_mean, printable
 from ..keep.checkpoint import Checkpoint, read_index
 from ..loop.learner import Learner
 from ..loop.stages import Callback, as_callbacks
 from .config import Settings, build, from_record, resolve
-from .rundir import RunError, RunLock, check_name, inner_folder, is_locked, printable
+from .rundir import RunError, RunLock, check_name, inner_folder, is_locked
 from .run import Run, epochs_text, write_predictions
 from .runfiles import RunFiles, list_in, mapping_in, now, read_json, read_run
 from .runfiles import write_json

@@ -8,7 +8,6 @@ __all__ = ['differing_settings', 'Column', 'table_names', 'columns_of', 'LeftOut
 # %% ../../nbs/runs/scores.ipynb #bf5c538a
 import json
 import os
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,13 +16,14 @@ from pathlib import Path
 from typing import Any, overload
 
 from ..base.files import AnyPath, write_text
-from ..base.words import check_whole, plain
+from ..base.words import check_whole, csv_lines, no_formula, plain, printable
+from ..base.words import shortened
 from .page import Defaults, curves, day, details, duration, page, setting
 from .ranking import USUAL, Score, ScoreError, Unranked, Where, check_arguments
 from .ranking import check_metric, check_status, data_sets, format_cell, known_of
 from .ranking import mode_among, number_in, ranked, select, value_of
-from .rundir import RunError, find_runs, printable
-from .runfiles import RunFiles, csv_lines, now
+from .rundir import RunError, find_runs
+from .runfiles import RunFiles, now
 
 # %% ../../nbs/runs/scores.ipynb #4b7bbebb
 def _values(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -129,19 +129,16 @@ class LeftOut:
 
 _SHOWN, _LONGEST_NAME, _WIDEST = 24, 40, 120  # characters of a setting, of a name and of a table
 
-def _short(text: str, length: int = _SHOWN) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"
-
 def _cells(columns: Sequence[Column], rows: Sequence[Score]) -> list[list[str]]:
     "The text of the cells, cut to what one can read."
     def cell(column: Column, row: Score) -> str:
-        return _short(column.text(row), _LONGEST_NAME if column.key == "run" else _SHOWN)
+        return shortened(column.text(row), _LONGEST_NAME if column.key == "run" else _SHOWN)
     return [[cell(column, row) for column in columns] for row in rows]
 
 def _text_table(columns: list[Column], rows: Sequence[Score]) -> tuple[list[str], list[str]]:
     "The lines of a table, and the labels of the columns for which there was no room."
     cells = _cells(columns, rows)
-    texts = [[column.label, *(line[i] for line in cells)] for i, column in enumerate(columns)]
+    texts = [[shortened(column.label, _LONGEST_NAME), *(line[i] for line in cells)] for i, column in enumerate(columns)]
     widths = [max(map(len, text)) for text in texts]
     shown = list(range(len(columns)))
     optional = [i for i in shown if columns[i].key not in ("rank", "run", "value", "epoch", "last")]
@@ -151,7 +148,7 @@ def _text_table(columns: list[Column], rows: Sequence[Score]) -> tuple[list[str]
         aligned = (cell.rjust(widths[i]) if columns[i].number else cell.ljust(widths[i])
                    for cell, i in zip(line, shown, strict=True))
         lines.append("  ".join(aligned).rstrip())
-    return lines, [column.label for i, column in enumerate(columns) if i not in shown]
+    return lines, [texts[i][0] for i in range(len(columns)) if i not in shown]
 
 # %% ../../nbs/runs/scores.ipynb #265e2a5f
 class Ranking(Sequence[Score]):
@@ -226,7 +223,7 @@ class ShownRanking(Ranking):
         lines += self.warnings()
         notes = _run_notes(self.others, self.left_out)
         if len(notes) > 10: notes = [*notes[:9], f"... and {len(notes) - 9} more, all in left_out"]
-        return "\n".join([*lines, *(_short(note, 160) for note in notes)])
+        return "\n".join([*lines, *(shortened(note, 160) for note in notes)])
 
     def _repr_html_(self) -> str:
         columns = self.columns()
@@ -240,14 +237,11 @@ class ShownRanking(Ranking):
                 f"<tbody>{body}</tbody></table><small>{notes}</small>")
 
 # %% ../../nbs/runs/scores.ipynb #d8ffeee6
-_FORMULA = re.compile(r"[\t\r\n]|\W*?[=+\-@\uff1d\uff0b\uff0d\uff20]")
-
 def _csv_cell(value: Any) -> Any:
     "A cell of CSV that no spreadsheet takes for a formula."
     if value is None or isinstance(value, int | float): return value
     found = plain(value)
-    text = found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
-    return f"'{text}" if _FORMULA.match(text) and number_in(text) is None else text
+    return no_formula(found if isinstance(found, str) else json.dumps(found, ensure_ascii=False))
 
 def _csv(ranking: Ranking) -> str:
     settings = list(dict.fromkeys(name for row in ranking for name in row.settings))

@@ -7,17 +7,16 @@ __all__ = ['BLOCK', 'RecorderError', 'Quantity', 'read_values', 'StepLog', 'Curv
            'GradientNorm', 'Recorder']
 
 # %% ../../nbs/watch/recorder.ipynb #cba89906
-import csv
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from ..base.words import as_number, check_whole, did_you_mean
+from ..base.files import AnyPath, write_text
+from ..base.words import as_number, check_whole, csv_lines, did_you_mean, no_formula
 from ..loop.learner import Learner
 from ..loop.stages import Callback
 from ..loop.updates import gradients_of
@@ -163,16 +162,14 @@ class Curves:
 class KeptCurves(Curves):
     "Curves that can be written to a file, pickled, saved and loaded."
 
-    def to_csv(self, path: str | Path) -> None:
+    def to_csv(self, path: AnyPath) -> None:
         """Write the curves to a CSV file, values in full precision.
 
         Args:
             path: the file; one that exists is replaced. Its columns are `step` and the quantities.
         """
-        with Path(path).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["step", *self.names])
-            writer.writerows(zip(self.steps, *self.values()[1:].tolist(), strict=True))
+        rows = zip(self.steps, *self.values()[1:].tolist(), strict=True)
+        write_text(path, csv_lines([["step", *map(no_formula, self.names)], *rows]))
 
     def __getstate__(self) -> dict[str, Any]:
         self.read()

@@ -2,10 +2,12 @@
 
     python attack.py FOLDER all|NUMBER [WORD]    prints a line of JSON for each thing that went wrong, and how many folders there were"""
 import contextlib
+import csv
 import ctypes
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -14,6 +16,7 @@ import sys
 import time
 import traceback
 import warnings
+from itertools import islice
 from pathlib import Path
 
 import folders
@@ -29,7 +32,9 @@ from learner.base.store import check_state, load_state, read_checkpoint
 from learner.keep.checkpoint import Checkpoint, read_index
 from learner.keep.fingerprints import read_fingerprints
 from learner.loop.datasets import read_idx
-from learner.runs import cli, config, layers, run as run_module, runs as runs_module, signature
+from learner.runs import cli, config, layers, signature
+from learner.runs import run as run_module
+from learner.runs import runs as runs_module
 from learner.runs.compare import compare_runs
 from learner.runs.config import Model, Optimiser, build, read_settings, register_config, register_model, resolve
 from learner.runs.rundir import find_runs, new_name
@@ -75,7 +80,7 @@ class Watch:
     def __init__(self, place):
         self.libc = ctypes.CDLL(None, use_errno=True)
         self.place, self.file, self.names = place, self.libc.inotify_init1(os.O_NONBLOCK), {}
-        for folder in (place, *(each for each in place.rglob("*") if each.is_dir())):
+        for folder in [place, *(each for each in place.rglob("*") if each.is_dir())]:
             self.names[self.libc.inotify_add_watch(self.file, os.fsencode(folder), IN_ALL)] = folder
 
     def events(self):
@@ -97,7 +102,7 @@ def drop_rights():
     head, sets = struct.pack("Ii", 0x20080522, 0), ctypes.create_string_buffer(24)
     if libc.capget(head, sets): return
     values = list(struct.unpack("6I", sets.raw))
-    values[0] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+    for index in (0, 1): values[index] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
     libc.capset(head, struct.pack("6I", *values))
 
 
@@ -123,7 +128,9 @@ def commands(evil):
     training = [["evaluate", safe], ["evaluate", safe, "--split=test", "--checkpoint=last"], ["train", safe, "new"], ["train", file, "new2"], ["rerun", safe, "new3"],
                 ["resume", safe, "--epochs=3"], ["train", "tiny", safe, "--new-name"], ["train", "tiny", safe, "--overwrite"]]
     others = set(cli._commands) - {words[0] for words in training}
-    return [words for name in cli._commands for words in reading.get(name, [[name, safe]] if name in others else [])], training
+    reads = [words for name in cli._commands for words in reading.get(name, [[name, safe]] if name in others else [])]
+    if os.path.islink(file): reads, training = ([words for words in each if file not in words] for each in (reads, training))
+    return reads, training
 
 
 def functions(evil, good):
@@ -143,16 +150,20 @@ def functions(evil, good):
         "find_runs": lambda: (find_runs(evil.parent), new_name(evil)), "Checkpoint.latest": lambda: (Checkpoint.latest(place), read_index(place)),
         "Checkpoint.best": lambda: Checkpoint.best(place), "read_checkpoint": lambda: read_checkpoint(evil), "load_state": lambda: load_state(last),
         "check_state": lambda: check_state(last, inside=evil), "read_fingerprints": lambda: read_fingerprints(evil / "fingerprints.jsonl"),
-        "load": lambda: learn().load(last), "hash_file": lambda: hash_file(evil / "score.json"), "read_idx": lambda: read_idx(evil / "stdout.txt"),
+        "load": lambda: learn().load(last), "hash_file": lambda: (check_state(last), hash_file(last)), "read_idx": lambda: read_idx(evil / "stdout.txt"),
         "Run": lambda: Run(evil), "git_state": lambda: repr(git_state(evil)), "data_hash": lambda: data_hash(load_state(last)),
         **{f"read_json {name}": lambda name=name: read_json(evil / name) for name in folders.JSON},
-        **{f"iter_rows {name}": lambda name=name: sum(1 for _ in iter_rows(evil / name)) for name in folders.TABLES},
+        **{f"iter_rows {name}": lambda name=name: sum(1 for _ in islice(iter_rows(evil / name), 50_000)) for name in folders.TABLES},
     }
     training = {
         "train(resume=)": lambda: learn().train(2, resume=evil), "train(resume=, in it)": lambda: learn().train(3, resume=place, callbacks=Checkpoint(place)),
         "Run(resume=True)": lambda: learn().train(3, resume=evil, callbacks=Run(evil, resume=True)), "evaluate_run": lambda: str(evaluate_run(evil, "test", "last")),
         "resume_run": lambda: resume_run(evil, 4), "rerun": lambda: str(rerun(evil, evil.parent / "new4")),
     }
+    named = {evil / "config.json": ("resolve", "read_settings"), last: ("load",), evil / "stdout.txt": ("read_idx",),
+             place: ("Checkpoint.latest", "Checkpoint.best", "train(resume=, in it)")}
+    for path in [path for path in named if path.is_symlink()]:  # whoever names a link means what it leads to
+        for name in named[path]: (reading if name in reading else training).pop(name)
     return reading, training
 
 
@@ -164,6 +175,11 @@ def fault(error):
     if not ours and not meant: return f"{kind.__name__} from {last.filename}:{last.lineno}: {error!s:.200}"
     if bad := raw(str(error)): return f"{kind.__name__} has {bad}: {str(error)!r:.300}"
     return None
+
+
+def number(text):
+    try: return [float(text)]
+    except ValueError: return None
 
 
 def raw(text):
@@ -186,11 +202,12 @@ class Attack:
         (self.home / "out").mkdir()
         (self.outside / "mine.txt").write_text("my own\n")
         os.chdir(self.home)
-        before, watch = [self.state(self.good), self.state(self.outside)], Watch(self.outside)
+        before = [self.state(self.good), self.state(self.outside)]
+        watch = Watch(self.outside)
         reading, training = commands(self.make().name)
         for words in (*reading, *self.share(training)): self.command(words)
         reading, training = functions(self.make(), self.good)
-        for name in (*reading, *self.share(list(training))): self.function(name, (reading | training)[name])
+        for name in (*reading, *self.share(list(training))): self.function(name, {**reading, **training}[name])
         os.chdir(self.base)
         seen = watch.events()
         if seen: self.fail("outside", f"was touched: {sorted(seen)[:4]}")
@@ -228,7 +245,19 @@ class Attack:
         if "Traceback" in text or "with --debug" in text or "MemoryError" in text: self.fail(what, f"unexpected: {text[-400:]!r}")
         elif code not in (0, 2, None): self.fail(what, f"exit status {code}: {text[-300:]!r}")
         if words[:2] == ["scores", "."] and " good " not in out.getvalue(): self.fail(what, f"does not rank the healthy run: {text!r:.300}")
+        if "--csv=out/s.csv" in words and code == 0: self.table(what)
         if len(text) > 20_000: self.fail(what, f"prints {len(text)} characters")
+
+    def table(self, what):
+        "A table for a spreadsheet holds no formula, and a command to copy names nothing that is not registered."
+        with (self.home / "out" / "s.csv").open(newline="") as file: cells = [cell for row in csv.reader(file) for cell in row]
+        for cell in cells:
+            if cell.strip()[:1] in ("=", "@", "\uff1d", "\uff20") or (cell[:1] in "+-\t\r\n" and cell and not number(cell)): self.fail(what, f"a formula {cell!r:.60}")
+        page = json.loads(re.search(r'<script[^>]*type="application/json"[^>]*>(.*?)</script>', (self.home / "out" / "s.html").read_text(), re.S)[1])
+        for run in page["runs"]:
+            items = [item for section in run["details"] for part in section["parts"] if part["kind"] == "commands" for item in part["items"]]
+            for item in items:
+                if item["label"].startswith("From the configuration") and "payload" in str(item["words"]): self.fail(what, f"a command to copy: {item['words']!r:.200}")
 
     def function(self, name, function):
         out = io.StringIO()
@@ -287,7 +316,8 @@ def main():
     signal.signal(signal.SIGALRM, alarm)
     drop_rights()
     sys.addaudithook(audit)
-    data = int(next(line for line in open("/proc/self/status") if line.startswith("VmData")).split()[1]) << 10
+    status = Path("/proc/self/status").read_text()
+    data = int(status.partition("VmData:")[2].split()[0]) << 10
     resource.setrlimit(resource.RLIMIT_DATA, (data + MEMORY, data + MEMORY))
     attack = Attack(base, base / "healthy", 0 if which == "all" else 2)
     quick()

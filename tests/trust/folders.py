@@ -64,6 +64,11 @@ def sparse(path: Path, size: int = 1 << 40) -> None:
     with path.open("wb") as file: file.truncate(size)
 
 
+def unreadable(path: Path) -> None:
+    path.write_text("{}")
+    path.chmod(0)
+
+
 KINDS: dict[str, Callable[[Path, Path], None]] = {
     "link": lambda path, outside: path.symlink_to(outside / "mine.txt"),
     "link to the same kind": lambda path, outside: path.symlink_to(outside / "copy" / path.name),
@@ -74,7 +79,7 @@ KINDS: dict[str, Callable[[Path, Path], None]] = {
     "pipe": lambda path, _: os.mkfifo(path),
     "socket": lambda path, _: bind(path),
     "device": lambda path, _: path.symlink_to("/dev/zero"),
-    "unreadable": lambda path, _: (path.write_text("{}"), path.chmod(0)) and None,
+    "unreadable": lambda path, _: unreadable(path),
     "folder": lambda path, _: path.mkdir(),
     "empty": lambda path, _: path.touch(),
     "bytes": lambda path, _: (path.write_bytes(bytes(range(256)) * 8), None)[1],
@@ -238,7 +243,7 @@ def code(healthy: Path) -> Iterator[Case]:
         yield Case(f"code {label}", lambda run, _, new=new: put(run / "config.json", json.dumps(new)))
     for inner in ({"root": "OUTSIDE"}, {"model": {"name": "ConvNet", "width": 10**9}}, {"device": "cuda:99"}, {"device": ESCAPES}, {"batch_size": 10**18}, {"seed": 10**18}):
         name = "fashion_mnist" if "root" in inner else "digits"
-        new = {**record, "config": name, "settings": {key: value for key, value in inner.items()}}
+        new = {**record, "config": name, "settings": inner}
         yield Case(f"code with {next(iter(inner))} {next(iter(inner.values()))!r:.30}", lambda run, _, new=new: put(run / "config.json", json.dumps(new)))
 
 
@@ -256,7 +261,7 @@ def checkpoints(healthy: Path) -> Iterator[Case]:
     def forged(new_state: Any, new_tensors: Any = tensors, new_body: bytes = body, **metadata: Any) -> bytes:
         "A file whose hash is right."
         text = new_state if isinstance(new_state, str) else json.dumps(new_state)
-        inner = {"sha256": "0" * 64, **{**head["__metadata__"], "sha256": "0" * 64, "state": text}, **metadata}
+        inner = {**head["__metadata__"], "sha256": "0" * 64, "state": text, **metadata}
         encoded = json.dumps({"__metadata__": inner, **new_tensors}, separators=(",", ":")).encode()
         whole = len(encoded).to_bytes(8, "little") + encoded + new_body
         return whole.replace(b"0" * 64, sha256(whole).hexdigest().encode(), 1)
