@@ -34,7 +34,7 @@ class CheckpointError(PrintableError):
 
 def read_index(folder: AnyPath) -> dict[str, Any]:
     "Whose the checkpoints in a folder are, and which is the best; empty if `index.json` is lost."
-    try: index = read_json(Path(folder) / _INDEX, inside=folder)
+    try: index = read_json(Path(folder) / _INDEX, 2**16, inside=folder)
     except (OSError, FileError): return {}  # everything else is there
     return index if isinstance(index, dict) else {}
 

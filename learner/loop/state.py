@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ResumeError', 'Place', 'order_state', 'set_order_state', 'batches_from', 'state_of', 'plain_name',
-           'check_model_state', 'check_optimiser_state', 'check_state', 'check_loop_state', 'has_state', 'with_state',
-           'modules_beside', 'loaders_of', 'packed', 'gradients_left', 'gather', 'put', 'groups_of', 'set_groups',
-           'fitting_optimiser', 'check_gradients', 'put_gradients']
+           'check_model_state', 'check_optimiser_state', 'check_state', 'check_orders', 'check_loop_state', 'has_state',
+           'with_state', 'modules_beside', 'loaders_of', 'packed', 'gradients_left', 'gather', 'put', 'groups_of',
+           'set_groups', 'fitting_optimiser', 'check_gradients', 'put_gradients']
 
 # %% ../../nbs/loop/state.ipynb #a5a8bd58
 import warnings
@@ -67,7 +67,10 @@ def batches_from(
 ) -> Iterator[Any]:
     "A pass that goes on in its middle; it is read from the start where the loader cannot jump."
     if own is not None and order is not None:
-        loader.load_state_dict(own)
+        try: loader.load_state_dict(own)
+        except Exception as error:
+            raise ResumeError(f"the training loader does not take its state: {error!r:.100}; the "
+                              "rest of the state is in place already") from error
         return _from_own(iter(loader), loader, order)
     if first and hasattr(loader, "batches_from"): return loader.batches_from(first)
     if first and getattr(loader, "persistent_workers", False):
@@ -176,10 +179,34 @@ def check_state(state: Any) -> None:
         raise ResumeError("the state's modules are not a mapping of names to states")
     check_loop_state(state["loop"])
 
+def _check_random(rng: Any) -> None:
+    with kept_rng(): set_rng_state(to_device(rng, torch.device("cpu")))
+
+def _check_began(began: Mapping[str, Any]) -> None:
+    "Raise an error unless it says how a pass began; an order is for its loader to judge."
+    began["order"]
+    if began["rng"]: _check_random(began["rng"])  # a stream keeps its own
+
 def _check_stream(stream: Mapping[str, Any]) -> None:
     for name in ("passes", "given"):
         if type(stream[name]) is not int or stream[name] < 0: raise ValueError(name)
-    if stream["given"]: stream["began"]["rng"], stream["began"]["order"], stream["loader"]
+    if stream["given"]:
+        stream["loader"]
+        _check_began(stream["began"])
+
+# %% ../../nbs/loop/state.ipynb #55129e28
+def check_orders(learn: Any, loop: Mapping[str, Any]) -> None:
+    "Raise ResumeError unless the loaders take the orders in a state; they stay as they are."
+    loaders, began = loaders_of(learn), loop.get("began") or (loop.get("stream") or {}).get("began")
+    orders = [*loop["orders"].items()]
+    if began and began["order"] != {}: orders.append(("train", began["order"]))
+    for name, order in orders:
+        if name not in loaders: continue
+        before = order_state(loaders[name])
+        try: set_order_state(loaders[name], order)
+        except Exception as error:
+            raise ResumeError(f"the order of the {name} loader does not fit: {error!r:.100}") from error
+        finally: set_order_state(loaders[name], before)
 
 # %% ../../nbs/loop/state.ipynb #94ec16bc
 def check_loop_state(loop: Any) -> None:
@@ -192,22 +219,24 @@ def check_loop_state(loop: Any) -> None:
         case _: raise ResumeError("the state does not say where training stands; save() makes whole ones")
     if not isinstance(loop.get("learning_rate"), int | float | None):
         raise ResumeError("the learning rate in the state is not a number")
+    if not isinstance(loop.get("began"), dict | None):
+        raise ResumeError("the state does not say how its pass began; save() makes whole ones")
     if not isinstance(loop.get("half"), str | None):
         raise ResumeError("the state does not say in words how training was stopped")
-    if place[1] not in ("", *PHASES) or min(place[0], place[2]) < 0:
+    counts = (place[0], place[2], *(loop[name] for name in ("num_epochs", "first_row")))
+    if place[1] not in ("", *PHASES) or not all(0 <= count < 2**53 for count in counts):
         raise ResumeError(f"the state has an impossible place {place!r:.80}")
     if not all(isinstance(row, dict) for row in rows):
         raise ResumeError("the state has a row of the history that is not a mapping")
     try:
         for mean in means.values(): Mean().load_state_dict(mean)
         for steps in (*loop["steps"].values(), *loop["row_steps"].values()): steps.double()
-        with kept_rng(): set_rng_state(to_device(rng, torch.device("cpu")))
-        for order in loop["orders"].values(): order["generators"], order["epochs"]
-        if place[1] == "train" and place[2]: loop["began"]["rng"], loop["began"]["order"]
+        _check_random(rng)
+        if place[1] == "train" and place[2]: _check_began(loop["began"])
         if loop.get("stream"): _check_stream(loop["stream"])
         for name in ("steps", "validation_steps"):
             if not isinstance(loop.get("plan", {}).get(name), int | None): raise TypeError(name)
-    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+    except Exception as error:
         raise ResumeError(f"the means, steps or random numbers in the state are damaged: {error!r:.100}") from error
 
 # %% ../../nbs/loop/state.ipynb #59e43be8
@@ -279,6 +308,7 @@ def put(learn: Any, state: Mapping[str, Any]) -> None:
         if name not in states: raise ResumeError(f"the state has no {name}, which this learner has")
         check_model_state(module, states[name], name)
     optimiser = fitting_optimiser(learn, state)
+    check_orders(learn, loop)
     given, undo = to_device(state["callbacks"], learn.device), []
     try:
         for name, callback in with_state(learn.callbacks).items():
@@ -289,7 +319,9 @@ def put(learn: Any, state: Mapping[str, Any]) -> None:
                 raise ResumeError(f"the state of {name} does not fit: {error}") from error
         if state.get("optimiser") is not None:
             if optimiser is learn.optimiser: undo.append((optimiser, optimiser.state_dict()))
-            optimiser.load_state_dict(state["optimiser"])
+            try: optimiser.load_state_dict(state["optimiser"])
+            except Exception as error:
+                raise ResumeError(f"the optimiser does not take its state: {error}") from error
         for name, module in modules.items(): _put_module(name, module, states[name])
     except BaseException:
         for part, before in undo:

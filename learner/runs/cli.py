@@ -18,7 +18,7 @@ from typing import Any, Literal
 from ..base.files import FileError, append_text, list_names
 from ..base.words import PrintableError, did_you_mean, flatten
 from .command import Command, UsageError, help_parser, say, split_words
-from .config import ConfigError, from_record, registered, resolve
+from .config import from_record, registered, resolve
 from .registry import import_named
 from .rundir import RunError, create_run, is_run
 from .runfiles import RunFiles, read_run

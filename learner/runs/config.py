@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from ..base.files import FileError, list_names, read_text
+from ..base.files import FileError, list_names, parse_json, read_text
 from ..base.words import check_number, check_whole, did_you_mean
 from .registry import ConfigError, Entry, find_config, import_allowed
 from .registry import register_config, register_model, registered
@@ -157,13 +157,20 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read, or does not hold names with values.
     """
-    from learner.runs.text import read_yaml
     path = Path(path)
-    try: value = read_yaml(_file_text(path))
+    try: value = _read_text(path)
     except ConfigError as error: raise ConfigError(f"{path}: {error}") from None
     if value is None: raise ConfigError(f"{path}: it is empty; write config: NAME, and settings")
     if isinstance(value, dict): return nested(value)
     raise ConfigError(f"{path}: it holds {show_value(value)}; it must be names with values")
+
+def _read_text(path: Path) -> Any:
+    "The value in a file; JSON by its own rules, since long files of it take YAML a while."
+    from learner.runs.text import read_yaml
+    text = _file_text(path)
+    if path.suffix != ".json": return read_yaml(text)
+    try: return parse_json(text, depth=50, count=100_000)
+    except ValueError as error: raise ConfigError(f"it {error}") from None
 
 def _file_text(path: Path) -> str:
     try: return read_text(os.path.realpath(path), 2**20).removeprefix("\ufeff")  # follows links

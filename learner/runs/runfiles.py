@@ -245,9 +245,9 @@ class RunResults(RunFacts):
         with contextlib.suppress(FileNotFoundError):
             for row in iter_rows(path):
                 rows.append(row)
-                if len(rows) > _MOST_ROWS or len(rows) * len(row) > _MOST_CELLS:
-                    raise RunError(f"{path} has more than {_MOST_ROWS:,} rows or {_MOST_CELLS:,} "
-                                   "cells")
+                if len(rows) > _MOST_ROWS: raise RunError(f"{path} has more than {_MOST_ROWS:,} rows")
+                if len(rows) * len(row) > _MOST_CELLS:
+                    raise RunError(f"{path} has more than {_MOST_CELLS:,} cells")
         return rows
 
     def steps(self) -> Iterator[dict[str, Any]]:

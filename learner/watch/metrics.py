@@ -304,11 +304,13 @@ class _Logging(_Readable):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on with a pass, if one is under way; raises MetricError for a state of other metrics."
-        if not (state and self.under_way): return
-        if state["running"].keys() != self.running.keys():
+        if not state: return
+        if state["running"].keys() != self.metrics.keys():
             names = ", ".join(state["running"])
             raise MetricError(f"the state is of {names}, but this is {self}; use the same metrics")
-        self.under_way.load_state_dict(state)
+        # before the pass it is only tried, so that what does not fit is found in time
+        now = self.under_way or PassMetrics(self.metrics, torch.device("cpu"))
+        now.load_state_dict(state)
 
 # %% ../../nbs/watch/metrics.ipynb #3347070f
 class Metrics(_Logging):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from learner.base import files
 from learner.base.files import FileError, write_text
 from learner.base.words import plain
 from learner.runs.rundir import (
@@ -76,8 +77,10 @@ def test_numbers_in_tables_of_others_are_numbers(text, number): assert read_cell
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
+    write_text(tmp_path / "x.txt", "half a pair: \ud800")
+    assert (tmp_path / "x.txt").read_text() == "half a pair: \\ud800"
     write_text(tmp_path / "x.txt", "old")
-    with pytest.raises(UnicodeEncodeError): write_text(tmp_path / "x.txt", "new \ud800")
+    with pytest.raises(ValueError, match="Out of range"): files.write_json(tmp_path / "x.txt", [float("nan")])
 
     def full(*args): raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "fsync", full)

@@ -42,7 +42,7 @@ from learner.runs.runfiles import RunFiles, iter_rows, read_run
 from learner.runs.runs import Run, checkpoint_of, evaluate_run, load_run, rerun, resume_run, train_run
 from learner.runs.scores import scores
 
-SECONDS, MEMORY = 5, 1 << 30  # that one call may take, the memory beyond what the process has
+SECONDS, HANGS, MEMORY = 3, 60, 1 << 30  # that one call may take of a processor and of time, and of memory beyond what there is
 IN_OPEN, IN_ALL = 0x20, 0xFFF
 
 
@@ -70,8 +70,8 @@ class TooSlow(BaseException):
     pass
 
 
-def alarm(*_):
-    raise TooSlow
+def alarm(number, _):
+    raise TooSlow("hangs" if number == signal.SIGALRM else f"takes more than {SECONDS} s")
 
 
 class Watch:
@@ -122,7 +122,7 @@ def commands(evil):
     safe = "./" + evil if evil.startswith("-") else evil
     reading = {
         "scores": [["scores", ".", "--top=null", "--csv=out/s.csv", "--json=out/s.json", "--html=out/s.html"], ["scores", safe, "--metric=test_loss", "--by=last", "--status=null"]],
-        "compare": [["compare", "good", safe], ["compare", safe, "good"]], "configs": [["configs"]], "show": [["show", safe], ["show", file]],
+        "compare": [["compare", "good", safe], ["compare", safe, "good"]], "configs": [], "show": [["show", safe], ["show", file]],
         "train": [["train", safe, "--help"], ["train", "tiny", safe]], "rerun": [["rerun", "good", safe]], "resume": [["resume", safe]],
     }
     training = [["evaluate", safe], ["evaluate", safe, "--split=test", "--checkpoint=last"], ["train", safe, "new"], ["train", file, "new2"], ["rerun", safe, "new3"],
@@ -161,9 +161,11 @@ def functions(evil, good):
         "resume_run": lambda: resume_run(evil, 4), "rerun": lambda: str(rerun(evil, evil.parent / "new4")),
     }
     named = {evil / "config.json": ("resolve", "read_settings"), last: ("load",), evil / "stdout.txt": ("read_idx",),
-             place: ("Checkpoint.latest", "Checkpoint.best", "train(resume=, in it)")}
+             place: ("Checkpoint.latest", "Checkpoint.best", "train(resume=, in it)", "load", "load_state", "hash_file", "data_hash", "read_json checkpoints/index.json")}
     for path in [path for path in named if path.is_symlink()]:  # whoever names a link means what it leads to
-        for name in named[path]: (reading if name in reading else training).pop(name)
+        for name in named[path]:
+            reading.pop(name, None)
+            training.pop(name, None)
     return reading, training
 
 
@@ -270,15 +272,16 @@ class Attack:
             if bad := raw(text): self.fail(name, f"{bad} in {text!r:.200}")
 
     def bounded(self, what, function):
-        begun = time.perf_counter()
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        begun = time.process_time()
+        signal.setitimer(signal.ITIMER_REAL, HANGS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try: return function()
-        except TooSlow: self.fail(what, f"takes more than {SECONDS} s")
+        except TooSlow as error: self.fail(what, str(error))
         except MemoryError: self.fail(what, "takes too much memory")
         except SystemExit as error: self.fail(what, f"ends the process: {error}")
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            self.calls.append((round(time.perf_counter() - begun, 2), self.case.name, what))
+            for timer in (signal.ITIMER_REAL, signal.ITIMER_PROF): signal.setitimer(timer, 0)
+            self.calls.append((round(time.process_time() - begun, 2), self.case.name, what))
             if imported or started: self.fail(what, f"imported {imported}, started {started}")
             imported.clear()
             started.clear()
@@ -313,19 +316,22 @@ def main():
     if which != "all": found = folders.chosen(found, int(which))
     if len(sys.argv) > 3: found = [case for case in found if sys.argv[3] in case.name]
     drawing = run_module.write_plots, runs_module.write_predictions
-    signal.signal(signal.SIGALRM, alarm)
+    for number in (signal.SIGALRM, signal.SIGPROF): signal.signal(number, alarm)
     drop_rights()
     sys.addaudithook(audit)
     status = Path("/proc/self/status").read_text()
     data = int(status.partition("VmData:")[2].split()[0]) << 10
     resource.setrlimit(resource.RLIMIT_DATA, (data + MEMORY, data + MEMORY))
-    attack = Attack(base, base / "healthy", 0 if which == "all" else 2)
+    attack = Attack(base, base / "healthy", 0 if which == "all" else 1)
     quick()
     for number, case in enumerate(found):
         if "plot" in case.name: run_module.write_plots, runs_module.write_predictions = drawing
         attack.run(number, case)
         run_module.write_plots = runs_module.write_predictions = lambda *_: None
     slow = sorted(attack.calls, reverse=True)[:15]
+    by_name = {}
+    for seconds, _, what in attack.calls: by_name[what] = by_name.get(what, 0) + seconds
+    print(sorted(((round(v, 1), k) for k, v in by_name.items()), reverse=True)[:40], file=sys.__stderr__)
     print(json.dumps({"folders": len(found), "calls": len(attack.calls), "slowest": slow, "seconds": time.process_time()}), file=sys.__stdout__)
 
 
