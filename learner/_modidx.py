@@ -1963,7 +1963,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'learner.runs.registry.Entry.load': ('runs/registry.html#entry.load', 'learner/runs/registry.py'),
                                        'learner.runs.registry.Entry.module': ( 'runs/registry.html#entry.module',
                                                                                'learner/runs/registry.py'),
-                                       'learner.runs.registry.Entry.place': ('runs/registry.html#entry.place', 'learner/runs/registry.py'),
                                        'learner.runs.registry.Entry.purpose': ( 'runs/registry.html#entry.purpose',
                                                                                 'learner/runs/registry.py'),
                                        'learner.runs.registry.Entry.recorded': ( 'runs/registry.html#entry.recorded',

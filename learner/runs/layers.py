@@ -53,6 +53,8 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 # %% ../../nbs/runs/layers.ipynb #09156b89
+_CANNOT_BE_BUILT = (TypeError, ValueError, ArithmeticError, RuntimeError, OSError, ImportError)
+
 @dataclass
 class Part:
     "Something with settings, resolved: what makes it, and the values of its parameters."
@@ -84,7 +86,7 @@ class Part:
             made.__name__ = factory.__name__  # type: ignore[attr-defined]
             return made
         try: made = factory(**values, **more)
-        except (TypeError, ValueError, OSError, ImportError) as error:
+        except _CANNOT_BE_BUILT as error:
             if isinstance(error, ConfigError): raise
             what = f"{where}: {self.entry.name}" if where else self.entry.name
             raise ConfigError(f"{what} cannot be built: {error}".partition("\n")[0]) from error

@@ -36,12 +36,6 @@ class Entry:
         return str(self.factory.__module__)
 
     @property
-    def place(self) -> str:
-        "Where it is defined, with dots."
-        if isinstance(self.factory, str): return self.factory.replace(":", ".")
-        return f"{self.factory.__module__}.{self.factory.__qualname__}"
-
-    @property
     def recorded(self) -> str:
         "The name of a config in a record: its own if the package has it, else module:function."
         known = self.name and (self.module == "__main__" or self.module.startswith("learner."))
@@ -199,8 +193,6 @@ def find_part(kind: str, where: str, name: str, allow: Collection[str] | None) -
     "The entry of a model, an optimiser or a callback, registered or by its place."
     known, base = _registered[kind], _BASES[kind]
     if name in known: return known[name]
-    for entry in known.values():
-        if entry.place == name: return Entry(name, entry.factory, entry.defaults)
     if "." not in name:
         own = "package.module.Class"
         if kind == "callback": own = f"it a name of your own: --callbacks.NAME.name={own}"

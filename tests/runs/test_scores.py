@@ -359,7 +359,6 @@ def test_a_name_that_no_decoder_reads_is_quoted_byte_by_byte():
 @pytest.mark.parametrize("given", [
     {}, {"model.width": 8, "epochs": 3, "learning_rate": 0.01}, {"model": "LeNet", "lr_schedule": [[3, 0.1], [100, 0.01]]},
     {"optimiser": "SGD", "optimiser.momentum": 0.9, "device": "cpu"}, {"callbacks": {"EMA": {"decay": 0.9}, "ChannelsLast": {}}},
-    {"callbacks": {"learner.steer.update.EMA": {"decay": 0.9}}},
     {"validation": 100, "optimiser": {"betas": [0.8, 0.99]}, "optimiser.eps": 1e-7},
 ])
 def test_the_command_gives_the_settings_again(tmp_path, given):
@@ -372,6 +371,17 @@ def test_the_command_gives_the_settings_again(tmp_path, given):
     assert resolve("digits", {name: Text(value) for name, value in options.items()}).values == settings.values
     assert len(options) <= 9 and ("model.width" in options) == ("model.width" in given)
     assert shlex.split(" ".join(map(quote, rerun_command(RunFiles(path))))) == ["learner", "rerun", str(path), f"{path}-again"]
+
+
+@pytest.mark.parametrize("given", [
+    {"callbacks": {"learner.steer.update.EMA": {"decay": 0.9}}}, {"callbacks": {"mine": {"name": "payload.C"}}}, {"callbacks": {"payload.C": {}}}, {"callbacks": "payload.C"},
+    {"callbacks": ["payload.C"]}, {"model": "payload.Net"}, {"model": {"name": "payload.Net"}}, {"optimiser": "payload.O"}, {"optimiser.name": "payload.O"}, {"model": "{name: payload.Net}"}])
+def test_no_command_names_code_that_is_not_registered_since_pasting_would_import_it(tmp_path, given):
+    for number, settings in enumerate((given, {**resolve("digits").values, **given})):
+        path = create_run(tmp_path / f"run-{number}")
+        write_json(path / "config.json", {"format": "learner.run", "version": 1, "config": "digits", "settings": settings})
+        assert train_command(RunFiles(path)) is None
+
 
 
 def test_what_a_folder_names_is_not_imported(tmp_path, monkeypatch):

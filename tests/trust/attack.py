@@ -1,6 +1,6 @@
 """Hands hostile folders to every command and every loading function, in a process of its own that watches what they do.
 
-    python attack.py FOLDER all|NUMBER [WORD]    prints a line of JSON for each thing that went wrong, and how many folders there were"""
+    python attack.py FOLDER all|NUMBER [PATTERN]    prints a line of JSON for each thing that went wrong, and how many folders there were"""
 import contextlib
 import csv
 import ctypes
@@ -195,30 +195,37 @@ class Attack:
 
     def __init__(self, base, healthy, some):
         self.base, self.healthy, self.some = base, healthy, some
+        self.home, self.outside, self.good = base / "runs", base / "outside", base / "runs" / "good"
         self.calls = []
+        self.build()
 
-    def run(self, number, case):
-        self.case, self.number, home = case, number, self.base / f"case-{number}"
-        self.home, self.outside, self.good = home / "runs", home / "outside", home / "runs" / "good"
+    def build(self):
+        "What is not to be touched."
+        for folder in (self.home, self.outside): folders.clear(folder)
         for folder in (self.good, self.outside / "copy"): shutil.copytree(self.healthy, folder)
         (self.home / "out").mkdir()
         (self.outside / "mine.txt").write_text("my own\n")
+        self.before, self.watch = self.state(), Watch(self.outside)
+        self.watch.events()
+
+    def run(self, number, case):
+        self.case, self.number = case, number
         os.chdir(self.home)
-        before = [self.state(self.good), self.state(self.outside)]
-        watch = Watch(self.outside)
         reading, training = commands(self.make().name)
         for words in (*reading, *self.share(training)): self.command(words)
         reading, training = functions(self.make(), self.good)
         for name in (*reading, *self.share(list(training))): self.function(name, {**reading, **training}[name])
         os.chdir(self.base)
-        seen = watch.events()
+        seen = self.watch.events()
         if seen: self.fail("outside", f"was touched: {sorted(seen)[:4]}")
-        if before != [self.state(self.good), self.state(self.outside)]: self.fail("outside or the healthy run", "was changed")
+        if self.before != self.state():
+            self.fail("outside or the healthy run", "was changed")
+            os.close(self.watch.file)
+            self.build()
+        self.watch.events()  # of the look that has just been taken
         if os.path.exists(os.environ["CANARY"]) or any(self.home.rglob("RAN")):
             Path(os.environ["CANARY"]).unlink(missing_ok=True)
             self.fail("code", "of the folder ran")
-        os.close(watch.file)
-        shutil.rmtree(home, ignore_errors=True)
 
     def make(self):
         "The folder, made anew."
@@ -233,8 +240,10 @@ class Attack:
         if not self.some: return training
         return [training[(self.number * self.some + i) % len(training)] for i in range(self.some)]
 
-    def state(self, folder):
-        return {path: (info.st_mtime_ns, info.st_size, info.st_mode, info.st_ino) for path in folder.rglob("*") if (info := path.lstat())}
+    def state(self):
+        "Everything outside the folder, and when it was changed."
+        paths = (path for folder in (self.good, self.outside) for path in folder.rglob("*"))
+        return {path: (info.st_mtime_ns, info.st_size, info.st_mode, info.st_ino) for path in paths if (info := path.lstat())}
 
     def fail(self, what, how): print(json.dumps([self.case.name, what, how]), file=sys.__stdout__, flush=True)
 
@@ -307,14 +316,15 @@ def quick():
 
 
 def main():
+    csv.field_size_limit(1 << 30)
     base, which = Path(sys.argv[1]).resolve(), sys.argv[2]
     torch.set_num_threads(1)
     os.environ |= {"CANARY": str(base / "RAN"), "GIT_CEILING_DIRECTORIES": str(base)}
     os.chdir(base)
     healthy_run(base / "healthy")
     found = folders.cases(base / "healthy")
-    if which != "all": found = folders.chosen(found, int(which))
-    if len(sys.argv) > 3: found = [case for case in found if sys.argv[3] in case.name]
+    if len(sys.argv) > 3: found = [case for case in found if re.search(sys.argv[3], case.name)]
+    elif which != "all": found = folders.chosen(found, int(which))
     drawing = run_module.write_plots, runs_module.write_predictions
     for number in (signal.SIGALRM, signal.SIGPROF): signal.signal(number, alarm)
     drop_rights()
@@ -328,6 +338,7 @@ def main():
         if "plot" in case.name: run_module.write_plots, runs_module.write_predictions = drawing
         attack.run(number, case)
         run_module.write_plots = runs_module.write_predictions = lambda *_: None
+    slow = sorted(attack.calls, reverse=True)[:15]
     slow = sorted(attack.calls, reverse=True)[:15]
     by_name = {}
     for seconds, _, what in attack.calls: by_name[what] = by_name.get(what, 0) + seconds

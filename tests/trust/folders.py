@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -34,10 +35,13 @@ def cases(healthy: Path) -> list[Case]:
 
 
 def chosen(found: list[Case], most: int, seed: int = 0) -> list[Case]:
-    "A part of the corpus: of the wrong types only some, of everything else all."
-    others = [case for case in found if not case.name.startswith("type ")]
-    types = [case for case in found if case.name.startswith("type ")]
-    return [*others, *random.Random(seed).sample(types, max(0, min(len(types), most - len(others))))]
+    "A part of the corpus: a few of the kinds of which there are very many, and as many of the others as may be."
+    draw, many = random.Random(seed), []
+    for label, share in ((r"type .*(?<!in a checkpoint)$", 60), (r"type .* in a checkpoint$", 40), (r".* in place of .*", 30)):
+        kind = [case for case in found if re.match(label, case.name)]
+        many += draw.sample(kind, share)
+        found = [case for case in found if case not in kind]
+    return [*draw.sample(found, min(len(found), most - len(many))), *many]
 
 
 def put(path: Path, content: str | bytes) -> None:
