@@ -201,8 +201,8 @@ class History(Table):
 
     def to_csv(self, path: AnyPath) -> None:
         "Write the table to a CSV file, values in full precision; one that exists is replaced."
-        lines = [[row.get(name) for name in self.columns] for row in self.rows]
-        write_text(path, csv_lines([*map(no_formula, line)] for line in (self.columns, *lines)))
+        lines: list[list[Any]] = [[row.get(name) for name in self.columns] for row in self.rows]
+        write_text(path, csv_lines([*map(no_formula, line)] for line in [self.columns, *lines]))
 
     def plot(self, quantity: str = "loss", ax: "Axes | None" = None) -> "Axes":
         """Draw the curves of a quantity over the epochs; raises HistoryError if there is none.

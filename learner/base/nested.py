@@ -35,6 +35,7 @@ _NOT_NUMPY = (torch.bfloat16, torch.complex32)
 _LAYOUTS = {str(layout).removeprefix("torch."): layout for layout in (
     torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)}
 _EXACT = 2**53  # from here on other readers of JSON round ints
+_INT = re.compile(r"-?0x[0-9a-f]{1,2048}")  # of others
 DEPTH = 100  # levels of nesting
 _Where = tuple[Any, ...]  # the keys that lead to a value
 
@@ -88,7 +89,10 @@ def _encode(value: Any, tensors: _Tensors, where: _Where = ()) -> Any:
     if value is None or isinstance(value, bool): return value
     if isinstance(value, str): return str.__str__(value)
     if isinstance(value, int):
-        return int.__int__(value) if -_EXACT < value < _EXACT else {"$int": hex(value)}
+        if -_EXACT < value < _EXACT: return int.__int__(value)
+        if _INT.fullmatch(hex(value)): return {"$int": hex(value)}
+        raise ValueError(f"{_place(where)} is a whole number of {value.bit_length():,} bits; at "
+                         "most 8,192 are kept")
     if isinstance(value, float):
         plain = float.__float__(value)
         return plain if math.isfinite(plain) else {"$float": repr(plain)}
@@ -170,7 +174,7 @@ def _decode(value: Any, build: Callable[[str, Any], Any], depth: int = 0) -> Any
     (tag, content), *others = value.items()
     match tag, content:
         case _ if others: pass
-        case "$int", str() if re.fullmatch(r"-?0x[0-9a-f]+", content): return int(content, 16)
+        case "$int", str() if _INT.fullmatch(content): return int(content, 16)
         case "$float", "nan" | "inf" | "-inf": return float(content)
         case "$tuple", list(): return tuple(inner(item) for item in content)
         case "$dict", list() if all(isinstance(p, list) and len(p) == 2 for p in content):

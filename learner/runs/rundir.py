@@ -62,8 +62,8 @@ def check_layout(folder: Path) -> None:
         path = inner_folder(folder, name)
         if os.path.lexists(path) and not path.is_dir():
             raise RunError(f"{path} is not a folder; remove it to continue the run")
-    names = [path.relative_to(folder) for path in list_checkpoints(folder / "checkpoints")]
-    for path in (folder / name for name in (*_FILES, *names)):
+    checkpoints = list_checkpoints(folder / "checkpoints", inside=folder)
+    for path in [*(folder / name for name in _FILES), *checkpoints]:
         if not os.path.lexists(path): continue
         if not is_file(path):
             raise RunError(f"{path} is not a regular file; remove it to continue the run")

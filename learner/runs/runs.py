@@ -168,7 +168,7 @@ def resume_run(folder: AnyPath, epochs: int | None = None, allow: Iterable[str] 
         raise RunError(f"{folder} is being trained by another process at this moment")
     if _is_done(files, epochs): return load_run(folder, "last", allow)
     latest = _latest(files)
-    run = Run(folder, resume=True, **_options(files))
+    run = _continued(files)
     learn: Learner = settings.build()
     more = [*as_callbacks(callbacks), run]
     if latest is None:
@@ -181,11 +181,17 @@ def resume_run(folder: AnyPath, epochs: int | None = None, allow: Iterable[str] 
     return learn
 
 # %% ../../nbs/runs/runs.ipynb #9d23fef3
-def _options(files: RunFiles) -> dict[str, Any]:
-    "The options of Run that are kept in config.json."
-    known = ("log_every", "checkpoint", "tensorboard", "fingerprints", "hash_data", "plots")
-    return {name: value for name, value in mapping_in(files.config, "options").items() if name
-            in known}
+_KEPT = ("log_every", "checkpoint", "tensorboard", "fingerprints", "hash_data", "plots")
+
+def _continued(files: RunFiles) -> Run:
+    "A Run with the options in config.json; raises RunError if they make no sense."
+    options = mapping_in(files.config, "options")
+    given = {name: value for name, value in options.items() if name in _KEPT}
+    try: return Run(files.folder, resume=True, **given)
+    except RunError: raise
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{files.folder / 'config.json'} is damaged: its options do not fit: "
+                       f"{error}") from error
 
 def _is_done(files: RunFiles, epochs: int | None) -> bool:
     "Whether a run is finished and has as many epochs as are asked for; raises RunError."

@@ -116,6 +116,13 @@ def audit(event, arguments):
 
 # ---- what is done with each folder ----
 
+def named_by_user(file):
+    "Whether whoever names this file means something else: what a link leads to, or code in settings that do not say that they are of a run."
+    with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
+        return os.path.islink(file) or (b"payload" in file.read_bytes() and json.loads(file.read_bytes()).get("format") != "learner.run")
+    return False
+
+
 def commands(evil):
     "Words of the command line: those that only read, and those that train."
     file = os.path.join(evil, "config.json")
@@ -129,7 +136,7 @@ def commands(evil):
                 ["resume", safe, "--epochs=3"], ["train", "tiny", safe, "--new-name"], ["train", "tiny", safe, "--overwrite"]]
     others = set(cli._commands) - {words[0] for words in training}
     reads = [words for name in cli._commands for words in reading.get(name, [[name, safe]] if name in others else [])]
-    if os.path.islink(file): reads, training = ([words for words in each if file not in words] for each in (reads, training))
+    if named_by_user(Path(file)): reads, training = ([words for words in each if file not in words] for each in (reads, training))
     return reads, training
 
 
@@ -162,7 +169,7 @@ def functions(evil, good):
     }
     named = {evil / "config.json": ("resolve", "read_settings"), last: ("load",), evil / "stdout.txt": ("read_idx",),
              place: ("Checkpoint.latest", "Checkpoint.best", "train(resume=, in it)", "load", "load_state", "hash_file", "data_hash", "read_json checkpoints/index.json")}
-    for path in [path for path in named if path.is_symlink()]:  # whoever names a link means what it leads to
+    for path in [path for path in named if path.is_symlink() or (path.is_file() and named_by_user(path))]:
         for name in named[path]:
             reading.pop(name, None)
             training.pop(name, None)
