@@ -89,9 +89,10 @@ def _idx_shape(read: Callable[[int], bytes], path: AnyPath) -> tuple[int, ...]:
     head = read(4)
     if len(head) == 4 and head[:3] != b"\0\0\x08":
         raise PrintableError(f"{path} is not an IDX file of unsigned bytes, it begins with "
-                         f"{head.hex(' ')}; get it again")
+                             f"{head.hex(' ')}; get it again")
     _, _, dimensions = struct.unpack(">HBB", head)
-    if dimensions > 8: raise PrintableError(f"{path} has {dimensions} dimensions; at most 8 are read")
+    if dimensions > 8:
+        raise PrintableError(f"{path} has {dimensions} dimensions; at most 8 are read")
     return struct.unpack(f">{dimensions}I", read(4 * dimensions))
 
 def _unpacking(data: bytes) -> Callable[[int], bytes]:
@@ -134,14 +135,15 @@ def read_idx(path: AnyPath, most: int = 2**28) -> Tensor:
         size = math.prod(shape)
         if size > most:
             raise PrintableError(f"{path} has {size:,} values, or so it says, and no more than "
-                             f"{most:,} are read; pass a larger most, if you trust it")
+                                 f"{most:,} are read; pass a larger most, if you trust it")
         content = bytearray(read(size))
         rest = read(1)
     except (EOFError, zlib.error, struct.error) as error:
         raise PrintableError(f"{path} is damaged ({error}); get it again") from None
     if rest or not content or len(content) != size:
         found = f"more than {size}" if rest else len(content)
-        raise PrintableError(f"{path} is damaged, it has {found} bytes for shape {shape}; get it again")
+        raise PrintableError(f"{path} is damaged, it has {found} bytes for shape {shape}; get it "
+                             "again")
     return torch.frombuffer(content, dtype=torch.uint8).reshape(shape)
 
 # %% ../../nbs/loop/datasets.ipynb #10b1862f
