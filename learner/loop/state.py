@@ -58,6 +58,7 @@ def _in_epochs(loader: Any) -> list[Any]:
     parts = samplers_of(loader)
     return [part for part in parts if hasattr(part, "set_epoch") and hasattr(part, "epoch")]
 
+# %% ../../nbs/loop/state.ipynb #20164898
 def batches_from(
     loader: Any,
     first: int,  # number of a batch, from 0

@@ -55,6 +55,7 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
 # %% ../../nbs/runs/layers.ipynb #09156b89
 _CANNOT_BE_BUILT = (TypeError, ValueError, ArithmeticError, RuntimeError, OSError, ImportError)
 
+# %% ../../nbs/runs/layers.ipynb #bb0f778a
 @dataclass
 class Part:
     "Something with settings, resolved: what makes it, and the values of its parameters."

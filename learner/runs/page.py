@@ -75,6 +75,7 @@ def train_command(run: RunFiles, known: Defaults | None = None) -> list[str] | N
     options = [f"--{name}={_option(value)}" for name, value in changed.items()]
     return ["learner", "train", config, f"{_path(run.folder)}-again", *options]
 
+# %% ../../nbs/runs/page.ipynb #3cdda6df
 def _words_in(settings: Any) -> Any:
     "Settings without their numbers: what may name something."
     if isinstance(settings, Mapping): return {key: _words_in(item) for key, item in settings.items()}
