@@ -12,7 +12,7 @@ BY_HAND = ("index.md", "start", "coming_from", "reference", "design", "static", 
 
 
 class Sources:
-    "The folder of sources; what has not changed keeps its time, so that Sphinx can leave it."
+    "The folder of sources."
 
     def __init__(self, folder):
         self.folder, self.kept = Path(folder), set()
@@ -103,7 +103,19 @@ def main(out="_docs", sources="build/docs"):
 
     beside = gather(sources)
     failed = build_main(
-        ["-W", "--keep-going", "-q", "-a", "-b", "html", "-d", f"{sources}.doctrees", sources, out]
+        [
+            "-W",
+            "--keep-going",
+            "-q",
+            "-E",
+            "-a",
+            "-b",
+            "html",
+            "-d",
+            f"{sources}.doctrees",
+            sources,
+            out,
+        ]
     )
     # myst-nb leaves a copy of what it has read beside the folder of the pages.
     shutil.rmtree(Path(out).resolve().parent / "jupyter_execute", ignore_errors=True)
