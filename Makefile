@@ -29,9 +29,8 @@ notebooks: $(READY)  ## Run every notebook in a real kernel and keep its outputs
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
 
-docs: $(READY)  ## A web page of every notebook, in _docs
-	$(BIN)/python -m pip install -q -c constraints.txt nbconvert
-	$(BIN)/jupyter nbconvert --to html --output-dir _docs nbs/*.ipynb
+docs: $(READY)  ## The documentation site in _docs; look at it with: python -m http.server -d _docs
+	$(BIN)/python docs/build.py _docs
 
 bench: $(READY)  ## Side-by-side timings; peers that are installed in .venv are timed too
 	$(BIN)/python benchmarks/dispatch.py
