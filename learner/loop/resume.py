@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STOPPING', 'AGAIN', 'COUNTED', 'Signals', 'stop_error', 'Arriving', 'set_random', 'Standing', 'tell_epoch', 'Batches',
-           'Flow', 'TrainingBatches', 'Keeping', 'kept_state', 'Cursor', 'begin', 'state_to_resume', 'set_steps',
-           'lengths', 'Rewind']
+           'Flow', 'TrainingBatches', 'Keeping', 'kept_state', 'Cursor', 'begin', 'warn_of', 'state_to_resume',
+           'set_steps', 'lengths', 'Rewind']
 
 # %% ../../nbs/loop/resume.ipynb #7467fc4f
 import os
@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from ..base.parts import is_optimiser, length_of, with_epochs
 from ..base.provenance import rng_state, set_rng_state
@@ -28,6 +29,7 @@ from ..base.nested import snapshot
 from ..base.store import read_checkpoint
 from ..base.tree import to_device
 from ..base.words import PHASES, check_whole, split_column
+from .hidden import Note, hidden_state, sentences, unready_loaders
 from .loop import Plan
 from .passes import Pass, Stream, passes_of
 from .stages import Callback, CancelException, CancelTrainException
@@ -101,6 +103,24 @@ class Arriving(Plan):
         self.began: dict[str, Any] = {}  # random numbers and the loader's order when the pass began
         self.arriving: Mapping[str, Any] | None = None  # a state, while set-up is done again
         self.streamed: Mapping[str, Any] | None = None  # with `steps`: where the stream of a state stood
+        self.note: Note | None = None  # how things stood when the first training was set up
+        self.undone: list[list[str]] = []  # what going on in this process would do twice
+        self.told: set[str] = set()  # warnings
+
+    def set_out(self, learn: Any) -> None:
+        "All set-up is done."
+        self.under_way = True
+        if self.note is None: self.note = Note(learn)
+
+    def unkept(self, learn: Any) -> list[list[str]]:
+        "What has changed since and no state holds."
+        return self.note.changed(learn) if self.note else []
+
+    def tell(self, sentences: Iterable[str]) -> None:
+        "Warn of what cannot be kept, of each once."
+        for sentence in [each for each in sentences if each not in self.told]:
+            self.told.add(sentence)
+            warnings.warn(sentence, stacklevel=3)
 
     def arrive(self, learn: Any) -> Mapping[str, Any]:
         "Everything is set up: put it as it was, the random numbers last."
@@ -109,6 +129,7 @@ class Arriving(Plan):
         loop, phase = state["loop"], self.place.phase
         put(learn, state)
         put_gradients(learn, loop.get("gradients"))
+        learn.epoch = loop.get("epoch", learn.epoch)
         if not phase and self.place.epoch: learn.results = {}
         if phase == "test" and len(learn.history) > self.first_row: learn.results = learn.history[-1]
         if phase in PHASES[1:]:  # that pass starts over
@@ -123,7 +144,8 @@ class Arriving(Plan):
         passes = passes_of(learn.dataloaders, phase)
         orders = {each.prefix: order_state(loader) for each, loader in passes.items()}
         states = {name: deepcopy(each.state_dict()) for name, each in with_state(learn.callbacks).items()}
-        self.began = {"rng": rng_state(), "orders": orders, "callbacks": states}
+        hidden = hidden_state(learn, self.note)
+        self.began = {"rng": rng_state(), "orders": orders, "callbacks": states, "hidden": hidden}
 
 # %% ../../nbs/loop/resume.ipynb #d77a921c
 def set_random(learn: Any, loop: Mapping[str, Any]) -> None:
@@ -139,7 +161,8 @@ class Standing(Arriving):
 
     def epochs(self, learn: Any) -> Iterator[int]:
         "The epochs from this place on."
-        self.under_way, first = True, self.place.epoch
+        self.set_out(learn)
+        first = self.place.epoch
         if self.arriving and not self.place.phase: self.arrive(learn)
         for epoch in range(first, self.num_epochs):
             if epoch > first: learn.results = {}  # what before_train logs is in the first row
@@ -163,7 +186,7 @@ class Standing(Arriving):
 
     def last(self, learn: Any) -> Iterator[Pass]:
         "The passes after training; when they are over, all is done."
-        self.under_way = True
+        self.set_out(learn)
         if self.arriving: self.arrive(learn)
         if len(learn.history) > self.first_row: learn.results = learn.history[-1]  # where its results go
         self.place, self.began = Place(self.num_epochs, "test"), {}
@@ -193,17 +216,21 @@ class Batches(Standing):
         signals, every = self.signals, learn.measure_every
         rewind = None if learn.evaluating else self.rewind_every
         chosen = 0 if length_of(loader) == 1 else min(1, every - 1)
-        if rewind: self.copy = snapshot(learn.state_dict())
+        if rewind: self.take_copy(learn)
         try:
             for number, batch in enumerate(loader, first):
                 if number % every < 3: learn.measure(number % every == chosen)
                 yield number, batch
                 learn.batches_done = number + 1
-                if rewind and (number + 1) % rewind == 0: self.copy = snapshot(learn.state_dict())
+                if rewind and (self.copy is None or (number + 1) % rewind == 0): self.take_copy(learn)
                 if signals.noted: raise signals.error(self.stopped(learn))
         except Exception:  # of the loader: its workers may have died of the signal
             if signals.noted: raise signals.error(self.stopped(learn)) from None
             raise
+
+    def take_copy(self, learn: Any) -> None:
+        "Keep the state in memory; of a model that is not yet whole there is none to keep."
+        if not any(map(is_lazy, learn.model.parameters())): self.copy = snapshot(learn.state_dict())
 
     def stopped(self, learn: Any) -> str:
         "What a notebook shows of a stop."
@@ -299,6 +326,7 @@ class Keeping(TrainingBatches):
         between = self.signals.noted and not self.signals.urgent and done  # a stop, between two batches
         if self.copy is not None and not between:
             self.saved, self.place = self.copy, Place(*self.copy["loop"]["place"])
+            self.undone = self.unkept(learn)
             return
         try: self.saved = kept_state(learn, "" if done else AGAIN)
         except Exception as second:
@@ -332,7 +360,7 @@ class Cursor(Keeping):
         "The batches of a pass from this place on, for a `with`."
         try:
             if learn.evaluating:
-                yield self.batches(learn, passes_of(learn.dataloaders, each.phase)[each])
+                with self.once(learn): yield self.batches(learn, passes_of(learn.dataloaders, each.phase)[each])
             else:
                 with self.kept(learn): yield self.training_batches(learn)
                 self._trained(learn)
@@ -342,6 +370,16 @@ class Cursor(Keeping):
         finally:
             learn.batches_done = learn.batch_num + 1
             if self.saved is None: self.copy = None
+
+    @contextmanager
+    def once(self, learn: Any) -> Iterator[None]:
+        "Note what a validation or a test that is stopped in the `with` would change once more."
+        note = Note(learn) if self.under_way else None
+        try: yield
+        except CancelException: raise
+        except BaseException:
+            if note: self.undone = note.changed(learn, buffers=True)
+            raise
 
     def _trained(self, learn: Any) -> None:
         self.place, self.began = Place(learn.epoch, "validation", learn.batch_num + 1), {}
@@ -357,7 +395,9 @@ class Cursor(Keeping):
 # %% ../../nbs/loop/resume.ipynb #747ca8ee
 def begin(cursor: Cursor, learn: Any, state: Any, learning_rate: float | None) -> None:
     "Get ready to train from the beginning, or to go on from a state."
-    if state: put(learn, state)  # or it raises, and nothing has changed
+    if state:
+        put(learn, state)  # or it raises, and nothing has changed
+        warn_of(cursor, learn, state)
     learn._ready(None if state and is_optimiser(learn.optimiser) else learning_rate)
     if not state: cursor.place, cursor.first_row = Place(), len(learn.history)
     if not cursor.place.phase: learn.results = {}
@@ -370,6 +410,13 @@ def begin(cursor: Cursor, learn: Any, state: Any, learning_rate: float | None) -
         set_random(learn, state["loop"])
     learn.num_epochs = cursor.num_epochs
     cursor.learning_rate = state["loop"].get("learning_rate") if state else learning_rate
+
+def warn_of(cursor: Cursor, learn: Any, state: Mapping[str, Any]) -> None:
+    "Name what a training that goes on from a state has lost."
+    if state["loop"]["under_way"]: cursor.tell(unready_loaders(learn))
+    here = state is cursor.saved
+    cursor.tell(sentences(learn, cursor.undone if here else state["loop"].get("unkept", [])))
+    cursor.undone = []
 
 def state_to_resume(cursor: Cursor, resume: Any) -> Mapping[str, Any] | None:
     "The state that a call of `train` goes on from; None if it begins."
