@@ -1495,6 +1495,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'learner/loop/resume.py'),
                                      'learner.loop.resume.Signals._note': ('loop/resume.html#signals._note', 'learner/loop/resume.py'),
                                      'learner.loop.resume.Signals.error': ('loop/resume.html#signals.error', 'learner/loop/resume.py'),
+                                     'learner.loop.resume.Signals.held': ('loop/resume.html#signals.held', 'learner/loop/resume.py'),
                                      'learner.loop.resume.Standing': ('loop/resume.html#standing', 'learner/loop/resume.py'),
                                      'learner.loop.resume.Standing.end_epoch': ( 'loop/resume.html#standing.end_epoch',
                                                                                  'learner/loop/resume.py'),

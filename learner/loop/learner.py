@@ -99,7 +99,8 @@ class Files(Resumable):
             >>> learn.save("digits.ckpt")
             >>> learn.load("digits.ckpt")
         """
-        save_state(path, self.state_dict())
+        state = self.state_dict()
+        with self.cursor.signals.held(): save_state(path, state)
 
     def load(self, path: str | PathLike[str]) -> None:
         """Take over a checkpoint: `train(resume=True)` then goes on from it, and `train()` trains its model further.

@@ -51,6 +51,7 @@ class Signals:
     def __init__(self) -> None:
         self.noted = 0  # the number of the signal
         self.urgent = False  # it came twice
+        self.holding = False  # a file is being written
         self._before: dict[int, Any] = {}  # handlers
 
     def __enter__(self) -> "Signals":
@@ -68,11 +69,22 @@ class Signals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.noted:
+            waits = self.holding and not self.urgent
             self.urgent = True
+            if waits: return
             raise self.error("stopped at once; a batch may be half done")
         self.noted = number
         if number == signal.SIGINT and os.isatty(2):  # print() might have been interrupted half-way
             with suppress(OSError): os.write(2, b"\n" + STOPPING + b"\n")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        "A second press waits for the end of the `with`, so that a file is whole and closed; a third acts at once."
+        before = self.urgent
+        self.holding = True
+        try: yield
+        finally: self.holding = False
+        if self.urgent and not before: raise self.error("stopped at once, when the file was written")
 
     _note.gives_way = True  # type: ignore[attr-defined]  # to a learner that is trained within a hook
 

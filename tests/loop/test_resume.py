@@ -980,6 +980,23 @@ def test_outside_the_main_thread_there_are_no_handlers():
     assert differences(learn, reference()) == []
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_press_in_a_coroutine_is_seen_at_the_next_batch(times):
+    "As in Jupyter, where cells run in a loop of asyncio."
+    import asyncio
+    learn = make("own", press := Press("before_loss", times=times))
+
+    async def cell(): train(learn)
+    with pytest.raises(KeyboardInterrupt, match="stopped at once" if times == 2 else "stopped after epoch 1, batch 2"): asyncio.run(cell())
+    assert whole(learn)
+    if times == 2: return
+    learn.remove(press)
+
+    async def next_cell(): learn.train(resume=True)
+    asyncio.run(next_cell())
+    assert differences(learn, reference()) == []
+
+
 def test_a_stop_that_nobody_asked_for_again_is_forgotten():
     press = Press("before_loss")
     learn = make("plain", press)
