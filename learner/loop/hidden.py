@@ -115,7 +115,7 @@ def _ours(part: Any) -> bool: return type(part).__module__.startswith(_PACKAGE)
 def _of_modules(learn: Any) -> Iterator[tuple[str, str, Any]]:
     for where, module in modules_of(learn).items():
         own_way = type(module).get_extra_state is not nn.Module.get_extra_state
-        if own_way or any(is_lazy(each) for each in module._parameters.values()): continue
+        if own_way or any(map(is_lazy, module.parameters(recurse=False))): continue
         for name, value in vars(module).items():
             computed = any(each.startswith(f"{name}_") for each in module._parameters)
             if name[0] != "_" and name != "training" and not computed: yield where, name, value
