@@ -176,8 +176,7 @@ class _Stored(Callback):
         self._last_time, self.taken = monotonic(), 0
         state, name, best = learn.state_dict(), self._name(learn), self._best.found or {}
         if not self.background:
-            with learn.cursor.signals.held(): self._write(name, state, best)
-            return
+            with learn.cursor.signals.held(): return self._write(name, state, best)
         self._writer.wait()
         copy = snapshot(state)  # training goes on and changes the tensors
         self._writer.start(lambda: self._write(name, copy, best))

@@ -59,6 +59,7 @@ def _in_epochs(loader: Any) -> list[Any]:
     parts = samplers_of(loader)
     return [part for part in parts if hasattr(part, "set_epoch") and hasattr(part, "epoch")]
 
+# %% ../../nbs/loop/state.ipynb #16911d0d
 WORKERS = ("the training loader goes on from a state of its own, and its workers begin with other random numbers: "
            "augmentation may differ in the rest of the epoch")
 PERSISTENT = ("the workers of the training loader persist, and random numbers that they drew in earlier epochs cannot "
@@ -197,11 +198,7 @@ def check_loop_state(loop: Any) -> None:
         case _: raise ResumeError("the state does not say where training stands; save() makes whole ones")
     if not isinstance(loop.get("learning_rate"), int | float | None):
         raise ResumeError("the learning rate in the state is not a number")
-    if type(loop.get("epoch", 0)) is not int:
-        raise ResumeError("the epoch in the state is not a whole number")
-    if not all(isinstance(each, list) and len(each) == 3 and all(isinstance(part, str) for part in each)
-               for each in loop.get("unkept", [])):
-        raise ResumeError("the state does not say which attributes it leaves out")
+    _check_unkept(loop.get("epoch", 0), loop.get("unkept", []))
     if not isinstance(loop.get("half"), str | None):
         raise ResumeError("the state does not say in words how training was stopped")
     if place[1] not in ("", *PHASES) or min(place[0], place[2]) < 0:
@@ -219,6 +216,13 @@ def check_loop_state(loop: Any) -> None:
             if not isinstance(loop.get("plan", {}).get(name), int | None): raise TypeError(name)
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         raise ResumeError(f"the means, steps or random numbers in the state are damaged: {error!r:.100}") from error
+
+# %% ../../nbs/loop/state.ipynb #5040fd68
+def _check_unkept(epoch: Any, unkept: Any) -> None:
+    if type(epoch) is not int: raise ResumeError("the epoch in the state is not a whole number")
+    fits = isinstance(unkept, list) and all(
+        isinstance(each, list) and [*map(type, each)] == [str] * 3 for each in unkept)
+    if not fits: raise ResumeError("the state does not say which attributes it leaves out")
 
 # %% ../../nbs/loop/state.ipynb #59e43be8
 def has_state(part: Any) -> bool:
@@ -312,6 +316,7 @@ def put(learn: Any, state: Mapping[str, Any]) -> None:
     learn.optimiser = optimiser
     _put_loop(learn, loop)
 
+# %% ../../nbs/loop/state.ipynb #6166353b
 def _check_hidden(learn: Any, hidden: Any) -> None:
     try: check_hidden(learn, hidden)
     except ValueError as error: raise ResumeError(str(error)) from None
