@@ -59,7 +59,7 @@ def _in_epochs(loader: Any) -> list[Any]:
     parts = samplers_of(loader)
     return [part for part in parts if hasattr(part, "set_epoch") and hasattr(part, "epoch")]
 
-# %% ../../nbs/loop/state.ipynb #16911d0d
+# %% ../../nbs/loop/state.ipynb #2c809b37
 WORKERS = ("the training loader goes on from a state of its own, and its workers begin with other random numbers: "
            "augmentation may differ in the rest of the epoch")
 PERSISTENT = ("the workers of the training loader persist, and random numbers that they drew in earlier epochs cannot "
@@ -187,6 +187,13 @@ def _check_stream(stream: Mapping[str, Any]) -> None:
         if type(stream[name]) is not int or stream[name] < 0: raise ValueError(name)
     if stream["given"]: stream["began"]["rng"], stream["began"]["order"], stream["loader"]
 
+# %% ../../nbs/loop/state.ipynb #6326a4b7
+def _check_unkept(epoch: Any, unkept: Any) -> None:
+    if type(epoch) is not int: raise ResumeError("the epoch in the state is not a whole number")
+    fits = isinstance(unkept, list) and all(
+        isinstance(each, list) and [*map(type, each)] == [str] * 3 for each in unkept)
+    if not fits: raise ResumeError("the state does not say which attributes it leaves out")
+
 # %% ../../nbs/loop/state.ipynb #94ec16bc
 def check_loop_state(loop: Any) -> None:
     "Raise ResumeError unless a value says where a training stands."
@@ -216,13 +223,6 @@ def check_loop_state(loop: Any) -> None:
             if not isinstance(loop.get("plan", {}).get(name), int | None): raise TypeError(name)
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         raise ResumeError(f"the means, steps or random numbers in the state are damaged: {error!r:.100}") from error
-
-# %% ../../nbs/loop/state.ipynb #5040fd68
-def _check_unkept(epoch: Any, unkept: Any) -> None:
-    if type(epoch) is not int: raise ResumeError("the epoch in the state is not a whole number")
-    fits = isinstance(unkept, list) and all(
-        isinstance(each, list) and [*map(type, each)] == [str] * 3 for each in unkept)
-    if not fits: raise ResumeError("the state does not say which attributes it leaves out")
 
 # %% ../../nbs/loop/state.ipynb #59e43be8
 def has_state(part: Any) -> bool:
@@ -316,7 +316,7 @@ def put(learn: Any, state: Mapping[str, Any]) -> None:
     learn.optimiser = optimiser
     _put_loop(learn, loop)
 
-# %% ../../nbs/loop/state.ipynb #6166353b
+# %% ../../nbs/loop/state.ipynb #d2af6769
 def _check_hidden(learn: Any, hidden: Any) -> None:
     try: check_hidden(learn, hidden)
     except ValueError as error: raise ResumeError(str(error)) from None
