@@ -176,7 +176,8 @@ class _Stored(Callback):
     def _save(self, learn: Learner) -> None:
         self._last_time, self.taken = monotonic(), 0
         state, name, best = learn.state_dict(), self._name(learn), self._best.found or {}
-        if not self.background: return self._write(name, state, best)
+        if not self.background:
+            with learn.cursor.signals.held(): return self._write(name, state, best)
         self._writer.wait()
         copy = snapshot(state)  # training goes on and changes the tensors
         self._writer.start(lambda: self._write(name, copy, best))
@@ -205,7 +206,7 @@ class _Saving(_Stored):
     def before_train(self, learn: Learner) -> None:
         self._last_time = monotonic()
         self.check_folder(learn)
-        self._folder.open(self.training, self._best.found or {})
+        with learn.cursor.signals.held(): self._folder.open(self.training, self._best.found or {})
         self.check_folder(learn)  # another training may have come first
 
     def after_batch(self, learn: Learner) -> None:

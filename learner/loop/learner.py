@@ -35,6 +35,7 @@ from ..base.store import read_checkpoint, save_state
 from ..base.tree import map_tensors
 from ..base.words import check_number, did_you_mean
 from .attached import attached_modules
+from .hidden import sentences, unready_loaders
 from .loop import Loop
 from .passes import passes_of
 from .resume import Cursor, begin, lengths, set_steps, state_to_resume
@@ -61,11 +62,18 @@ class Resumable(Loop):
         optimiser = self.optimiser.state_dict() if is_optimiser(self.optimiser) else None
         saved = self.cursor.saved
         beside = gather(self) if self.is_running or saved is None else saved
+        self._name_losses(beside["loop"])
         if beside is self.cursor.copy: return dict(beside)  # with the model and the optimiser of then
         if "groups" in beside: set_groups(optimiser, beside["groups"])  # as they were when training stopped
         modules = {name: state_of(module) for name, module in modules_beside(self).items()}
         return {"model": state_of(self.model), "modules": modules, "optimiser": optimiser,
                 "callbacks": beside["callbacks"], "loop": beside["loop"]}
+
+    def _name_losses(self, loop: Mapping[str, Any]) -> None:
+        "Warn of what a state does not hold."
+        cursor = self.cursor
+        if loop["under_way"]: cursor.tell(unready_loaders(self))
+        cursor.tell(sentences(self, [*loop["unkept"], *cursor.undone]))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Take over a state from `state_dict`; raises ResumeError if it does not fit, and changes nothing."
@@ -91,7 +99,8 @@ class Files(Resumable):
             >>> learn.save("digits.ckpt")
             >>> learn.load("digits.ckpt")
         """
-        save_state(path, self.state_dict())
+        state = self.state_dict()
+        with self.cursor.signals.held(): save_state(path, state)
 
     def load(self, path: str | PathLike[str]) -> None:
         """Take over a checkpoint: `train(resume=True)` then goes on from it, and `train()` trains its model further.

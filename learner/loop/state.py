@@ -25,6 +25,7 @@ from ..base.provenance import kept_rng, rng_state, set_rng_state
 from ..base.tree import to_device
 from ..base.words import PHASES, PrintableError, did_you_mean
 from .attached import attached_modules, by_class
+from .hidden import check_hidden, hidden_state, put_hidden
 from .passes import passes_of
 from .stages import Callback
 
@@ -59,6 +60,13 @@ def _in_epochs(loader: Any) -> list[Any]:
     return [part for part in parts if hasattr(part, "set_epoch") and hasattr(part, "epoch")]
 
 # %% ../../nbs/loop/state.ipynb #20164898
+WORKERS = ("the training loader goes on from a state of its own, and its workers begin with other random numbers: "
+           "augmentation may differ in the rest of the epoch")
+PERSISTENT = ("the workers of the training loader persist, and random numbers that they drew in earlier epochs cannot "
+              "be drawn again: augmentation may differ from here on")
+EXACT = "order and everything else are exact; use DataLoaders.from_datasets"
+
+# %% ../../nbs/loop/state.ipynb #2c809b37
 def batches_from(
     loader: Any,
     first: int,  # number of a batch, from 0
@@ -68,18 +76,16 @@ def batches_from(
 ) -> Iterator[Any]:
     "A pass that goes on in its middle; it is read from the start where the loader cannot jump."
     if own is not None and order is not None:
+        if getattr(loader, "num_workers", 0): warnings.warn(f"{WORKERS}; {EXACT}", stacklevel=2)
         try: loader.load_state_dict(own)
         except Exception as error:
             raise ResumeError(f"the training loader does not take its state: {error!r:.100}; the "
                               "rest of the state is in place already") from error
         return _from_own(iter(loader), loader, order)
+    set_rng_state(rng)
     if first and hasattr(loader, "batches_from"): return loader.batches_from(first)
     if first and getattr(loader, "persistent_workers", False):
-        warnings.warn("the workers of the training loader persist, and random numbers that they drew "
-                      "in earlier epochs cannot be drawn again: augmentation may differ from here on; "
-                      "order and everything else are exact; use DataLoaders.from_datasets, or "
-                      "persistent_workers=False", stacklevel=2)
-    set_rng_state(rng)
+        warnings.warn(f"{PERSISTENT}; {EXACT}, or persistent_workers=False", stacklevel=2)
     batches = iter(loader)
     for number in range(first):
         try: next(batches)
@@ -209,6 +215,13 @@ def check_orders(learn: Any, loop: Mapping[str, Any]) -> None:
             raise ResumeError(f"the order of the {name} loader does not fit: {error!r:.100}") from error
         finally: set_order_state(loaders[name], before)
 
+# %% ../../nbs/loop/state.ipynb #6326a4b7
+def _check_unkept(epoch: Any, unkept: Any) -> None:
+    if type(epoch) is not int: raise ResumeError("the epoch in the state is not a whole number")
+    fits = isinstance(unkept, list) and all(
+        isinstance(each, list) and [*map(type, each)] == [str] * 3 for each in unkept)
+    if not fits: raise ResumeError("the state does not say which attributes it leaves out")
+
 # %% ../../nbs/loop/state.ipynb #94ec16bc
 def check_loop_state(loop: Any) -> None:
     "Raise ResumeError unless a value says where a training stands."
@@ -222,6 +235,7 @@ def check_loop_state(loop: Any) -> None:
         raise ResumeError("the learning rate in the state is not a number")
     if not isinstance(loop.get("began"), dict | None):
         raise ResumeError("the state does not say how its pass began; save() makes whole ones")
+    _check_unkept(loop.get("epoch", 0), loop.get("unkept", []))
     if not isinstance(loop.get("half"), str | None):
         raise ResumeError("the state does not say in words how training was stopped")
     counts = (place[0], place[2], *(loop[name] for name in ("num_epochs", "first_row")))
@@ -285,7 +299,7 @@ def gather(learn: Any) -> dict[str, Any]:
     loop = {
         "place": list(place), "under_way": learn.is_running and cursor.under_way,
         "num_epochs": learn.num_epochs, "validation_epochs": cursor.validation_epochs,
-        "first_row": cursor.first_row, "learning_rate": cursor.learning_rate,
+        "first_row": cursor.first_row, "learning_rate": cursor.learning_rate, "epoch": learn.epoch,
         "rows": deepcopy(history.rows), "results": dict(learn.results),
         "steps": packed(history.steps), "keep_steps": history.keep_steps, "row_steps": packed(learn._steps),
         "means": {name: mean.state_dict() for name, mean in means.items()} if within else {},
@@ -293,7 +307,9 @@ def gather(learn: Any) -> dict[str, Any]:
         "optimiser": type(learn.optimiser).__name__, "began": dict(began) if within else None,
         "loader": loader.state_dict() if within and has_state(loader) else None,
         "plan": {"steps": cursor.steps, "validation_steps": cursor.validation_steps},
-        "stream": cursor.stream_state(loader), "gradients": gradients_left(learn) if within else None,
+        "stream": cursor.stream_state(loader),
+        "gradients": gradients_left(learn) if learn.is_running and cursor.under_way else None,
+        "hidden": again.get("hidden") or hidden_state(learn, cursor.note), "unkept": cursor.unkept(learn),
     }
     callbacks = again.get("callbacks") or {
         name: callback.state_dict() for name, callback in with_state(learn.callbacks).items()}
@@ -310,6 +326,7 @@ def put(learn: Any, state: Mapping[str, Any]) -> None:
         check_model_state(module, states[name], name)
     optimiser = fitting_optimiser(learn, state)
     check_orders(learn, loop)
+    if "hidden" in loop: _check_hidden(learn, loop["hidden"])
     given, undo = to_device(state["callbacks"], learn.device), []
     try:
         for name, callback in with_state(learn.callbacks).items():
@@ -332,8 +349,14 @@ def put(learn: Any, state: Mapping[str, Any]) -> None:
     learn.optimiser = optimiser
     _put_loop(learn, loop)
 
+# %% ../../nbs/loop/state.ipynb #d2af6769
+def _check_hidden(learn: Any, hidden: Any) -> None:
+    try: check_hidden(learn, hidden)
+    except ValueError as error: raise ResumeError(str(error)) from None
+
 def _put_loop(learn: Any, loop: Mapping[str, Any]) -> None:
     history, cursor = learn.history, learn.cursor
+    if "hidden" in loop: put_hidden(learn, loop["hidden"])
     history.rows, history.keep_steps = deepcopy(loop["rows"]), loop["keep_steps"]
     history.steps = {name: values.tolist() for name, values in loop["steps"].items()}
     cursor.place, cursor.first_row = Place(*loop["place"]), loop["first_row"]

@@ -9,6 +9,7 @@ __all__ = ['TogetherBatch', 'Together']
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -44,11 +45,12 @@ class _Side:
                 seed_everything(hashed_seeds(self.name, seed, number)[0])
                 for part in with_epochs(self.loader): part.set_epoch(epoch * self.passes + number)
                 batches = self.loader.batches_from(skip) if skip else iter(self.loader)
-                batch = next(batches, None)  # ... nor on when: torch draws it with the first batch
-            if batch is None:
+                # ... nor on when: torch draws it with the first batch
+                begun = [] if skip else list(islice(batches, 1))
+            if not skip and not begun:
                 raise ValueError(f"Together: {self.name} yielded no batch; an iterator can be read "
                                  "only once, so give a list or a DataLoader")
-            yield batch
+            yield from begun
             yield from batches
             number, skip = number + 1, 0
 

@@ -211,6 +211,7 @@ class _Scaling(_Scaled):
         if missing:
             raise ValueError(f"load_state_dict: the state has no {min(missing)}; it has "
                              f"{sorted(state)}")
+        self._scaled = True  # gradients that are put back in the middle of a pass, too
         if self.scaler is not None: self.scaler.load_state_dict(dict(state))
         else: self._state = dict(state)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from test_resume import BATCHES, EPOCHS, Fail, Press, StopAfter, differences, make, reference, seen, train, whole
 
-from learner.base import store
+from learner.base import files, store
 from learner.base.files import FileError, FileLock
 from learner.base.hashing import hash_state
 from learner.base.provenance import kept_rng
@@ -612,6 +612,43 @@ def test_a_writer_in_the_background_does_not_outlive_training(tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt): train(learn, 1)
     assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
     assert Checkpoint.latest(tmp_path / "run").stem == "epoch-0001"
+
+
+FILES = {module.__file__ for module in (files, store)}
+
+
+def lines_of(call, press):
+    "Press Ctrl-C at the line with that number of those that a call runs in the rooms of files; how many it ran."
+    ran = 0
+
+    def trace(frame, event, argument):
+        nonlocal ran
+        if frame.f_code.co_filename not in FILES: return None
+        ran += event == "line"
+        if event == "line" and ran == press: signal.raise_signal(signal.SIGINT)
+        return trace
+    sys.settrace(trace)
+    try: call()
+    finally: sys.settrace(None)
+    return ran
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs /proc")
+def test_a_second_press_in_a_save_lets_it_come_to_its_end_and_leaves_no_descriptor(tmp_path):
+    def saved(where):
+        "How many lines the save runs after which training stops; in that of this number Ctrl-C is pressed again."
+        learn, ran, saver = make("plain"), [0], Checkpoint(tmp_path / str(where), steps=1, best=None)
+        learn.add(saver, Press("before_loss", n=2))
+        write, before = saver._write, len(os.listdir("/proc/self/fd"))
+        saver._write = lambda *arguments: ran.append(lines_of(lambda: write(*arguments), where if learn.cursor.signals.noted else 0))
+        with pytest.raises(KeyboardInterrupt, match="stopped at once, when the file was written" if where else "^stopped after"): train(learn)
+        assert len(os.listdir("/proc/self/fd")) == before and whole(learn)
+        assert names(tmp_path / str(where)) == ["epoch-0000-batch-00001", "epoch-0000-batch-00002"]
+        assert learn.place == (0, "train", 2)
+        return max(ran)
+    lines = saved(0)
+    assert lines > 200
+    for where in range(1, lines, 1 if LONG else 30): saved(where)
 
 
 def test_minutes(tmp_path, monkeypatch):

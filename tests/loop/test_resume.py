@@ -134,6 +134,7 @@ LOADERS = {
 class Seen(Callback):
     "Keeps the examples of every pass, augmented as they are."
     priority = -1000
+    watches = True
 
     def __init__(self): self.batches = []
 
@@ -255,6 +256,7 @@ def reference(case="own", epochs=EPOCHS):
 class StopAfter(Callback):
     "Stops after the k-th batch of all, when the others have seen it; saves first if there is a path."
     priority = 5000
+    watches = True
 
     def __init__(self, k, path=None): self.k, self.path = k, path
 
@@ -350,6 +352,7 @@ def test_stops_in_files_and_in_the_process_take_turns(tmp_path):
 
 class Fail(Callback):
     "Raises an error at the n-th call of a hook."
+    watches = True
 
     def __init__(self, hook, n=1, error=None, priority=5000):
         self.hook, self.left, self.error, self.priority = hook, n, error or RuntimeError("no luck"), priority
@@ -620,6 +623,7 @@ def nth(hook):
 
 class Press(Callback):
     "Presses Ctrl-C at a call of a hook."
+    watches = True
 
     def __init__(self, hook, times=1, number=signal.SIGINT, n=None):
         self.left, self.times, self.number = n or nth(hook), times, number
@@ -633,6 +637,7 @@ class Press(Callback):
 class Balance(Callback):
     "Counts what was opened and what was cleaned up."
     priority = -2000  # opens before the others, so that what is opened here was opened
+    watches = True
 
     def __init__(self):
         self.opened, self.cleaned = dict.fromkeys(STAGES, 0), dict.fromkeys(STAGES, 0)
@@ -799,6 +804,7 @@ def test_an_exception_at_any_hook_is_named_and_leaves_the_learner_whole(hook):
 
 class At(Callback):
     "Does something once, in the middle of a batch."
+    watches = True
 
     def __init__(self, epoch, batch_num, function): self.when, self.function = (epoch, batch_num), function
 
@@ -971,6 +977,23 @@ def test_outside_the_main_thread_there_are_no_handlers():
     thread.start()
     thread.join()
     assert errors == [] and set(handlers) == {signal.default_int_handler}
+    assert differences(learn, reference()) == []
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_press_in_a_coroutine_is_seen_at_the_next_batch(times):
+    "As in Jupyter, where cells run in a loop of asyncio."
+    import asyncio
+    learn = make("own", press := Press("before_loss", times=times))
+
+    async def cell(): train(learn)
+    with pytest.raises(KeyboardInterrupt, match="stopped at once" if times == 2 else "stopped after epoch 1, batch 2"): asyncio.run(cell())
+    assert whole(learn)
+    if times == 2: return
+    learn.remove(press)
+
+    async def next_cell(): learn.train(resume=True)
+    asyncio.run(next_cell())
     assert differences(learn, reference()) == []
 
 
