@@ -9,6 +9,7 @@ __all__ = ['CheckpointError', 'read_index', 'Checkpoint']
 import math
 import os
 import secrets
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Thread
@@ -20,8 +21,10 @@ from ..base.files import make_folder, read_json, remove, tidy, write_json
 from ..base.store import check_state, checkpoint_name, list_checkpoints, load_state
 from ..base.nested import snapshot
 from ..base.store import newest_checkpoint, save_state
+from ..base.parts import cannot_restore
 from ..base.words import check_number, check_whole, plain
 from ..loop.learner import Learner
+from ..loop.state import trained_only
 from ..loop.stages import Callback
 from ..steer.stopping import MonitorError, check_mode, check_monitor, monitored
 
@@ -140,11 +143,23 @@ class _Best:
         self.monitor = monitor
         self.mode = None if monitor is None else check_mode("Checkpoint", monitor, mode)
         self.found: dict[str, Any] | None = None
+        self.measured = True  # in this training
+
+    def begin(self, owner: Callback, learn: Learner) -> None:
+        "See whether the column can come; one of a phase without a loader never does."
+        self.measured = self.monitor is not None
+        if self.monitor is None: return
+        if self.monitor.startswith("validation_") and "validation" not in learn.dataloaders:
+            self.measured = False
+            return
+        try: check_monitor(owner, self.monitor, learn)
+        except MonitorError as error:
+            self.measured = False
+            warnings.warn(f"{error}; without one, no checkpoint is the best", stacklevel=3)
 
     def look(self, owner: Callback, learn: Learner, name: str) -> None:
         "Compare the epoch that has just ended; raises MonitorError."
-        if self.monitor is None: return
-        if self.monitor.startswith("validation_") and "validation" not in learn.dataloaders: return
+        if self.monitor is None or not self.measured: return
         value = monitored(owner, self.monitor, learn)
         if value is None or math.isnan(value): return
         if self.found is not None:
@@ -160,6 +175,8 @@ class _Stored(Callback):
     background: bool
     training: str  # whose checkpoints these are
     taken: int  # batches since the last one
+    only_trained: bool
+    _hashes: dict[Any, Any]  # of frozen weights, with only_trained
     _folder: _Folder
     _best: _Best
     _writer: _Writer
@@ -175,6 +192,7 @@ class _Stored(Callback):
     def _save(self, learn: Learner) -> None:
         self._last_time, self.taken = monotonic(), 0
         state, name, best = learn.state_dict(), self._name(learn), self._best.found or {}
+        if self.only_trained: state = trained_only(learn, state, self._hashes)
         if not self.background: return self._write(name, state, best)
         self._writer.wait()
         copy = snapshot(state)  # training goes on and changes the tensors
@@ -203,6 +221,9 @@ class _Saving(_Stored):
 
     def before_train(self, learn: Learner) -> None:
         self._last_time = monotonic()
+        self._best.begin(self, learn)
+        restored = cannot_restore(learn.dataloaders["train"])
+        if restored: warnings.warn(restored, stacklevel=2)
         self.check_folder(learn)
         self._folder.open(self.training, self._best.found or {})
         self.check_folder(learn)  # another training may have come first
@@ -279,6 +300,8 @@ class Checkpoint(_Found, _Saving):
         best: The column that tells the best epoch; None, or no such loader: none is the best.
         mode: "min" if low is good, "max" if high is; None: as the name of the column tells.
         background: Write from another thread, from a copy of the state in memory.
+        only_trained: Leave out the weights that are frozen, such as the base below adapters. A
+            learner that goes on must have the same base, and an error names a weight that differs.
 
     Example:
         >>> learn.add(Checkpoint("runs/first", minutes=10))
@@ -290,7 +313,7 @@ class Checkpoint(_Found, _Saving):
     def __init__(self, folder: AnyPath, every: str | None = "epoch", steps: int | None = None,
                  minutes: float | None = None, keep: int | None = 3,
                  best: str | None = "validation_loss", mode: str | None = None,
-                 background: bool = False):
+                 background: bool = False, only_trained: bool = False):
         if every not in ("epoch", None):
             raise ValueError(f"Checkpoint: every is {every!r}; it must be \"epoch\" or None; pass "
                              "steps=100 or minutes=10 to save more often")
@@ -301,6 +324,7 @@ class Checkpoint(_Found, _Saving):
         self.minutes = None if minutes is None else check_number("minutes", minutes)
         self.keep = None if keep is None else check_whole("keep", keep)
         self.every, self.background = every, background
+        self.only_trained, self._hashes = only_trained, {}
         self.training = secrets.token_hex(8)  # whose checkpoints these are
         self.taken = 0  # batches since the last one
         self._folder, self._best, self._writer = _Folder(folder), _Best(best, mode), _Writer()
