@@ -170,7 +170,7 @@ class _Best:
 
 # %% ../../nbs/keep/checkpoint.ipynb #a9a985b8
 class _Stored(Callback):
-    "What a Checkpoint saves, and what it keeps in its own state."
+    "What a Checkpoint saves."
     keep: int | None
     background: bool
     training: str  # whose checkpoints these are
@@ -203,6 +203,16 @@ class _Stored(Callback):
         self._folder.write_index({"training": self.training, **best})
         self._folder.remove_old(name, best.get("checkpoint", ""), self.keep)
 
+# %% ../../nbs/keep/checkpoint.ipynb #e5e63430
+class _Remembering(_Stored):
+    "The state of a Checkpoint itself, and what it can tell before training."
+
+    def _look_ahead(self, learn: Learner) -> None:
+        "Warn of a best value that never comes, and of batches that cannot be given again."
+        self._best.begin(self, learn)
+        lost = cannot_restore(learn.dataloaders["train"])
+        if lost: warnings.warn(lost, stacklevel=2)
+
     def state_dict(self) -> dict[str, Any]:
         "Whose checkpoints these are, which is the best, and how far the next is."
         return {"training": self.training, "best": self._best.found, "taken": self.taken}
@@ -213,7 +223,7 @@ class _Stored(Callback):
         self._best.found = None if state["best"] is None else dict(state["best"])
 
 # %% ../../nbs/keep/checkpoint.ipynb #038e7c9b
-class _Saving(_Stored):
+class _Saving(_Remembering):
     "When a Checkpoint saves."
     steps: int | None
     minutes: float | None
@@ -221,9 +231,7 @@ class _Saving(_Stored):
 
     def before_train(self, learn: Learner) -> None:
         self._last_time = monotonic()
-        self._best.begin(self, learn)
-        restored = cannot_restore(learn.dataloaders["train"])
-        if restored: warnings.warn(restored, stacklevel=2)
+        self._look_ahead(learn)
         self.check_folder(learn)
         self._folder.open(self.training, self._best.found or {})
         self.check_folder(learn)  # another training may have come first

@@ -21,7 +21,7 @@ from ..base.history import History
 from ..base.parts import accepts, check_loaders, check_parts, is_optimiser, length_of
 from ..base.parts import make_optimiser
 from ..base.parts import no_loss, not_scalar, place_model, set_learning_rate
-from ..base.batch import LABELS, call_hint, call_model, loss_of, unpack, warn_again
+from ..base.batch import LABELS, call_model, loss_of, misfit, unpack, warn_again
 from ..base.words import PHASES, check_number, check_whole
 from .attached import LossError, Modes, asked_by, attached_modules, check_asked
 from .attached import warn_untrained
@@ -69,10 +69,7 @@ class Prepared(Timed):
         if inputs is not None: return self.predict_new(inputs)
         data = self.data
         try: self.predictions = self.model(data) if isinstance(data, Tensor) else call_model(self.model, data)
-        except TypeError as error:
-            hint = call_hint(self.model, data, error)
-            if not hint: raise
-            raise TypeError(f"{error}: {hint}") from error
+        except TypeError as error: raise misfit(self.model, data, error) from error.__cause__
 
 # %% ../../nbs/loop/loop.ipynb #4676fb0e
 class Evaluation(Prepared):
@@ -301,7 +298,6 @@ class Frames(Rows):
     "What the loop has around an epoch, a pass and a batch."
     evaluating: bool = False  # a validation or test pass is under way
     unseen_step: bool = False  # weights may have changed in this batch, and no stage was opened for it so far
-    weights_version: int = -1  # when the pass began
     _modes: Modes  # of all modules, as they were before this call
 
     @contextmanager

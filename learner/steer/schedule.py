@@ -80,13 +80,12 @@ class _Lengths(_Making):
     def _lengths(self, learn: Learner) -> dict[str, int]:
         "The lengths under all their names; none if the factory asks for none."
         if not self.asks: return {}
-        total = self._steps_in_all(learn)
-        parts = {"epochs": learn.num_epochs, "steps_per_epoch": total // learn.num_epochs}
-        if total % learn.num_epochs: parts = {"epochs": 1, "steps_per_epoch": total}
+        total, epochs = self._steps_in_all(learn), learn.num_epochs
+        if total % epochs: epochs = 1  # the last one is shorter; the product counts
+        parts = {"epochs": epochs, "steps_per_epoch": total // epochs}
         return {**dict.fromkeys(TOTALS, total), **parts}
 
     def _steps_in_all(self, learn: Learner) -> int:
-        "How often the schedule will be stepped."
         if self.per == "epoch": return learn.num_epochs
         if self.steps_per_epoch: return learn.num_epochs * self.steps_per_epoch
         return updates_in_all(learn)
@@ -417,7 +416,6 @@ def _check_functions(owner: str, function: Any, name: Any, of: Any) -> None:
 
 class _ByFunction(_Plotted):
     "Looks at the hyperparameter that it sets."
-    name: str
     of: str
 
     def _describe(self) -> str: return f"{self.name} by {self.of}"

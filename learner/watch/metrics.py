@@ -260,6 +260,7 @@ class _Measuring(Callback):
             try_out(now.running)
             self.tried = True
 
+# %% ../../nbs/watch/metrics.ipynb #1397a149
 def _logits(output: Any) -> Any:
     "What a model that computes its own loss puts out beside it."
     if isinstance(output, dict): return output.get("logits", output)
@@ -322,13 +323,11 @@ class Metrics(_Logging):
 
     Args:
         *metrics: metrics of torcheval or torchmetrics, collections, or functions of predictions and
-            labels
-            whose value is a mean over examples; named after their class or function.
+            labels whose value is a mean over examples; named after their class or function.
         phases: the passes to measure: any of "train", "validation" and "test".
         of: what of the predictions the metrics are given, where a model has several heads: an
-            index, a key
-            or an attribute; or a function of the predictions, or one of predictions and labels that
-            returns both and may leave out examples.
+            index, a key or an attribute; or a function of the predictions, or one of predictions
+            and labels that returns both and may leave out examples.
         **named: the same, by name.
 
     Raises:
