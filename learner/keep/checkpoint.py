@@ -203,7 +203,7 @@ class _Stored(Callback):
         self._folder.write_index({"training": self.training, **best})
         self._folder.remove_old(name, best.get("checkpoint", ""), self.keep)
 
-# %% ../../nbs/keep/checkpoint.ipynb #e5e63430
+# %% ../../nbs/keep/checkpoint.ipynb #bcb8f1a9
 class _Remembering(_Stored):
     "The state of a Checkpoint itself, and what it can tell before training."
 
@@ -295,6 +295,14 @@ class _Found:
             return path
         return None
 
+# %% ../../nbs/keep/checkpoint.ipynb #3b5a344e
+def _check_when(every: Any, steps: Any, minutes: Any) -> None:
+    if every not in ("epoch", None):
+        raise ValueError(f"Checkpoint: every is {every!r}; it must be \"epoch\" or None; pass "
+                         "steps=100 or minutes=10 to save more often")
+    if every is None and steps is None and minutes is None:
+        raise ValueError("Checkpoint saves nothing with every=None; pass steps or minutes")
+
 # %% ../../nbs/keep/checkpoint.ipynb #b36fdee5
 class Checkpoint(_Found, _Saving):
     """Saves everything that training depends on, so that `train(resume=folder)` goes on exactly.
@@ -322,11 +330,7 @@ class Checkpoint(_Found, _Saving):
                  minutes: float | None = None, keep: int | None = 3,
                  best: str | None = "validation_loss", mode: str | None = None,
                  background: bool = False, only_trained: bool = False):
-        if every not in ("epoch", None):
-            raise ValueError(f"Checkpoint: every is {every!r}; it must be \"epoch\" or None; pass "
-                             "steps=100 or minutes=10 to save more often")
-        if every is None and steps is None and minutes is None:
-            raise ValueError("Checkpoint saves nothing with every=None; pass steps or minutes")
+        _check_when(every, steps, minutes)
         if best is not None: check_monitor("Checkpoint", best)
         self.steps = None if steps is None else check_whole("steps", steps)
         self.minutes = None if minutes is None else check_number("minutes", minutes)

@@ -270,8 +270,8 @@ class Rows(Values):
                              "only once, so give a list or a DataLoader")
         self.columns.end(self.results, self._steps)
         column = f"{self.columns.prefix}_loss"
-        before = any(math.isnan(row.get(column) or 0.0) for row in self.history)
-        if math.isnan(self.results.get(column, 0.0)) and not before:
+        if not math.isnan(self.results.get(column, 0.0)): return
+        if not any(math.isnan(row.get(column) or 0.0) for row in self.history):
             warnings.warn(f"{column} is nan ({self.position()}); try a lower learning rate, "
                           "or look for bad data", stacklevel=2)
 
