@@ -444,6 +444,10 @@ class _Views(Callback):
             return data
         return [view] * self.count
 
+# %% ../../nbs/steer/augment.ipynb #efda99fd
+class _Combining(_Views):
+    "Predicts for each view, and combines what comes."
+
     def predict(self, learn: Learner) -> None:
         learn.predict()
         if learn.phase == "train":
@@ -460,7 +464,7 @@ class _Views(Callback):
         learn.predictions = combine(outputs)
 
 # %% ../../nbs/steer/augment.ipynb #a7a79571
-class TTA(_Views):
+class TTA(_Combining):
     """Makes the predictions of validation and test a mean over several views of the data.
 
     Args:
