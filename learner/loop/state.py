@@ -368,7 +368,8 @@ def trained_only(learn: Any, state: Mapping[str, Any], known: dict[Any, Any]) ->
     Returns:
         The state, with the hashes of the weights that were left out under "base".
     """
-    states, base = {"model": state["model"], **state["modules"]}, {}
+    states = {"model": state["model"], **state["modules"]}
+    base: dict[str, dict[str, str]] = {}
     for where, module in {"model": learn.model, **modules_beside(learn)}.items():
         frozen = {plain_name(name): parameter
                   for name, parameter in module.named_parameters(remove_duplicate=False)
