@@ -26,8 +26,9 @@ from .steer.freeze import FreezeUntil
 from .steer.initialise import LSUV
 from .steer.multi import Optimisers
 from .steer.precision import Compile, MixedPrecision
-from .steer.schedule import BatchSchedule, EarlyStopping, EpochSchedule
+from .steer.schedule import BatchSchedule, EpochSchedule
 from .steer.schedule import PiecewiseSchedule, Schedule
+from .steer.stopping import EarlyStopping
 from .steer.update import EMA, ClipGradients
 from .watch.activations import ActivationStats, GradientStats
 from .watch.confusion import confusion_matrix

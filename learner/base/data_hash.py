@@ -6,6 +6,7 @@
 __all__ = ['data_hash', 'loader_hash']
 
 # %% ../../nbs/base/data_hash.ipynb #80532b63
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -158,7 +159,7 @@ def loader_hash(loader: Any) -> str | None:
 
     Returns:
         64 hexadecimal digits, and such as `" (1,000 of 60,000)"` if a sample was read; None if
-        the data cannot be read again, cannot be hashed, or raises an error.
+        the data cannot be read again, or cannot be hashed, of which a warning tells.
 
     Example:
         >>> loader_hash([torch.ones(2)])[:12]
@@ -167,4 +168,7 @@ def loader_hash(loader: Any) -> str | None:
     try:
         if cannot_restore(loader): return None
         with kept_order([loader]): return _examples_hash(loader)
-    except Exception: return None  # a hash is not worth an error
+    except Exception as error:  # a hash is not worth the end of a training
+        warnings.warn(f"the data has no hash: {type(error).__name__}: {error}; Run(hash_data=False) "
+                      "does without", stacklevel=2)
+        return None

@@ -33,6 +33,7 @@ class _Sum:
 
     def add(self, value: Any, weight: float) -> None:
         "Take in a scalar tensor or a number; of a graph that it belongs to nothing is held."
+        if not weight: return  # the mean over no examples may be NaN
         if isinstance(value, Tensor):
             if not value.is_cpu:
                 if weight != self.weight or len(self.pending) == 128: self.flush(weight)

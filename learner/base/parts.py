@@ -90,6 +90,13 @@ def _check_loss_func(loss_func: Any) -> None:
     if loss_func is not None and not callable(loss_func):
         raise TypeError(f"loss_func is {loss_func!r}; pass a function of predictions and labels, "
                         "or None")
+    function = loss_func.forward if isinstance(loss_func, nn.Module) else loss_func
+    try: inspect.signature(function).bind_partial(None, None)
+    except ValueError: return  # it has no signature to read
+    except TypeError:
+        if loss_func is None: return
+        raise TypeError(f"loss_func takes {inspect.signature(function)}; it is called as "
+                        "loss_func(predictions, labels)") from None
 
 def check_parts(
     model: Any,  # a torch Module
@@ -173,9 +180,13 @@ def no_loss(
 ) -> str:
     "The message about a value that is not a loss."
     if loss_func is None and loss is None:
-        return ("loss_func is None and the model's output has no loss; pass a loss_func, or return "
-                "the loss as .loss, as [\"loss\"] or as the first scalar of a tuple")
+        return ("loss_func is None and the model's output has no loss; pass a loss_func of the "
+                "output and the labels, or return the loss as .loss, as [\"loss\"] or as the first "
+                "scalar of a tuple")
     source = "loss_func returned" if loss_func is not None else "the loss in the model's output is"
+    if isinstance(loss, tuple | list | Mapping):
+        return (f"{source} a {type(loss).__name__}; return the loss alone, and log the rest: a "
+                "loss_func with a parameter learn can call learn.log(name=value)")
     if not isinstance(loss, Tensor):
         return f"{source} a {type(loss).__name__}; the loss must be a scalar tensor"
     shape = tuple(loss.shape)

@@ -9,6 +9,7 @@ __all__ = ['CheckpointError', 'read_index', 'Checkpoint']
 import math
 import os
 import secrets
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Thread
@@ -21,8 +22,10 @@ from ..base.checkpoints import checkpoint_name, list_checkpoints
 from ..base.store import check_state, load_state
 from ..base.nested import snapshot
 from ..base.store import newest_checkpoint, save_state
+from ..base.parts import cannot_restore
 from ..base.words import PrintableError, check_number, check_whole, plain
 from ..loop.learner import Learner
+from ..loop.state import trained_only
 from ..loop.stages import Callback
 from ..steer.stopping import MonitorError, check_mode, check_monitor, monitored
 
@@ -141,11 +144,23 @@ class _Best:
         self.monitor = monitor
         self.mode = None if monitor is None else check_mode("Checkpoint", monitor, mode)
         self.found: dict[str, Any] | None = None
+        self.measured = True  # in this training
+
+    def begin(self, owner: Callback, learn: Learner) -> None:
+        "See whether the column can come; one of a phase without a loader never does."
+        self.measured = self.monitor is not None
+        if self.monitor is None: return
+        if self.monitor.startswith("validation_") and "validation" not in learn.dataloaders:
+            self.measured = False
+            return
+        try: check_monitor(owner, self.monitor, learn)
+        except MonitorError as error:
+            self.measured = False
+            warnings.warn(f"{error}; without one, no checkpoint is the best", stacklevel=3)
 
     def look(self, owner: Callback, learn: Learner, name: str) -> None:
         "Compare the epoch that has just ended; raises MonitorError."
-        if self.monitor is None: return
-        if self.monitor.startswith("validation_") and "validation" not in learn.dataloaders: return
+        if self.monitor is None or not self.measured: return
         value = monitored(owner, self.monitor, learn)
         if value is None or math.isnan(value): return
         if self.found is not None:
@@ -156,11 +171,13 @@ class _Best:
 
 # %% ../../nbs/keep/checkpoint.ipynb #a9a985b8
 class _Stored(Callback):
-    "What a Checkpoint saves, and what it keeps in its own state."
+    "What a Checkpoint saves."
     keep: int | None
     background: bool
     training: str  # whose checkpoints these are
     taken: int  # batches since the last one
+    only_trained: bool
+    _hashes: dict[Any, Any]  # of frozen weights, with only_trained
     _folder: _Folder
     _best: _Best
     _writer: _Writer
@@ -176,6 +193,7 @@ class _Stored(Callback):
     def _save(self, learn: Learner) -> None:
         self._last_time, self.taken = monotonic(), 0
         state, name, best = learn.state_dict(), self._name(learn), self._best.found or {}
+        if self.only_trained: state = trained_only(learn, state, self._hashes)
         if not self.background:
             with learn.cursor.signals.held(): return self._write(name, state, best)
         self._writer.wait()
@@ -187,6 +205,16 @@ class _Stored(Callback):
         self._folder.write_index({"training": self.training, **best})
         self._folder.remove_old(name, best.get("checkpoint", ""), self.keep)
 
+# %% ../../nbs/keep/checkpoint.ipynb #bcb8f1a9
+class _Remembering(_Stored):
+    "The state of a Checkpoint itself, and what it can tell before training."
+
+    def _look_ahead(self, learn: Learner) -> None:
+        "Warn of a best value that never comes, and of batches that cannot be given again."
+        self._best.begin(self, learn)
+        lost = cannot_restore(learn.dataloaders["train"])
+        if lost: warnings.warn(lost, stacklevel=2)
+
     def state_dict(self) -> dict[str, Any]:
         "Whose checkpoints these are, which is the best, and how far the next is."
         return {"training": self.training, "best": self._best.found, "taken": self.taken}
@@ -197,7 +225,7 @@ class _Stored(Callback):
         self._best.found = None if state["best"] is None else dict(state["best"])
 
 # %% ../../nbs/keep/checkpoint.ipynb #038e7c9b
-class _Saving(_Stored):
+class _Saving(_Remembering):
     "When a Checkpoint saves."
     steps: int | None
     minutes: float | None
@@ -205,6 +233,7 @@ class _Saving(_Stored):
 
     def before_train(self, learn: Learner) -> None:
         self._last_time = monotonic()
+        self._look_ahead(learn)
         self.check_folder(learn)
         with learn.cursor.signals.held(): self._folder.open(self.training, self._best.found or {})
         self.check_folder(learn)  # another training may have come first
@@ -268,6 +297,14 @@ class _Found:
             return path
         return None
 
+# %% ../../nbs/keep/checkpoint.ipynb #3b5a344e
+def _check_when(every: Any, steps: Any, minutes: Any) -> None:
+    if every not in ("epoch", None):
+        raise ValueError(f"Checkpoint: every is {every!r}; it must be \"epoch\" or None; pass "
+                         "steps=100 or minutes=10 to save more often")
+    if every is None and steps is None and minutes is None:
+        raise ValueError("Checkpoint saves nothing with every=None; pass steps or minutes")
+
 # %% ../../nbs/keep/checkpoint.ipynb #b36fdee5
 class Checkpoint(_Found, _Saving):
     """Saves everything that training depends on, so that `train(resume=folder)` goes on exactly.
@@ -281,6 +318,8 @@ class Checkpoint(_Found, _Saving):
         best: The column that tells the best epoch; None, or no such loader: none is the best.
         mode: "min" if low is good, "max" if high is; None: as the name of the column tells.
         background: Write from another thread, from a copy of the state in memory.
+        only_trained: Leave out the weights that are frozen, such as the base below adapters. A
+            learner that goes on must have the same base, and an error names a weight that differs.
 
     Example:
         >>> learn.add(Checkpoint("runs/first", minutes=10))
@@ -292,17 +331,14 @@ class Checkpoint(_Found, _Saving):
     def __init__(self, folder: AnyPath, every: str | None = "epoch", steps: int | None = None,
                  minutes: float | None = None, keep: int | None = 3,
                  best: str | None = "validation_loss", mode: str | None = None,
-                 background: bool = False):
-        if every not in ("epoch", None):
-            raise ValueError(f"Checkpoint: every is {every!r}; it must be \"epoch\" or None; pass "
-                             "steps=100 or minutes=10 to save more often")
-        if every is None and steps is None and minutes is None:
-            raise ValueError("Checkpoint saves nothing with every=None; pass steps or minutes")
+                 background: bool = False, only_trained: bool = False):
+        _check_when(every, steps, minutes)
         if best is not None: check_monitor("Checkpoint", best)
         self.steps = None if steps is None else check_whole("steps", steps)
         self.minutes = None if minutes is None else check_number("minutes", minutes)
         self.keep = None if keep is None else check_whole("keep", keep)
         self.every, self.background = every, background
+        self.only_trained, self._hashes = only_trained, {}
         self.training = secrets.token_hex(8)  # whose checkpoints these are
         self.taken = 0  # batches since the last one
         self._folder, self._best, self._writer = _Folder(folder), _Best(best, mode), _Writer()

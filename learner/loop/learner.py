@@ -310,7 +310,9 @@ def computed_tensors(learn: Loop) -> dict[int, Any]:
     found: dict[int, Any] = {}
 
     def note(leaf: Tensor) -> Tensor:
-        if isinstance(leaf, Tensor) and not leaf.is_leaf: found[id(leaf)] = leaf.detach().clone()
+        if not isinstance(leaf, Tensor): return leaf
+        plain = leaf.layout in (torch.strided, torch.sparse_coo)  # of the others deepcopy knows nothing
+        if not (leaf.is_leaf and plain): found[id(leaf)] = leaf.detach().clone()
         return leaf
     for holder in holders:
         for value in vars(holder).values():
@@ -324,8 +326,10 @@ def copied(learn: Any, shared: dict[int, Any]) -> Any:
         for part in (learn.model, *learn.callbacks):
             try: deepcopy(part, dict(shared))
             except Exception:
-                fix = "; give it a __deepcopy__, or watches = True if it changes nothing" if part is not learn.model else ""
-                raise TypeError(f"{part!r:.80} cannot be copied ({error}), which a trial needs{fix}") from error
+                fix = ", or watches = True if it changes nothing" if part is not learn.model else ""
+                name = f"the model {type(part).__name__}" if part is learn.model else repr(part)[:80]
+                raise TypeError(f"{name} cannot be copied ({error}), which a trial needs; give it a "
+                                f"__deepcopy__{fix}") from error
         raise
 
 # %% ../../nbs/loop/learner.ipynb #47d16f31

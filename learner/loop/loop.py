@@ -21,9 +21,10 @@ from ..base.history import History
 from ..base.parts import accepts, check_loaders, check_parts, is_optimiser, length_of
 from ..base.parts import make_optimiser
 from ..base.parts import no_loss, not_scalar, place_model, set_learning_rate
-from ..base.batch import LABELS, call_model, loss_of, unpack
+from ..base.batch import LABELS, call_model, loss_of, misfit, unpack, warn_again
 from ..base.words import PHASES, check_number, check_whole
 from .attached import LossError, Modes, asked_by, attached_modules, check_asked
+from .attached import warn_untrained
 from .passes import PASSES, Columns, Pass, Stream, passes_of, scalar
 from .stages import Callback, CancelEpochException, CancelException
 from .explain import Timed
@@ -67,7 +68,8 @@ class Prepared(Timed):
         """
         if inputs is not None: return self.predict_new(inputs)
         data = self.data
-        self.predictions = self.model(data) if isinstance(data, Tensor) else call_model(self.model, data)
+        try: self.predictions = self.model(data) if isinstance(data, Tensor) else call_model(self.model, data)
+        except TypeError as error: raise misfit(self.model, data, error) from error.__cause__
 
 # %% ../../nbs/loop/loop.ipynb #4676fb0e
 class Evaluation(Prepared):
@@ -268,8 +270,8 @@ class Rows(Values):
                              "only once, so give a list or a DataLoader")
         self.columns.end(self.results, self._steps)
         column = f"{self.columns.prefix}_loss"
-        before = any(math.isnan(row.get(column) or 0.0) for row in self.history)
-        if math.isnan(self.results.get(column, 0.0)) and not before:
+        if not math.isnan(self.results.get(column, 0.0)): return
+        if not any(math.isnan(row.get(column) or 0.0) for row in self.history):
             warnings.warn(f"{column} is nan ({self.position()}); try a lower learning rate, "
                           "or look for bad data", stacklevel=2)
 
@@ -295,7 +297,7 @@ class Rows(Values):
 class Frames(Rows):
     "What the loop has around an epoch, a pass and a batch."
     evaluating: bool = False  # a validation or test pass is under way
-    unseen_step: bool = False  # the optimiser has stepped in this batch, and no stage was opened for it so far
+    unseen_step: bool = False  # weights may have changed in this batch, and no stage was opened for it so far
     _modes: Modes  # of all modules, as they were before this call
 
     @contextmanager
@@ -445,6 +447,8 @@ class Ready(Calls):
             self.optimiser = make_optimiser(self.optimiser, self.trained(), learning_rate)
         elif learning_rate is not None: set_learning_rate(self.optimiser, learning_rate)
         self.optimiser.zero_grad()
+        warn_again()
+        warn_untrained(self)
 
 # %% ../../nbs/loop/loop.ipynb #39f4545f
 class Loop(Ready):

@@ -6,7 +6,7 @@
 __all__ = ['ResumeError', 'Place', 'order_state', 'set_order_state', 'batches_from', 'state_of', 'plain_name',
            'check_model_state', 'check_optimiser_state', 'check_state', 'check_orders', 'check_loop_state', 'has_state',
            'with_state', 'modules_beside', 'loaders_of', 'packed', 'gradients_left', 'gather', 'put', 'groups_of',
-           'set_groups', 'fitting_optimiser', 'check_gradients', 'put_gradients']
+           'set_groups', 'fitting_optimiser', 'check_gradients', 'put_gradients', 'trained_only', 'with_base']
 
 # %% ../../nbs/loop/state.ipynb #a5a8bd58
 import warnings
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..base.hashing import hash_state
 from ..base.history import Mean
 from ..base.parts import generators_of, is_optimiser, make_optimiser, samplers_of
 from ..base.provenance import kept_rng, rng_state, set_rng_state
@@ -318,7 +319,7 @@ def gather(learn: Any) -> dict[str, Any]:
 # %% ../../nbs/loop/state.ipynb #d5406456
 def put(learn: Any, state: Mapping[str, Any]) -> None:
     "Put a state into a learner, or raise ResumeError and change nothing."
-    loop = state["loop"]
+    loop, state = state["loop"], with_base(learn, state)
     modules = {"model": learn.model, **modules_beside(learn)} if "model" in state else {}
     states = {"model": state.get("model"), **state.get("modules", {})}
     for name, module in modules.items():
@@ -410,3 +411,44 @@ def put_gradients(learn: Any, gradients: Any) -> None:
     parameters = [p for group in groups_of(learn.optimiser) for p in group["params"]]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
+
+# %% ../../nbs/loop/state.ipynb #9db0aee5
+def trained_only(learn: Any, state: Mapping[str, Any], known: dict[Any, Any]) -> dict[str, Any]:
+    """A state without frozen weights: the parameters that ask for no gradient.
+
+    Args:
+        learn: The learner that the state is of.
+        state: From its `state_dict`.
+        known: Hashes of earlier calls, which are used where a weight has not changed, and added to.
+
+    Returns:
+        The state, with the hashes of the weights that were left out under "base".
+    """
+    states = {"model": state["model"], **state["modules"]}
+    base: dict[str, dict[str, str]] = {}
+    for where, module in {"model": learn.model, **modules_beside(learn)}.items():
+        frozen = {plain_name(name): parameter
+                  for name, parameter in module.named_parameters(remove_duplicate=False)
+                  if not parameter.requires_grad}
+        base[where] = {}
+        for name, parameter in frozen.items():
+            key = (where, name, id(parameter), parameter._version)
+            if key not in known: known[key] = hash_state(parameter)
+            base[where][name] = known[key]
+        states[where] = {name: value for name, value in states[where].items() if name not in frozen}
+    return {**state, "model": states.pop("model"), "modules": states, "base": base}
+
+def with_base(learn: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    "A state of trained weights only, with the frozen ones of a learner; ResumeError names one that is missing."
+    if not state.get("base"): return state
+    states = {"model": state["model"], **state["modules"]}
+    for where, module in {"model": learn.model, **modules_beside(learn)}.items():
+        own = state_of(module)
+        for name, digest in state["base"].get(where, {}).items():
+            if name not in own: wrong = f"the {where} has no {name}"
+            elif hash_state(own[name]) != digest: wrong = f"{name} of the {where} differs"
+            else: continue
+            raise ResumeError(f"the state holds trained weights only, and {wrong}; load the frozen "
+                              f"weights that the training had into the {where} first")
+        states[where] = {**{name: own[name] for name in state["base"].get(where, {})}, **states[where]}
+    return {**state, "model": states.pop("model"), "modules": states}

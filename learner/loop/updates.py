@@ -37,7 +37,7 @@ def gradients_of(optimiser: Any) -> list[Tensor]:
 
 # %% ../../nbs/loop/updates.ipynb #f49f3d7e
 _FIXES = {
-    "step": 'takes its own optimiser.step(); call self.act("step") in its place',
+    "step": 'changes the weights itself; call self.act("step") in place of optimiser.step()',
     "backward": 'computes its own gradients; call self.act("backward") in place of loss.backward()',
 }
 
@@ -51,13 +51,19 @@ def _callbacks_on(learn: Any, stage: str) -> Iterator[tuple[Callback, str]]:
                 yield callback, hook
                 break
 
+def _versions(optimiser: Any) -> int:
+    "A number that grows with every change to the weights that an optimiser steps."
+    return sum(parameter._version for parameter in trained_parameters(optimiser))
+
 def check_updates(learn: Any) -> None:
     """Raise CallbackError if a callback hangs on `step` or `backward`, and it was never opened.
 
     Args:
-        learn: A learner whose optimiser has taken a step in this run.
+        learn: A learner that is done with a batch. If its weights are still those with which the
+            pass began, there is nothing to say yet.
     """
     learn.unseen_step = False
+    if learn.weights_version == _versions(learn.optimiser): return
     for stage, fix in _FIXES.items():
         if learn.has_opened(stage): continue
         for callback, hook in _callbacks_on(learn, stage):
@@ -70,16 +76,19 @@ def guarded_updates(learn: Any) -> Iterator[None]:
     """Have the first step within a `with` looked at: whether callbacks see it.
 
     Args:
-        learn: A learner that begins a training pass. Its `unseen_step` says that a step was taken,
-            and `check_updates` is due when the routine is done.
+        learn: A learner that begins a training pass. Its `unseen_step` says that a step may have
+            been taken, and `check_updates` is due when the routine is done.
     """
     whole = learn.optimiser
+    learn.weights_version = _versions(whole)
+    learn.unseen_step = not all(map(learn.has_opened, _FIXES))
     optimisers = list(whole.values()) if isinstance(whole, Mapping) else [whole]
     registered: list[Any] = []
     others = False
 
     def look(*_: Any) -> None:
         learn.unseen_step = not all(map(learn.has_opened, _FIXES))
+        learn.weights_version = -1  # whatever has become of them
         while registered: registered.pop().remove()
 
     for optimiser in optimisers:
@@ -88,7 +97,7 @@ def guarded_updates(learn: Any) -> Iterator[None]:
         else: others = True
     try:
         yield
-        if others: check_updates(learn)
+        if others and not learn.unseen_step: check_updates(learn)
     finally:
         learn.unseen_step = False
         while registered: registered.pop().remove()

@@ -141,6 +141,7 @@ def _train(
     log_every: int = 50,  # batches from one row of steps.csv to the next
     tensorboard: bool = False,  # keep event files for TensorBoard too
     fingerprints: int = 0,  # batches between hashes of weights and order, for `compare`; 0: never
+    hash_data: bool = True,  # note hashes of the data
     allow: Sequence[str] = (),  # a module that the settings of a run may name
     quiet: bool = False,  # print no rows
     **settings: Any,
@@ -156,7 +157,7 @@ def _train(
     with _training(run_dir):
         from learner.runs.runs import train_run
         options: dict[str, Any] = {"fingerprints": fingerprints} if fingerprints else {}
-        options |= {"log_every": log_every, "tensorboard": tensorboard}
+        options |= {"log_every": log_every, "tensorboard": tensorboard, "hash_data": hash_data}
         train_run(config, run_dir, settings, overwrite=overwrite, allow=allowed,
                   callbacks=_console(quiet), **options)
     _report(run_dir)

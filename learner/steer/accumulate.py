@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..base.batch import unpack
-from ..base.parts import length_of
 from ..base.words import check_whole
 from ..loop.learner import Learner
 from ..loop.stages import Callback, CallbackError, CancelStepException
@@ -192,7 +191,7 @@ class _Grouped(_Weighted):
     _closing = False  # that step is being taken
 
     def before_training(self, learn: Learner) -> None:
-        self._length, self._optimiser = length_of(learn.dataloaders["train"]), learn.optimiser
+        self._length, self._optimiser = learn.plan.length(learn), learn.optimiser
         self._in_batch, self._group = False, _Group()
         self._weighed = self._stepping = -1
         if self._loaded is not None: self._restore(self._loaded)

@@ -22,6 +22,7 @@ from ..loop.learner import Learner
 from ..loop.passes import PASSES
 from ..base.words import check_number, check_whole, did_you_mean
 from ..base.parts import accepts
+from ..base.provenance import kept_rng
 from ..loop.stages import Callback, CallbackError
 from ..base.batch import size_of
 from ..base.tree import map_tensors
@@ -32,7 +33,8 @@ def _images(name: str, images: Any) -> Tensor:
     if isinstance(images, Tensor) and images.ndim == 4: return images
     what = f"a {type(images).__name__}"
     if isinstance(images, Tensor): what = f"a tensor of shape {tuple(images.shape)}"
-    raise TypeError(f"{name} got {what}; it takes a batch of images, a tensor NxCxHxW")
+    raise TypeError(f"{name} got {what}; it takes a batch of images, a tensor NxCxHxW; pass "
+                    "Learner(..., inputs=...) to give the model the images alone")
 
 def _share(name: str, value: Any) -> float:
     "The value as a float; raises ValueError unless it is from 0 to 1."
@@ -213,8 +215,12 @@ def _check_function(name: str, function: Any, *arguments: str) -> Any:
 def _name_of(function: Any) -> str: return getattr(function, "__name__", repr(function))
 
 def _made(function: Callable[[Any], Any], data: Any) -> Any:
-    "What a function makes of the data; raises TypeError if it returns nothing."
-    made = function(data)
+    "What a function makes of the data; raises TypeError if it returns nothing, or takes only tensors."
+    try: made = function(data)
+    except (TypeError, AttributeError) as error:
+        if isinstance(data, Tensor): raise
+        raise TypeError(f"{_name_of(function)} got a {type(data).__name__}: {error}; write it for "
+                        "that, or pass Learner(..., inputs=...) to give it one tensor") from error
     if made is None:
         raise TypeError(f"{_name_of(function)} returned None; it must return the data that it "
                         "makes")
@@ -411,10 +417,17 @@ class _Views(Callback):
     count: int  # of views by the learner's transforms
     views: list[View]
     combine: str | Callable[[list[Any]], Any]
+    tried = False
 
     def before_train(self, learn: Learner) -> None: self._functions(learn)  # or fail after an epoch
 
     before_pass = before_train
+
+    def _try(self, learn: Learner) -> None:
+        "Let a view fail in the first batch of training, and not after an epoch."
+        self.tried = True
+        with kept_rng():
+            for view in self._functions(learn): _made(view, learn.data)
 
     def _functions(self, learn: Learner) -> list[View]:
         "The views beside the data as they are."
@@ -431,9 +444,15 @@ class _Views(Callback):
             return data
         return [view] * self.count
 
+# %% ../../nbs/steer/augment.ipynb #efda99fd
+class _Combining(_Views):
+    "Predicts for each view, and combines what comes."
+
     def predict(self, learn: Learner) -> None:
         learn.predict()
-        if learn.phase == "train": return
+        if learn.phase == "train":
+            if not self.tried: self._try(learn)
+            return
         data, outputs = learn.data, [learn.predictions]
         try:
             for view in self._functions(learn):
@@ -445,7 +464,7 @@ class _Views(Callback):
         learn.predictions = combine(outputs)
 
 # %% ../../nbs/steer/augment.ipynb #a7a79571
-class TTA(_Views):
+class TTA(_Combining):
     """Makes the predictions of validation and test a mean over several views of the data.
 
     Args:

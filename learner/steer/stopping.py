@@ -17,6 +17,7 @@ from torch import Tensor
 from ..base.words import MEASURES, check_number, check_whole, did_you_mean, mode_of
 from ..base.words import split_column
 from ..loop.learner import Learner
+from ..loop.passes import passes_of
 from ..loop.stages import Callback, CancelTrainException
 from ..loop.state import modules_beside, with_state
 
@@ -42,6 +43,11 @@ def check_monitor(owner: Any, monitor: Any, learn: Learner | None = None) -> Non
     if phase == "validation" and learn is not None and "validation" not in learn.dataloaders:
         raise MonitorError(f"{owner}: monitor is \"{monitor}\", and there is no validation loader; "
                            "add one, or monitor another value, such as \"train_loss\"")
+    if monitor == "validation_loss" and learn is not None:
+        named = [f"{each.prefix}_loss" for each in passes_of(learn.dataloaders, "validation")]
+        if monitor not in named:
+            raise MonitorError(f"{owner}: there is no validation_loss, since the validation loaders "
+                               f"have names; monitor one of {named}")
 
 # %% ../../nbs/steer/stopping.ipynb #e9516a48
 def check_mode(owner: Any, monitor: str, mode: str | None) -> str:

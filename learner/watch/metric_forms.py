@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Pair', 'MetricError', 'form_of', 'FunctionMean', 'metric_name', 'name_metrics', 'check_metric', 'picker',
-           'columns_of', 'compute', 'try_out', 'say_which', 'state_of', 'set_state_of', 'copied']
+           'picks_labels', 'columns_of', 'compute', 'try_out', 'say_which', 'state_of', 'set_state_of', 'copied']
 
 # %% ../../nbs/watch/metric_forms.ipynb #5a8399f6
 import inspect
@@ -21,6 +21,7 @@ from torch import Tensor
 from ..base.batch import size_of
 from ..base.history import Mean
 from ..base.tree import map_tensors
+from ..base.parts import accepts
 from ..base.words import as_number, did_you_mean
 
 # %% ../../nbs/watch/metric_forms.ipynb #c1af9fe1
@@ -155,7 +156,8 @@ def check_metric(name: str, metric: Any) -> Any:
     except ValueError: pass  # a builtin function has no signature to read
     except TypeError:
         raise TypeError(f"metric {name}: its parameters are {inspect.signature(metric)}; "
-                        "it is called as function(predictions, labels)") from None
+                        "it is called as function(predictions, labels); log what needs more from "
+                        "a hook: learn.log(name=value)") from None
     return FunctionMean(metric)
 
 # %% ../../nbs/watch/metric_forms.ipynb #fbf288a0
@@ -177,10 +179,12 @@ def picker(of: Any) -> Callable[[Any, Any], Pair] | None:
     if not callable(of):
         raise TypeError(f"of is {of!r}; it must be an index, a key, "
                         "or a function of the predictions")
-    try: inspect.signature(of).bind(None)
-    except TypeError: return partial(_call, of)
-    except ValueError: pass
+    if picks_labels(of): return partial(_call, of)
     return lambda predictions, labels: (of(predictions), labels)
+
+def picks_labels(of: Any) -> bool:
+    "Whether it is a function of predictions and labels, and not of the predictions alone."
+    return callable(of) and not accepts(of, None)
 
 def _pick(of: int | str, predictions: Any, labels: Any) -> Pair:
     same = isinstance(labels, Mapping) and of in labels
@@ -235,7 +239,8 @@ def columns_of(name: str, result: Any) -> dict[str, float]:
     parts = _parts_of(result)
     if parts is None or getattr(result, "is_complex", bool)():
         raise MetricError(f"metric {name} gave {form_of(result)}; it must give a number, or a "
-                          "mapping or a tensor of numbers")
+                          "mapping or a tensor of numbers; a curve is read after training, from "
+                          "predictions(learn)")
     columns: dict[str, float] = {}
     for key, part in parts.items():
         columns |= columns_of(f"{name}_{key}", part)

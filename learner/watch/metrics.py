@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.batch import unpack
+from ..base.batch import size_of, unpack
 from ..base.tree import map_tensors
 from ..base.words import PHASES, did_you_mean
 from ..loop.learner import Learner
 from ..loop.passes import Pass
 from ..loop.stages import Callback
 from .metric_forms import FunctionMean, MetricError, check_metric, compute, form_of
-from .metric_forms import metric_name, name_metrics, picker, say_which, set_state_of
+from .metric_forms import metric_name, name_metrics, picker, picks_labels, say_which, set_state_of
 from .metric_forms import state_of, try_out
 
 # %% ../../nbs/watch/metrics.ipynb #729d1607
@@ -225,9 +225,11 @@ class _Measuring(Callback):
     "The hooks of `Metrics`."
     priority = -10  # before the callbacks that read the results of a pass
     watches = True
+    measures = True  # a pass beside training, as of validate() in a hook, has a copy of it
     metrics: dict[str, Any]
     phases: tuple[str, ...]
     pick: Any  # picks what the metrics are given; None: all
+    chooses = False  # it picks labels too, and so examples
     under_way: PassMetrics | None = None  # in a pass that is measured
     tried = False  # whether each metric was asked for a result after one batch
 
@@ -250,12 +252,15 @@ class _Measuring(Callback):
                               "Metrics(..., phases=...)") from None
         if self.pick: predictions, labels = self.pick(predictions, labels)
         elif learn.loss_func is None: predictions = _logits(predictions)
-        size = learn.batch_size if hasattr(learn, "batch_size") else unpack(learn.batch)[3]
+        if self.chooses: size: Any = size_of(labels)
+        else: size = learn.batch_size if hasattr(learn, "batch_size") else unpack(learn.batch)[3]
+        if type(size) is int and not size: return  # no examples
         now.add(predictions, labels, size)
         if not self.tried:
             try_out(now.running)
             self.tried = True
 
+# %% ../../nbs/watch/metrics.ipynb #1397a149
 def _logits(output: Any) -> Any:
     "What a model that computes its own loss puts out beside it."
     if isinstance(output, dict): return output.get("logits", output)
@@ -320,12 +325,11 @@ class Metrics(_Logging):
 
     Args:
         *metrics: metrics of torcheval or torchmetrics, collections, or functions of predictions and
-            labels
-            whose value is a mean over examples; named after their class or function.
+            labels whose value is a mean over examples; named after their class or function.
         phases: the passes to measure: any of "train", "validation" and "test".
         of: what of the predictions the metrics are given, where a model has several heads: an
-            index, a key
-            or an attribute, or a function of the predictions or of predictions and labels.
+            index, a key or an attribute; or a function of the predictions, or one of predictions
+            and labels that returns both and may leave out examples.
         **named: the same, by name.
 
     Raises:
@@ -342,7 +346,8 @@ class Metrics(_Logging):
         if not metrics and not named:
             raise ValueError("Metrics() measures nothing; "
                              "give it a metric, as in Metrics(accuracy=...)")
-        self.pick, self.phases = picker(of), (phases,) if isinstance(phases, str) else tuple(phases)
+        self.pick, self.chooses = picker(of), picks_labels(of)
+        self.phases = (phases,) if isinstance(phases, str) else tuple(phases)
         for phase in self.phases:
             if phase not in PHASES:
                 hint = did_you_mean(str(phase), PHASES)

@@ -391,12 +391,18 @@ class Counted(Items):
     def __getitem__(self, i): return self.generator.random()
 
 
+@pytest.mark.filterwarnings("ignore:the data has no hash")
 @pytest.mark.parametrize("make", [lambda: iter([1]), lambda: (i for i in range(3)), Own, lambda: DataLoader(Endless()), lambda: DataLoader(Pictures(20, broken=3)), lambda: 3,
                                   lambda: [object()], lambda: DataLoader(Counted()), lambda: [torch.empty(2, device="meta")]])
 def test_what_has_no_hash_raises_nothing(make):
     before = rng_state()
     assert loader_hash(make()) is None
     assert equal(rng_state(), before)
+
+
+def test_an_error_becomes_a_warning():
+    with pytest.warns(UserWarning, match=r"the data has no hash: .*; Run\(hash_data=False\) does without"):
+        assert loader_hash(DataLoader(Pictures(20, broken=3))) is None
 
 
 def test_a_stream_is_not_touched():

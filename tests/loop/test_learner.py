@@ -863,7 +863,7 @@ TRAINING = {
                     "loss_func returned a tensor of shape (16,); the loss must be a scalar: take its .mean()"),
     "float loss": (dict(loss_func=lambda p, t: 1.0), {}, LossError, "loss_func returned a float; the loss must be a scalar tensor"),
     "no loss": (dict(loss_func=lambda p, t: None), {}, LossError, "loss_func returned a NoneType; the loss must be a scalar tensor"),
-    "no own loss": (dict(loss_func=None), {}, LossError, "loss_func is None and the model's output has no loss; pass a loss_func, or return the loss as .loss, as [\"loss\"] or as the first scalar of a tuple"),
+    "no own loss": (dict(loss_func=None), {}, LossError, "loss_func is None and the model's output has no loss; pass a loss_func of the output and the labels, or return the loss as .loss, as [\"loss\"] or as the first scalar of a tuple"),
     "no gradient": (dict(model=frozen()), {}, LossError, "the loss needs no gradient: it depends on no parameter that is trained; "
                     "is the model frozen, the loss detached, or inference mode on?"),
     "epochs 0": ({}, dict(epochs=0), ValueError, "epochs is 0; it must be a whole number of at least 1"),

@@ -268,7 +268,7 @@ def test_a_loss_with_parameters_is_trained_switched_and_kept():
 
 def test_modules_on_callbacks_are_kept_and_a_frozen_one_stays_frozen():
     class Distil(Callback):
-        def __init__(self): self.teacher, self.norm = net().eval(), nn.BatchNorm1d(4)
+        def __init__(self): self.teacher, self.norm = net().eval().requires_grad_(False), nn.BatchNorm1d(4, affine=False)
         def after_prepare(self, learn, data):
             learn.data = self.norm(data)
             seen.append((self.teacher.training, self.norm.training, learn.phase))

@@ -85,8 +85,8 @@ def test_a_callback_on_the_backward_pass_refuses_too(name):
 
 def test_the_error_says_which_callback_and_what_to_write():
     with pytest.raises(CallbackError) as caught: make(OwnStep, EMA(0.5)).train()
-    assert str(caught.value) == ("EMA.after_step is never called: the routine of OwnStep takes its own optimiser.step(); "
-                                 'call self.act("step") in its place, or remove EMA(0.5)')
+    assert str(caught.value) == ("EMA.after_step is never called: the routine of OwnStep changes the weights itself; "
+                                 'call self.act("step") in place of optimiser.step(), or remove EMA(0.5)')
 
 
 @pytest.mark.parametrize("hook", ["before_step", "after_step", "before_backward", "after_backward"])

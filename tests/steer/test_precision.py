@@ -472,8 +472,8 @@ BAD = {  # what is wrong: how it is said
                    'MixedPrecision had no effect: train_batch opened neither predict nor loss; call self.act("predict", "loss"), or '
                    "hook your own stages in a subclass: around_generator = MixedPrecision.around_predict"),
     "no step": (lambda: train(MixedPrecision("float16"), cls=NoStep),
-                "MixedPrecision.after_step is never called: the routine of NoStep takes its own optimiser.step(); "
-                'call self.act("step") in its place, or remove MixedPrecision("float16")'),
+                "MixedPrecision.after_step is never called: the routine of NoStep changes the weights itself; "
+                'call self.act("step") in place of optimiser.step(), or remove MixedPrecision("float16")'),
     "no backward": (lambda: train(MixedPrecision("float16"), cls=NoBackward),
                     "MixedPrecision: the step would divide gradients that were not scaled; "
                     'call self.act("backward") in place of loss.backward()'),

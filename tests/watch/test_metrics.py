@@ -647,7 +647,7 @@ BAD = [
     (lambda: Metrics([accuracy]), TypeError, "metric list is [<function accuracy"),
     (lambda: Metrics(a=NoReset()), TypeError, "without reset; pass a metric of torcheval or torchmetrics"),
     (lambda: Metrics(a=lambda predictions: 0), TypeError,
-     "metric a: its parameters are (predictions); it is called as function(predictions, labels)"),
+     "metric a: its parameters are (predictions); it is called as function(predictions, labels); log what needs more from a hook: learn.log(name=value)"),
     (lambda: Metrics(lambda p, t: 0), ValueError,
      "metrics: a lambda has no name of its own; give it one: Metrics(name=...)"),
     (lambda: Metrics(**{"top 1": accuracy}), ValueError,
@@ -666,7 +666,7 @@ BAD = [
      "metric mine: predictions (32, 4), labels (32,): the function returned (32, 4); it must return a scalar, such as "
      "a .mean(), or a mapping of scalars"),
     (scalar_or_error(lambda p, t: None), MetricError, "the function returned None; it must return a scalar"),
-    (scalar_or_error(Pair()), MetricError, "metric mine gave a set; it must give a number, or a mapping or a tensor of numbers"),
+    (scalar_or_error(Pair()), MetricError, "metric mine gave a set; it must give a number, or a mapping or a tensor of numbers; a curve is read after training, from predictions(learn)"),
     (lambda: Metrics(a=accuracy, of=1.5), TypeError, "of is 1.5; it must be an index, a key, or a function of the predictions"),
     (lambda: given(LOGITS, CLASSES, 32).validate(Metrics(a=accuracy, of="kind")), MetricError, "of='kind' picks nothing from (32, 4)"),
     (lambda: Learner(Heads(dict), torch.optim.SGD, heads_loss, {"validation": [(LOGITS, CLASSES)]}).validate(Metrics(a=accuracy, of="kin")), MetricError,
