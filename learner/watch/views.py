@@ -37,6 +37,9 @@ class View:
         "Show the rows of this training from before it was resumed."
         self.before = len(rows)
 
+    def under_way(self, seconds: float) -> None:
+        "The epoch that is shown first began so many seconds ago."
+
     def begin(self, phase: str, total: int | None) -> None:
         "A pass over the data begins; `total` is its number of batches, None if that is not known."
 
@@ -222,6 +225,10 @@ class TerminalView(_Bar):
         from fastprogress.fastprogress import format_time
         mean = (self.epoch_ended - self.started) / self.done
         return [f"end in {format_time(max(mean * self.epochs - (time() - self.started), 0))}"]
+
+    def under_way(self, seconds: float) -> None:
+        super().under_way(seconds)
+        self.started -= seconds
 
     def row(self, row: Mapping[str, Any]) -> None:
         super().row(row)
