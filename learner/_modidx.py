@@ -1875,6 +1875,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'learner/runs/loggers.py'),
                                       'learner.runs.loggers.StarredRows._cell': ( 'runs/loggers.html#starredrows._cell',
                                                                                   'learner/runs/loggers.py'),
+                                      'learner.runs.loggers.StarredRows.earlier': ( 'runs/loggers.html#starredrows.earlier',
+                                                                                    'learner/runs/loggers.py'),
                                       'learner.runs.loggers.StarredRows.row': ( 'runs/loggers.html#starredrows.row',
                                                                                 'learner/runs/loggers.py'),
                                       'learner.runs.loggers.StarredRows.under_way': ( 'runs/loggers.html#starredrows.under_way',

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -241,6 +241,11 @@ class StarredRows(LogView):
         self.seconds, self.began = seconds, monotonic()
         self.best = BestSoFar(history)
 
+    def earlier(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        seconds = {"seconds": None} if self.seconds else {}  # not known, but the head is the same
+        super().earlier([{name: self._cell(value, False) for name, value in row.items()} | seconds
+                         for row in rows])
+
     def under_way(self, seconds: float) -> None:
         super().under_way(seconds)
         self.began -= seconds
@@ -288,7 +293,7 @@ class ConsoleTable(Progress):
         kind = StarredTerminal if sys.stdout and sys.stdout.isatty() else StarredRows
         return kind(learn.history, epochs, self.seconds)
 
-# %% ../../nbs/runs/loggers.ipynb #285f4237
+# %% ../../nbs/runs/loggers.ipynb #788e6e36
 class Announcement(Callback):
     """Says in a line what is about to be trained: model, parameters, device, data.
 
