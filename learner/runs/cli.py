@@ -162,8 +162,8 @@ def _train(
     elif not overwrite and os.path.lexists(run_dir): create_run(run_dir)  # says what to do
     if detach: _detach(run_dir)
     allowed = list(allow) or None
-    resolve(config, settings, allow=allowed)  # mistakes are answered before PyTorch is loaded
-    if not quiet: say(f"{config}: training in {run_dir}, loading PyTorch ...")
+    if not quiet: say(f"{config}, to be kept in {run_dir}: loading PyTorch ...")
+    resolve(config, settings, allow=allowed)  # mistakes are answered before data are loaded
     with _training(run_dir):
         from learner.runs.runs import train_run
         options: dict[str, Any] = {"fingerprints": fingerprints} if fingerprints else {}
@@ -190,13 +190,13 @@ def _resume(
         more = f"{_resume_line(run_dir)} --epochs={done + 1}"
         return say(f"{run_dir}: finished after {_epochs(done)}; for more: {more}")
     if detach: _detach(run_dir)
-    if not quiet: say(f"{run_dir}: resuming after {_epochs(done)}, loading PyTorch ...")
+    if not quiet: say(f"{run_dir}, {_epochs(done)} done: loading PyTorch ...")
     with _training(run_dir):
         from learner.runs.runs import resume_run
         resume_run(run_dir, epochs, allow, _console(quiet, detach))
     _report(run_dir)
 
-# %% ../../nbs/runs/cli.ipynb #18e401e6
+# %% ../../nbs/runs/cli.ipynb #bba1a3ae
 @_command
 def _watch(
     run_dir: str,  # a run

@@ -30,7 +30,7 @@ def printable(text: object) -> str:
 
 def say(text: object, end: str = "\n", error: bool = False) -> None:
     "The only way to the terminal."
-    print(printable(text), end=end, file=sys.stderr if error else sys.stdout)
+    print(printable(text), end=end, file=sys.stderr if error else sys.stdout, flush=True)
 
 # %% ../../nbs/runs/command.ipynb #ec54ca2b
 class UsageError(ValueError):
