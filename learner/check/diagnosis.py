@@ -284,7 +284,10 @@ def _examined(learn: Learner, learning_rate: float | None, steps: int) -> Diagno
         with _treated(learn, causes) as copy:
             again = _answers(copy, learning_rate)
             if not all(trained): again += train(copy)
-        return {finding.name for finding in again if not finding}
+        found = {finding.name for finding in again if not finding}
+        if "does not run" in found: return set(_ORDER)  # nothing else was asked
+        skipped = {finding.name for finding in again if finding.skipped}  # what is not asked is
+        return found | skipped - {cause.name for cause in causes}  # explained by nothing
 
     answers += trained
     causes, explained = causes_of([finding for finding in answers if not finding], left)

@@ -8,8 +8,11 @@ __all__ = ['WIDTH', 'FEWEST', 'NOTICEABLE', 'CERTAIN', 'SUGGESTIONS', 'local_lin
 
 # %% ../../nbs/keep/range_test.ipynb #64f88237
 import math
+from base64 import b64encode
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from html import escape
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +22,7 @@ from ..loop.learner import Learner
 from ..loop.loop import LossError
 from ..base.words import check_number, check_whole
 from ..base.parts import is_optimiser, samplers_of
-from ..base.show import new_axes
+from ..base.show import legend, new_axes, on_any_page
 from ..loop.stages import Callback, CancelTrainException
 
 if TYPE_CHECKING:
@@ -170,13 +173,12 @@ def _plot(test: _Suggestions, ax: "Axes | None") -> "Axes":
         rate = getattr(test, name)
         if rate is None: continue
         nearest = min(range(len(shown)), key=lambda i: abs(math.log(test.rates[i] / rate)))
-        label = f"{'minimum / 10' if name == 'minimum' else name}: {rate:.2g}"
-        ax.plot(rate, shown[nearest], mark, color=colour, markersize=9, label=label)
+        ax.plot(rate, shown[nearest], mark, color=colour, markersize=9, label=f"{name}: {rate:.2g}")
     if shown:  # the losses of the divergence would make the rest a line
         low, high = min(*test.losses, *shown), max(shown)
         margin = 0.1 * (high - low) or abs(high) / 10 or 1.0
         ax.set_ylim(low - margin, high + margin)
-        ax.legend()
+        legend(ax)
     ax.grid(alpha=0.3)
     return ax
 
@@ -209,6 +211,16 @@ class RangeTest(_Suggestions):
             shown = f"none: {self.reasons[name]}" if rate is None else f"{rate:.2g}"
             lines.append(f"  {name:<9} {shown}")
         return "\n".join([head, *lines])
+
+    def _repr_html_(self) -> str:
+        "The suggestions and the picture, for a notebook."
+        from matplotlib.figure import Figure
+        figure, png = Figure((6.0, 3.5), layout="constrained"), BytesIO()
+        self.plot(on_any_page(figure.subplots()))
+        figure.savefig(png, format="png", dpi=160)
+        picture = b64encode(png.getvalue()).decode()
+        return (f"<pre>{escape(repr(self))}</pre>"
+                f"<img width=\"480\" src=\"data:image/png;base64,{picture}\">")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the losses over the rates, with the suggestions marked.

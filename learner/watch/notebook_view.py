@@ -145,6 +145,7 @@ class _NotebookPage(_Page):
         plot: draw the losses.
     """
     live = True
+    repeats = False  # a cell shows what a call returns
 
     def __init__(self, first: int, epochs: int, plot: bool):
         super().__init__(first, epochs)

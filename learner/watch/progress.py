@@ -60,7 +60,9 @@ class _Watching(Callback):
     def _close(self, stage: str, learn: Learner) -> None:
         completed, self.completed = self.completed, False
         if not self.view or self.opened_by != stage: return
-        fresh = {} if self.view.epochs else learn.results
+        returned = "epoch" not in learn.results  # else it is the test that follows a training
+        told = self.view.epochs or (returned and not self.view.repeats)
+        fresh = {} if told else learn.results
         results = {name: value for name, value in fresh.items() if name not in self.known}
         view, self.view, self.next_look = self.view, None, math.inf
         why, self.why = self.why, ""
