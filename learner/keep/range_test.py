@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..loop.learner import Learner
+from ..loop.frames import users_frames
 from ..loop.loop import LossError
 from ..base.words import check_number, check_whole
 from ..base.parts import is_optimiser, samplers_of
@@ -354,6 +355,7 @@ def _check(learn: Any, start: Any, end: Any, steps: Any, divergence: Any) -> Non
                         "list or a DataLoader")
 
 # %% ../../nbs/keep/range_test.ipynb #17c5deac
+@users_frames
 def lr_find(learn: Learner, start: float = 1e-7, end: float = 10.0, steps: int = 100,
             divergence: float = 4.0) -> RangeTest:
     """Train a copy with a rising learning rate (Smith, 2015, arXiv 1506.01186).

@@ -19,6 +19,7 @@ from textwrap import fill, indent
 from typing import Any, TypeVar
 
 from ..base.words import did_you_mean
+from .frames import users_frames
 
 # %% ../../nbs/loop/stages.ipynb #5cdc08df
 class CancelException(Exception):
@@ -356,6 +357,7 @@ Example:
     watches: bool = False
     parts: "Iterable[Callback]" = ()
 
+    @users_frames
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in dir(cls): _check_definition(cls, name, inspect.getattr_static(cls, name))

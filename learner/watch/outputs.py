@@ -29,6 +29,7 @@ from ..base.batch import size_of, unpack
 from ..base.tree import is_leaf, map_tensors
 from ..base.words import check_whole, did_you_mean
 from ..loop.learner import Learner
+from ..loop.frames import users_frames
 from ..loop.passes import PASSES
 from ..loop.stages import Callback, CancelBatchException, CancelEpochException
 
@@ -182,7 +183,7 @@ def _default_reduction(function: Any) -> Any:
     except (TypeError, ValueError): return None
     return None if parameter is None else parameter.default
 
-# %% ../../nbs/watch/outputs.ipynb #c15fa83b
+# %% ../../nbs/watch/outputs.ipynb #9335ff54
 def class_names(
     learn: Learner, phase: str, classes: Sequence[str] | None = None
 ) -> list[str] | None:
@@ -281,6 +282,7 @@ def missing(error: AttributeError) -> ValueError:
                       "set it there")
 
 # %% ../../nbs/watch/outputs.ipynb #6bbaecb3
+@users_frames
 def predictions(
     learn: Learner, phase: str = "validation", count: int | None = None, inputs: bool = False
 ) -> Predictions:
