@@ -15,8 +15,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 MISSING = [name for name in ("jupyterlab", "playwright") if find_spec(name) is None] + ["chromium"] * (CHROMIUM is None)
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}")
 ROOT = Path(__file__).resolve().parents[1]
-OPTIONS = ("--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync --no-first-run "
-           "--disable-quic").split()
+OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+           "--no-first-run", "--disable-quic"]
 SETUP = """import time, torch, torch.nn.functional as F
 from torch import nn
 from learner import *

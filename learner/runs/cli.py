@@ -196,7 +196,7 @@ def _resume(
         resume_run(run_dir, epochs, allow, _console(quiet, detach))
     _report(run_dir)
 
-# %% ../../nbs/runs/cli.ipynb #bba1a3ae
+# %% ../../nbs/runs/cli.ipynb #507fe775
 @_command
 def _watch(
     run_dir: str,  # a run
@@ -239,6 +239,7 @@ def _evaluate(
     with _mistakes(), _ends_in_order():
         from learner.runs.runs import evaluate_run
         found = evaluate_run(run_dir, split, checkpoint, allow)
+    say(f"{run_dir}, checkpoint {found.checkpoint.stem}, on {split} data:")
     for name, value in found.items(): say(f"{name}  {value:.6g}")
 
 @_command
