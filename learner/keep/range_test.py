@@ -183,6 +183,15 @@ def _plot(test: _Suggestions, ax: "Axes | None") -> "Axes":
     ax.grid(alpha=0.3)
     return ax
 
+def _picture(test: _Suggestions) -> str:
+    "The plot as HTML."
+    from matplotlib.figure import Figure
+    figure, png = Figure((6.0, 3.5), layout="constrained"), BytesIO()
+    _plot(test, on_any_page(figure.subplots()))
+    figure.savefig(png, format="png", dpi=160)
+    data = b64encode(png.getvalue()).decode()
+    return f"<img width=\"480\" src=\"data:image/png;base64,{data}\">"
+
 # %% ../../nbs/keep/range_test.ipynb #6a188c0d
 @dataclass(repr=False)
 class RangeTest(_Suggestions):
@@ -213,15 +222,7 @@ class RangeTest(_Suggestions):
             lines.append(f"  {name:<9} {shown}")
         return "\n".join([head, *lines])
 
-    def _repr_html_(self) -> str:
-        "The suggestions and the picture, for a notebook."
-        from matplotlib.figure import Figure
-        figure, png = Figure((6.0, 3.5), layout="constrained"), BytesIO()
-        self.plot(on_any_page(figure.subplots()))
-        figure.savefig(png, format="png", dpi=160)
-        picture = b64encode(png.getvalue()).decode()
-        return (f"<pre>{escape(repr(self))}</pre>"
-                f"<img width=\"480\" src=\"data:image/png;base64,{picture}\">")
+    def _repr_html_(self) -> str: return f"<pre>{escape(repr(self))}</pre>{_picture(self)}"
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the losses over the rates, with the suggestions marked.

@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -90,6 +91,23 @@ def _report(run_dir: str) -> None:
     plots = sorted(Path(run_dir, "plots").glob("*.png"))
     if plots: say(f"pictures: {', '.join(map(str, plots))}")
 
+# %% ../../nbs/runs/cli.ipynb #1fc78973
+@contextmanager
+def _said_soon(text: str) -> Iterator[None]:
+    "Say a line when the block has gone well, or while it runs if it takes longer than 0.3 s."
+    said = threading.Event()
+
+    def tell() -> None:
+        said.set()
+        if text: say(text)
+    timer = threading.Timer(0.3, tell)
+    timer.start()
+    try: yield
+    finally:
+        timer.cancel()
+        timer.join()
+    if not said.is_set(): tell()
+
 # %% ../../nbs/runs/cli.ipynb #302fb251
 def _check_least(option: str, value: int | None, least: int, meaning: str = "") -> None:
     if value is not None and value < least:
@@ -162,8 +180,8 @@ def _train(
     elif not overwrite and os.path.lexists(run_dir): create_run(run_dir)  # says what to do
     if detach: _detach(run_dir)
     allowed = list(allow) or None
-    if not quiet: say(f"{config}, to be kept in {run_dir}: loading PyTorch ...")
-    resolve(config, settings, allow=allowed)  # mistakes are answered before data are loaded
+    with _said_soon("" if quiet else f"{config}, to be kept in {run_dir}: loading PyTorch ..."):
+        resolve(config, settings, allow=allowed)  # mistakes are answered before data are loaded
     with _training(run_dir):
         from learner.runs.runs import train_run
         options: dict[str, Any] = {"fingerprints": fingerprints} if fingerprints else {}
@@ -196,7 +214,7 @@ def _resume(
         resume_run(run_dir, epochs, allow, _console(quiet, detach))
     _report(run_dir)
 
-# %% ../../nbs/runs/cli.ipynb #507fe775
+# %% ../../nbs/runs/cli.ipynb #96a72c22
 @_command
 def _watch(
     run_dir: str,  # a run
