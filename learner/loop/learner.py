@@ -168,7 +168,7 @@ def speaks(method: Callable[..., Any]) -> Callable[..., Any]:
             hint = f"; here it is called {ours}" if ours else did_you_mean(name, known)
             raise TypeError(f"{method.__name__}() has no argument {name}{hint}")
         return method(self, *args, **kwargs)
-    return checked
+    return users_frames(checked)
 
 # %% ../../nbs/loop/learner.ipynb #3ca9501f
 class Beside(Files):
@@ -225,7 +225,6 @@ class Guarded(Beside):
 class Trainer(Guarded):
     "Training itself."
 
-    @users_frames
     @speaks
     def train(
         self, epochs: int | None = None, learning_rate: float | None = None,
