@@ -6,9 +6,10 @@
 __all__ = ['QUESTIONS', 'Question', 'causes_of', 'Diagnosis', 'doctor']
 
 # %% ../../nbs/check/diagnosis.ipynb #6c149164
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from .leakage import batch_leakage
 from .looking import first_batches, loss_kind, on_a_copy, tensors_in, without_dropout
 from .survey import data
 from .trials import STEPS, short_trainings
+from ..loop.frames import users_frames
 from ..loop.learner import Learner
 from ..loop.stages import Callback
 from ..steer.initialise import LSUV
@@ -224,6 +226,11 @@ def causes_of(
     return causes, explained
 
 # %% ../../nbs/check/diagnosis.ipynb #41830636
+def _cell() -> int | None:
+    "The number of the cell that runs; None outside of IPython."
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return None if shell is None else shell.execution_count
+
 @dataclass(frozen=True)
 class Diagnosis:
     """What the doctor found; true if nothing is wrong.
@@ -232,12 +239,17 @@ class Diagnosis:
         causes: what to repair, gravest first.
         explained: problems that go away with these.
         answers: the answers to all questions.
+        reported_in: the cell of a notebook that has shown it already, if one has.
     """
     causes: Findings
     explained: Findings
     answers: Findings
+    reported_in: int | None = field(default=None, repr=False, compare=False)
 
     def __bool__(self) -> bool: return len(self.causes) == 0
+
+    def _ipython_display_(self) -> None:
+        if self.reported_in is None or self.reported_in != _cell(): print(self)
 
     @property
     def names(self) -> list[str]:
@@ -284,7 +296,10 @@ def _examined(learn: Learner, learning_rate: float | None, steps: int) -> Diagno
         with _treated(learn, causes) as copy:
             again = _answers(copy, learning_rate)
             if not all(trained): again += train(copy)
-        return {finding.name for finding in again if not finding}
+        found = {finding.name for finding in again if not finding}
+        if "does not run" in found: return set(_ORDER)  # nothing else was asked
+        skipped = {finding.name for finding in again if finding.skipped}  # what is not asked is
+        return found | skipped - {cause.name for cause in causes}  # explained by nothing
 
     answers += trained
     causes, explained = causes_of([finding for finding in answers if not finding], left)
@@ -303,6 +318,7 @@ def _treated(learn: Learner, causes: list[Finding]) -> Iterator[Learner]:
         yield copy
 
 # %% ../../nbs/check/diagnosis.ipynb #a5ee9100
+@users_frames
 def doctor(
     learn: Learner,
     learning_rate: float | None = None,
@@ -336,5 +352,6 @@ def doctor(
                          "the doctor trains")
     with on_a_copy(learn): pass  # refuses what cannot be copied, or can be read only once
     diagnosis = _examined(learn, learning_rate, steps)
-    if report: print(diagnosis)
-    return diagnosis
+    if not report: return diagnosis
+    print(diagnosis)
+    return replace(diagnosis, reported_in=_cell())

@@ -8,18 +8,22 @@ __all__ = ['WIDTH', 'FEWEST', 'NOTICEABLE', 'CERTAIN', 'SUGGESTIONS', 'local_lin
 
 # %% ../../nbs/keep/range_test.ipynb #64f88237
 import math
+from base64 import b64encode
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from html import escape
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..loop.learner import Learner
+from ..loop.frames import users_frames
 from ..loop.loop import LossError
 from ..base.words import check_number, check_whole
 from ..base.parts import is_optimiser, samplers_of
-from ..base.show import new_axes
+from ..base.show import legend, new_axes, on_any_page
 from ..loop.stages import Callback, CancelTrainException
 
 if TYPE_CHECKING:
@@ -170,15 +174,23 @@ def _plot(test: _Suggestions, ax: "Axes | None") -> "Axes":
         rate = getattr(test, name)
         if rate is None: continue
         nearest = min(range(len(shown)), key=lambda i: abs(math.log(test.rates[i] / rate)))
-        label = f"{'minimum / 10' if name == 'minimum' else name}: {rate:.2g}"
-        ax.plot(rate, shown[nearest], mark, color=colour, markersize=9, label=label)
+        ax.plot(rate, shown[nearest], mark, color=colour, markersize=9, label=f"{name}: {rate:.2g}")
     if shown:  # the losses of the divergence would make the rest a line
         low, high = min(*test.losses, *shown), max(shown)
         margin = 0.1 * (high - low) or abs(high) / 10 or 1.0
         ax.set_ylim(low - margin, high + margin)
-        ax.legend()
+        legend(ax)
     ax.grid(alpha=0.3)
     return ax
+
+def _picture(test: _Suggestions) -> str:
+    "The plot as HTML."
+    from matplotlib.figure import Figure
+    figure, png = Figure((6.0, 3.5), layout="constrained"), BytesIO()
+    _plot(test, on_any_page(figure.subplots()))
+    figure.savefig(png, format="png", dpi=160)
+    data = b64encode(png.getvalue()).decode()
+    return f"<img width=\"480\" src=\"data:image/png;base64,{data}\">"
 
 # %% ../../nbs/keep/range_test.ipynb #6a188c0d
 @dataclass(repr=False)
@@ -209,6 +221,8 @@ class RangeTest(_Suggestions):
             shown = f"none: {self.reasons[name]}" if rate is None else f"{rate:.2g}"
             lines.append(f"  {name:<9} {shown}")
         return "\n".join([head, *lines])
+
+    def _repr_html_(self) -> str: return f"<pre>{escape(repr(self))}</pre>{_picture(self)}"
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the losses over the rates, with the suggestions marked.
@@ -342,6 +356,7 @@ def _check(learn: Any, start: Any, end: Any, steps: Any, divergence: Any) -> Non
                         "list or a DataLoader")
 
 # %% ../../nbs/keep/range_test.ipynb #17c5deac
+@users_frames
 def lr_find(learn: Learner, start: float = 1e-7, end: float = 10.0, steps: int = 100,
             divergence: float = 4.0) -> RangeTest:
     """Train a copy with a rising learning rate (Smith, 2015, arXiv 1506.01186).

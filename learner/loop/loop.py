@@ -25,6 +25,7 @@ from ..base.batch import LABELS, call_model, loss_of, misfit, unpack, warn_again
 from ..base.words import PHASES, check_number, check_whole
 from .attached import LossError, Modes, asked_by, attached_modules, check_asked
 from .attached import warn_untrained
+from .frames import users_frames
 from .passes import PASSES, Columns, Pass, Stream, passes_of, scalar
 from .stages import Callback, CancelEpochException, CancelException
 from .explain import Timed
@@ -403,6 +404,7 @@ class Framed(Walk):
 class Calls(Framed):
     "The calls for one pass."
 
+    @users_frames
     def validate(
         self, callbacks: Callback | Iterable[Callback] | None = None,
     ) -> dict[str, Any]:
@@ -416,6 +418,7 @@ class Calls(Framed):
         """
         return self._evaluate("validate", "validation", callbacks)
 
+    @users_frames
     def test(self, callbacks: Callback | Iterable[Callback] | None = None) -> dict[str, Any]:
         "Make one pass over the test data, and return its means; like `validate` otherwise."
         return self._evaluate("test", "test", callbacks)

@@ -19,6 +19,7 @@ from textwrap import fill, indent
 from typing import Any, TypeVar
 
 from ..base.words import did_you_mean
+from .frames import users_frames
 
 # %% ../../nbs/loop/stages.ipynb #5cdc08df
 class CancelException(Exception):
@@ -356,6 +357,7 @@ Example:
     watches: bool = False
     parts: "Iterable[Callback]" = ()
 
+    @users_frames
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in dir(cls): _check_definition(cls, name, inspect.getattr_static(cls, name))
@@ -391,9 +393,8 @@ def _check_definition(cls: type, name: str, static: Any) -> None:
     if name.startswith("_") or not callable(function): return
     label, parsed = f"{cls.__name__}.{name}", TREE.parse(name)
     if name == "parts":
-        raise CallbackError(
-            f"{label} is a method, and parts are the callbacks that a callback brings along; make "
-            "it a property or an attribute, or rename it")
+        raise CallbackError(f"{label} is a method, and parts are the callbacks that a callback "
+                            "brings along; make it a property or an attribute, or rename it")
     for base in cls.__mro__[1:]:
         stage = getattr(vars(base).get(name), "provided_at", None)
         if stage and not hasattr(static, "provided_at"):
@@ -467,8 +468,7 @@ def hooks_of(callback: Callback, tree: StageTree) -> Iterator[tuple[str, Callabl
         parsed = tree.parse(name)
         if not (parsed or _HOOK.fullmatch(name)): continue
         action = parsed is not None and parsed[0] == "action"
-        if action and not callable(getattr(type(callback), name, None)):
-            continue  # `self.loss = nn.MSELoss()` is something that the callback keeps
+        if action and not callable(getattr(type(callback), name, None)): continue  # it is a value
         function = getattr(callback, name)
         if callable(function): yield name, function
         elif parsed and not action and function is not None:  # None turns an inherited hook off

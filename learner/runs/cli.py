@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,7 +21,7 @@ from ..base.words import PrintableError, did_you_mean, flatten
 from .command import Command, UsageError, help_parser, say, split_words
 from .config import from_record, registered, resolve
 from .registry import import_named
-from .rundir import RunError, create_run, is_run
+from .rundir import RunError, create_run, is_locked, is_run
 from .runfiles import RunFiles, read_run
 from .rundir import new_name as free_name
 
@@ -91,6 +92,23 @@ def _report(run_dir: str) -> None:
     except (OSError, FileError): return
     if plots: say(f"pictures: {', '.join(os.path.join(folder, name) for name in plots)}")
 
+# %% ../../nbs/runs/cli.ipynb #1fc78973
+@contextmanager
+def _said_soon(text: str) -> Iterator[None]:
+    "Say a line when the block has gone well, or while it runs if it takes longer than 0.3 s."
+    said = threading.Event()
+
+    def tell() -> None:
+        said.set()
+        if text: say(text)
+    timer = threading.Timer(0.3, tell)
+    timer.start()
+    try: yield
+    finally:
+        timer.cancel()
+        timer.join()
+    if not said.is_set(): tell()
+
 # %% ../../nbs/runs/cli.ipynb #302fb251
 def _check_least(option: str, value: int | None, least: int, meaning: str = "") -> None:
     if value is not None and value < least:
@@ -117,10 +135,19 @@ def _record(run_dir: str, allow: Sequence[str]) -> RunFiles:
     from_record(files.config, allow=allow)
     return files
 
-def _console(quiet: bool) -> list[Any]:
-    if quiet: return []
-    from learner.runs.loggers import ConsoleTable
-    return [ConsoleTable()]
+def _console(quiet: bool, detached: bool = False) -> list[Any]:
+    "The callbacks that print."
+    from learner.runs.background import Silence
+    from learner.runs.loggers import Announcement, ConsoleTable
+    shown = [] if quiet else [Announcement(), ConsoleTable()]
+    return [*shown, Silence()] if detached else shown
+
+def _detach(run_dir: str) -> None:
+    "Leave the terminal, and say in it how to look on and how to stop."
+    from learner.runs.background import detach
+    run = shlex.quote(run_dir)
+    detach(run_dir, lambda: say(f"training in the background; to look on: learner watch {run}; "
+                                f"to stop: learner stop {run}"))
 
 @contextmanager
 def _mistakes() -> Iterator[None]:
@@ -144,6 +171,7 @@ def _train(
     hash_data: bool = True,  # note hashes of the data
     allow: Sequence[str] = (),  # a module that the settings of a run may name
     quiet: bool = False,  # print no rows
+    detach: bool = False,  # train in the background, and survive the terminal
     **settings: Any,
 ) -> None:
     "Train from settings, and keep all about it in a new folder."
@@ -152,14 +180,16 @@ def _train(
     _search_here()
     if new_name: run_dir = str(free_name(run_dir))
     elif not overwrite and os.path.lexists(run_dir): create_run(run_dir)  # says what to do
+    if detach: _detach(run_dir)
     allowed = list(allow) or None
-    resolve(config, settings, allow=allowed)  # mistakes are answered before PyTorch is loaded
+    with _said_soon("" if quiet else f"{config}, to be kept in {run_dir}: loading PyTorch ..."):
+        resolve(config, settings, allow=allowed)  # mistakes are answered before data are loaded
     with _training(run_dir):
         from learner.runs.runs import train_run
         options: dict[str, Any] = {"fingerprints": fingerprints} if fingerprints else {}
         options |= {"log_every": log_every, "tensorboard": tensorboard, "hash_data": hash_data}
         train_run(config, run_dir, settings, overwrite=overwrite, allow=allowed,
-                  callbacks=_console(quiet), **options)
+                  callbacks=_console(quiet, detach), **options)
     _report(run_dir)
 
 # %% ../../nbs/runs/cli.ipynb #3003981c
@@ -170,6 +200,7 @@ def _resume(
     epochs: int | None = None,  # in all; null: as many as were asked for
     allow: Sequence[str] = (),  # a module of your own that the run names
     quiet: bool = False,  # print no rows
+    detach: bool = False,  # train in the background, and survive the terminal
 ) -> None:
     "Go on exactly where a run has stopped."
     _check_least("epochs", epochs, 1)
@@ -178,10 +209,41 @@ def _resume(
     if files.status == "finished" and done and (epochs is None or epochs <= done):
         more = f"{_resume_line(run_dir)} --epochs={done + 1}"
         return say(f"{run_dir}: finished after {_epochs(done)}; for more: {more}")
+    if detach: _detach(run_dir)
+    if not quiet: say(f"{run_dir}, {_epochs(done)} done: loading PyTorch ...")
     with _training(run_dir):
         from learner.runs.runs import resume_run
-        resume_run(run_dir, epochs, allow, _console(quiet))
+        resume_run(run_dir, epochs, allow, _console(quiet, detach))
     _report(run_dir)
+
+# %% ../../nbs/runs/cli.ipynb #96a72c22
+@_command
+def _watch(
+    run_dir: str,  # a run
+    /,
+) -> None:
+    "Show the training of a run, which another process trains, as it goes."
+    with _mistakes():
+        from learner.runs.live import watch
+        watch(run_dir)
+
+@_command
+def _stop(
+    run_dir: str,  # a run
+    /, *,
+    wait: int = 60,  # seconds to wait for the end of the batch
+) -> None:
+    "End the training of a run at its next batch."
+    _check_least("wait", wait, 0)
+    from learner.runs.background import stop_run
+    if is_locked(run_dir): say(f"{run_dir}: waiting for the end of the batch ...")
+    if not stop_run(run_dir, wait):
+        say(f"{run_dir}: asked to stop, and still in its batch after {wait} s", error=True)
+        raise SystemExit(1)
+    files = read_run(run_dir)
+    outcome = f"{run_dir}: {files.status} after {_epochs(len(files.rows))}"
+    more = "" if files.status == "finished" else f"; to go on: {_resume_line(run_dir)}"
+    say(f"{outcome}{more}")
 
 # %% ../../nbs/runs/cli.ipynb #7b2cbbc2
 @_command
@@ -197,6 +259,7 @@ def _evaluate(
     with _mistakes(), _ends_in_order():
         from learner.runs.runs import evaluate_run
         found = evaluate_run(run_dir, split, checkpoint, allow)
+    say(f"{run_dir}, checkpoint {found.checkpoint.stem}, on {split} data:")
     for name, value in found.items(): say(f"{name}  {value:.6g}")
 
 @_command

@@ -19,7 +19,7 @@ from .signature import Form, comments, read_signature
 # %% ../../nbs/runs/command.ipynb #cfb814c2
 def say(text: object, end: str = "\n", error: bool = False) -> None:
     "The only way to the terminal."
-    print(printable(text, keep="\n\t"), end=end, file=sys.stderr if error else sys.stdout)
+    print(printable(text, keep="\n\t"), end=end, file=sys.stderr if error else sys.stdout, flush=True)
 
 # %% ../../nbs/runs/command.ipynb #ec54ca2b
 class UsageError(PrintableError):

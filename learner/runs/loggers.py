@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEP_COLUMNS', 'describe_settings', 'StepValues', 'Destination', 'StepLogger', 'PassLogger', 'Logger', 'BestSoFar',
-           'StarredRows', 'StarredTerminal', 'ConsoleTable', 'CSVLogger', 'JSONLinesLogger']
+           'StarredRows', 'StarredTerminal', 'ConsoleTable', 'Announcement', 'CSVLogger', 'JSONLinesLogger']
 
 # %% ../../nbs/runs/loggers.ipynb #619c5e0d
 import json
@@ -12,7 +12,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -241,6 +241,15 @@ class StarredRows(LogView):
         self.seconds, self.began = seconds, monotonic()
         self.best = BestSoFar(history)
 
+    def earlier(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        seconds = {"seconds": None} if self.seconds else {}  # not known, but the head is the same
+        super().earlier([{name: self._cell(value, False) for name, value in row.items()} | seconds
+                         for row in rows])
+
+    def under_way(self, seconds: float) -> None:
+        super().under_way(seconds)
+        self.began -= seconds
+
     def row(self, row: Mapping[str, Any]) -> None:
         stars, began, self.began = self.best.add(row), self.began, monotonic()
         cells = {name: self._cell(value, name in stars) for name, value in row.items()}
@@ -283,6 +292,28 @@ class ConsoleTable(Progress):
         "Rows alone for a pipe or a notebook, rows and a bar for a terminal."
         kind = StarredTerminal if sys.stdout and sys.stdout.isatty() else StarredRows
         return kind(learn.history, epochs, self.seconds)
+
+# %% ../../nbs/runs/loggers.ipynb #788e6e36
+class Announcement(Callback):
+    """Says in a line what is about to be trained: model, parameters, device, data.
+
+    Example:
+        >>> learn.train(3, callbacks=Announcement())
+    """
+    watches = True
+
+    def before_train(self, learn: Learner) -> None:
+        if learn.is_trial: return
+        model = describe_settings(learn)["model"]
+        data = ", ".join(_amount(phase, loader) for phase, loader in learn.dataloaders.items())
+        print(f"{model['name']} with {model['parameters']:,} parameters on {learn.device}; {data}",
+              flush=True)
+
+def _amount(phase: str, loader: Any) -> str:
+    "How much data a loader has, as far as it says: `train: 45 batches of 32`."
+    facts = _describe_loader(loader)
+    many = f"{facts['batches']} batches" if "batches" in facts else "data of unknown length"
+    return f"{phase}: {many}{f' of {size}' if (size := facts.get('batch_size')) else ''}"
 
 # %% ../../nbs/runs/loggers.ipynb #31e1b8a7
 class CSVLogger(Logger):

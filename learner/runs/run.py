@@ -37,6 +37,7 @@ from ..loop.stages import Callback, CancelException, provides
 from .config import Settings, settings_of
 from .facts import command_line, host_facts, model_hash, module_text, script_text
 from .facts import versions
+from .live import ProgressReport
 from .loggers import STEP_COLUMNS, BestSoFar, StepLogger, describe_settings
 from .output import kept_output
 from .rundir import FORMAT, VERSION, RunError, RunExistsError, RunLock, check_layout
@@ -159,6 +160,7 @@ def _make_parts(folder: Path, options: Nested, settings: Nested | None) -> Itera
     "The callbacks that a run brings along."
     checkpoint, tensorboard = options["checkpoint"], options["tensorboard"]
     every = options["fingerprints"]
+    yield ProgressReport(folder / "progress.json")
     if checkpoint is not False:
         given = checkpoint if isinstance(checkpoint, Mapping) else {}
         yield Checkpoint(folder / "checkpoints", **given)

@@ -107,6 +107,10 @@ class _Page(View):
         super().__init__(first, epochs)
         self.table, self.began, self.row_began = History(), time(), time()
 
+    def under_way(self, seconds: float) -> None:
+        self.began -= seconds
+        self.row_began -= seconds
+
     def new_bar(self, total: int | None, skipped: int = 0) -> Any:
         "A bar of fastprogress that shows nothing itself: `page` puts all parts into one output."
         from fastprogress.fastprogress import NBProgressBar
@@ -141,6 +145,7 @@ class _NotebookPage(_Page):
         plot: draw the losses.
     """
     live = True
+    repeats = False  # a cell shows what a call returns
 
     def __init__(self, first: int, epochs: int, plot: bool):
         super().__init__(first, epochs)
@@ -199,7 +204,7 @@ class NotebookView(_NotebookPage):
     def took(self) -> str:
         "How long all epochs of this call took."
         if not self.done: return ""
-        seconds, many = time() - self.began, "s" * (self.done != 1)
+        seconds, many = self.row_began - self.began, "s" * (self.done != 1)
         clock = f"{seconds:.1f} s"
         if seconds >= 60: clock = f"{int(seconds) // 60} min {int(seconds) % 60} s"
         return f"{self.done} epoch{many} in {clock}"

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['leaves_of', 'check_rows', 'logits_of', 'join_rows', 'Predictions', 'flat', 'are_scores', 'example_losses',
-           'loader_to_look_at', 'check_idle', 'missing', 'predictions', 'take', 'joined', 'predict', 'top_losses']
+           'class_names', 'loader_to_look_at', 'check_idle', 'missing', 'predictions', 'take', 'joined', 'predict',
+           'top_losses']
 
 # %% ../../nbs/watch/outputs.ipynb #09be588c
 import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from numbers import Number
 from threading import RLock
@@ -27,6 +29,7 @@ from ..base.batch import size_of, unpack
 from ..base.tree import is_leaf, map_tensors
 from ..base.words import check_whole, did_you_mean
 from ..loop.learner import Learner
+from ..loop.frames import users_frames
 from ..loop.passes import PASSES
 from ..loop.stages import Callback, CancelBatchException, CancelEpochException
 
@@ -81,7 +84,15 @@ def join_rows(name: str, parts: Sequence[Any]) -> Any:
     return map_tensors(lambda _: next(joined), parts[0])
 
 # %% ../../nbs/watch/outputs.ipynb #75ab09a6
-class Predictions(NamedTuple):
+class _Rows(NamedTuple):
+    "The tensors of `Predictions`."
+    predictions: Any
+    labels: Any
+    losses: Tensor | None
+    positions: Tensor
+    inputs: Any = None
+
+class Predictions(_Rows):
     """What a model said about examples: tensors on the CPU, with a row for each example.
 
     Attributes:
@@ -89,15 +100,11 @@ class Predictions(NamedTuple):
         labels: of the examples.
         losses: of each example; None if `loss_func` gives only a mean.
         positions: place of each example in the pass, from 0; in a loader that does not shuffle, its
-            place in
-            the data.
+            place in the data.
         inputs: what went to the model, if it was asked for.
+        classes: names of the classes, where the data has them; a table shows them.
     """
-    predictions: Any
-    labels: Any
-    losses: Tensor | None
-    positions: Tensor
-    inputs: Any = None
+    classes: Sequence[str] | None = None
 
     def table(self, count: int = 10) -> History:
         "The first `count` examples: position, label, what was predicted, and loss, if known."
@@ -107,9 +114,17 @@ class Predictions(NamedTuple):
             columns["predicted"] = self.predictions.argmax(1)
         there = {name: column[:count].tolist() for name, column in columns.items()
                  if column is not None and len(column) == len(self.positions)}
+        if are_scores(self.predictions, self.labels):
+            there |= {name: self._named(there[name]) for name in ("label", "predicted")}
         table, rows = History(), zip(*there.values(), strict=True)
         table.rows = [dict(zip(there, row, strict=True)) for row in rows]
         return table
+
+    def _named(self, numbers: list[int]) -> list[Any]:
+        "Classes by name, if all of them have one."
+        names = self.classes or ()
+        if not all(0 <= number < len(names) for number in numbers): return numbers
+        return [names[number] for number in numbers]
 
     def __repr__(self) -> str: return f"{_head(self)}\n{self.table()!r}"
 
@@ -167,6 +182,34 @@ def _default_reduction(function: Any) -> Any:
     try: parameter = inspect.signature(function).parameters.get("reduction")
     except (TypeError, ValueError): return None
     return None if parameter is None else parameter.default
+
+# %% ../../nbs/watch/outputs.ipynb #9335ff54
+def class_names(
+    learn: Learner, phase: str, classes: Sequence[str] | None = None
+) -> list[str] | None:
+    """The names of the classes, if anybody names them.
+
+    Args:
+        learn: the learner.
+        phase: whose loader may name them.
+        classes: names to use; by default the attribute `classes` of `dataloaders`, the loader or
+            its data set.
+
+    Raises:
+        TypeError: what was found is not a list of names.
+    """
+    part: Any = learn.dataloaders[phase]
+    places: list[Any] = [learn.dataloaders, part]
+    while hasattr(part, "dataset"):  # a Subset has one too
+        part = part.dataset
+        places.append(part)
+    for place in places:
+        if classes is None: classes = getattr(place, "classes", None)
+    if classes is None: return None
+    listed = hasattr(classes, "__len__") and hasattr(classes, "__iter__")
+    if not listed or isinstance(classes, str | Mapping):
+        raise TypeError(f"classes is {classes!r}; pass a list with the name of each class")
+    return [str(name) for name in classes]
 
 # %% ../../nbs/watch/outputs.ipynb #47503998
 def loader_to_look_at(learn: Any, phase: Any) -> Any:
@@ -239,6 +282,7 @@ def missing(error: AttributeError) -> ValueError:
                       "set it there")
 
 # %% ../../nbs/watch/outputs.ipynb #6bbaecb3
+@users_frames
 def predictions(
     learn: Learner, phase: str = "validation", count: int | None = None, inputs: bool = False
 ) -> Predictions:
@@ -267,7 +311,7 @@ def predictions(
     loader = loader_to_look_at(learn, phase)
     parts = _Parts(math.inf if count is None else check_whole("count", count))
     _pass_over(learn, loader, _Collector(parts.keep, inputs), phase == "test")
-    return joined(parts.rows, phase)
+    return _with_classes(joined(parts.rows, phase), learn, phase)
 
 # %% ../../nbs/watch/outputs.ipynb #3acadeb9
 class _Parts:
@@ -298,6 +342,11 @@ def joined(parts: Sequence[Predictions], phase: str) -> Predictions:
                          "does a callback cancel them all?")
     fields = zip(Predictions._fields, zip(*parts, strict=True), strict=True)
     return Predictions(*(join_rows(name, columns) for name, columns in fields))
+
+def _with_classes(rows: Predictions, learn: Learner, phase: str) -> Predictions:
+    "The rows, with the names of the classes if the data has such."
+    with suppress(TypeError): rows.classes = class_names(learn, phase)
+    return rows
 
 # %% ../../nbs/watch/outputs.ipynb #44d482c1
 class _Asked(Callback):
@@ -393,7 +442,7 @@ def top_losses(learn: Learner, phase: str = "validation", count: int = 16) -> Pr
     """
     loader, best = loader_to_look_at(learn, phase), _Best(learn, phase, check_whole("count", count))
     _pass_over(learn, loader, _Collector(best.keep, inputs=True), phase == "test")
-    return map_tensors(Tensor.cpu, joined(best.rows, phase))
+    return _with_classes(map_tensors(Tensor.cpu, joined(best.rows, phase)), learn, phase)
 
 # %% ../../nbs/watch/outputs.ipynb #012d7f9d
 class _Best:

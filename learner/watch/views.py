@@ -27,6 +27,7 @@ class View:
         epochs: to come; 0 where a single pass is shown.
     """
     live = False  # whether there is something to redraw while a pass runs
+    repeats = True  # shows results also where the call returns them: `validate`, and `test` by hand
     skipped = 0  # batches of the pass that were done before it was resumed
 
     def __init__(self, first: int, epochs: int):
@@ -36,6 +37,9 @@ class View:
     def earlier(self, rows: Sequence[Mapping[str, Any]]) -> None:
         "Show the rows of this training from before it was resumed."
         self.before = len(rows)
+
+    def under_way(self, seconds: float) -> None:
+        "The epoch that is shown first began so many seconds ago."
 
     def begin(self, phase: str, total: int | None) -> None:
         "A pass over the data begins; `total` is its number of batches, None if that is not known."
@@ -222,6 +226,10 @@ class TerminalView(_Bar):
         from fastprogress.fastprogress import format_time
         mean = (self.epoch_ended - self.started) / self.done
         return [f"end in {format_time(max(mean * self.epochs - (time() - self.started), 0))}"]
+
+    def under_way(self, seconds: float) -> None:
+        super().under_way(seconds)
+        self.started -= seconds
 
     def row(self, row: Mapping[str, Any]) -> None:
         super().row(row)

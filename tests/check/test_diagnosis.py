@@ -5,9 +5,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from learner.check import diagnosis
 from learner.check.diagnosis import QUESTIONS, Diagnosis, causes_of, doctor
-from learner.check.findings import Finding, Findings, fault
+from learner.check.findings import Finding, Findings, fault, skipped
 from learner.check.trials import short_trainings
+from learner.loop.datasets import digits
 from learner.loop.learner import Learner
 from learner.loop.stages import Callback
 
@@ -525,3 +527,22 @@ if __name__ == "__main__":  # sweep
             odd = [a for a in d.answers if "could not be asked" in a.message]
             took = time.perf_counter() - start
             print("ok  " if ok and not odd else "FAIL", seed, kind, name or "healthy", f"{took:.1f}s", "" if ok and took<4 else repr(d)[:900], odd or "", flush=True)
+
+
+class Offset(nn.Module):
+    def forward(self, x): return x - 100
+
+
+def test_softmax_last_does_not_hide_units_that_an_offset_has_killed():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), Offset(), nn.ReLU(), nn.Linear(20, 10), nn.Softmax(1))
+    found = doctor(Learner(model, torch.optim.AdamW, F.cross_entropy, digits()), 0.01, report=False)
+    assert found.names == ["last activation", "dead units"]
+
+
+def test_what_is_not_asked_again_is_not_explained(monkeypatch):
+    rounds = iter([[fault("last activation", "x"), fault("zero gradient", "y")], [skipped("zero gradient", "z")]])
+    monkeypatch.setattr(diagnosis, "_answers", lambda *_: next(rounds))
+    learn = Learner(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), torch.optim.AdamW, F.cross_entropy, digits())
+    found = doctor(learn, 0.01, report=False)
+    assert found.names == ["last activation", "zero gradient"] and not found.explained

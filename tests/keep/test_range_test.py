@@ -1,4 +1,5 @@
 """The range test: against a plain loop, without a trace, and what it says of curves that say nothing."""
+import base64
 import copy
 import math
 import random
@@ -316,6 +317,8 @@ def test_it_says_why_there_is_no_suggestion(case):
     assert [getattr(found, name) for name in SUGGESTIONS] == [None] * 3
     assert set(found.reasons) == set(SUGGESTIONS) and said in found.reasons["valley"]
     assert "no suggestion" in repr(found)
+    html = found._repr_html_()  # a notebook shows both
+    assert said in html and base64.b64decode(html.partition("base64,")[2].partition("\"")[0]).startswith(b"\x89PNG")
     found.plot().figure.clf()
 
 

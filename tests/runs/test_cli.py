@@ -109,7 +109,7 @@ MISTAKES = [
     # command line, words of the message
     ("", "usage: learner COMMAND"),
     ("trian digits runs/x", "learner: there is no command trian; did you mean train?"),
-    ("frobnicate", "learner: there is no command frobnicate; there are train, resume, evaluate, rerun, scores, compare, show, configs"),
+    ("frobnicate", "learner: there is no command frobnicate; there are train, resume, watch, stop, evaluate, rerun, scores, compare, show, configs"),
     ("--overwrite", "there is no command --overwrite"),
     # train
     ("train", "learner train: CONFIG is missing: learner train CONFIG RUN_DIR [options] [--key=value ...]"),
@@ -172,6 +172,12 @@ MISTAKES = [
     ("resume foreign", "evil.Net is code that is not registered here"),
     ("resume runs/first --allow=no_such_module", "allow: there is no module no_such_module"),
     ("resume runs/first --allow=../evil", "is not the name of a module"),
+    # watch and stop
+    ("watch runs/frist", "there is no run runs/frist; did you mean first?"),
+    ("watch", "RUN_DIR is missing"),
+    ("stop runs/first", "runs/first is not in training: it is finished"),
+    ("stop runs/frist", "there is no run runs/frist; did you mean first?"),
+    ("stop runs/first --wait=-1", "--wait is -1; it must be a whole number of at least 0"),
     # evaluate
     ("evaluate", "RUN_DIR is missing"),
     ("evaluate runs/frist", "there is no run runs/frist; did you mean first?"),
@@ -271,8 +277,10 @@ def test_the_command_line_and_the_notebook_build_the_same(runs):
 def test_evaluating_on_the_test_set_is_written_down(runs, tmp_path, quick):
     shutil.copytree(runs / "runs/first", tmp_path / "run")
     out = passed(quick("evaluate", "run", "--split=test", "--checkpoint=last", cwd=tmp_path))
-    values = dict(line.split() for line in out.splitlines())
+    head, *lines = out.splitlines()
+    values = dict(line.split() for line in lines)
     meta = read(tmp_path / "run/meta.json")
+    assert re.fullmatch(r"run, checkpoint epoch-\d{4}, on test data:", head)
     (entry,) = meta["evaluations"]
     assert entry["split"] == "test" and re.match(r"20\d\d-\d\d-\d\dT", entry["at"]) and float(values["test_loss"]) == pytest.approx(entry["results"]["test_loss"], rel=1e-5)
     assert re.fullmatch("[0-9a-f]{64}", meta["data"]["test"])

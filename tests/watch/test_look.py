@@ -731,6 +731,21 @@ def test_where_names_come_from():
     assert set(titles(show_batch(learn))) <= set("pqrs")
 
 
+def test_a_table_of_predictions_shows_names():
+    named = TensorDataset(*data())
+    named.classes = ["p", "q", "r", "s"]
+    learn = learner(given={"train": DataLoader(named, 10), "validation": list(DataLoader(named, 10))})
+    for found in (predictions(learn, "train"), top_losses(learn, "train")):
+        table = found.table()
+        assert table["label"] == ["pqrs"[label] for label in found.labels[:10]]
+        assert table["predicted"] == ["pqrs"[best] for best in found.predictions.argmax(1)[:10]]
+    assert set(predictions(learn, "validation").table()["label"]) <= set(range(4))  # which has no names
+    named.classes = ["p"]  # too few
+    assert set(predictions(learn, "train").table()["label"]) <= set(range(4))
+    named.classes = 4
+    assert predictions(learn, "train").classes is None
+
+
 # Nothing is changed
 
 class Steer(Callback):

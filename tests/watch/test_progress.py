@@ -292,7 +292,7 @@ def cells():
         "learn.train(3, learning_rate=0.1, validation_epochs=2)",
         "learn.on('after_batch', lambda epoch, batch_num: [].pop() if (epoch, batch_num) == (1, 5) else None)\n"
         "try: learn.train(4)\nexcept IndexError: pass",
-        "learn.remove(learn.callbacks[0])\nlearn.validate();",
+        "learn.remove(learn.callbacks[0])\nlearn.validate()",
         "import matplotlib.pyplot\nprint(matplotlib.pyplot.get_fignums())",
         "class Stream:\n    def __iter__(self): return iter(batches)\n"
         "learn.dataloaders = {'train': Stream()}\nlearn.train(102)",
@@ -334,9 +334,10 @@ def test_notebook_marks_an_interruption(cells):
     assert [row[0] for row in table(rows.data["text/html"])] == ["epoch", "3"]
 
 
-def test_notebook_shows_the_result_of_a_validation(cells):
-    (result,) = cells[3]
-    assert re.fullmatch(r"validation_loss 0\.\d{4}", result.data["text/plain"])
+def test_notebook_shows_the_result_of_a_validation_once(cells):
+    bar, result = cells[3]
+    assert bar.data == {"text/html": "", "text/plain": ""}  # it is gone
+    assert re.fullmatch(r"\{'validation_loss': 0\.\d+\}", result.data["text/plain"])
 
 
 def test_notebook_leaves_no_figure_open(cells):
