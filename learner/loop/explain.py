@@ -166,6 +166,11 @@ class _Measuring(Staged):
         self._timing = _Timing()
         super().__init__(callbacks)
 
+    @property
+    def is_measuring(self) -> bool:
+        "Whether the stages that open now are measured."
+        return self._timing.on
+
     def measure(self, on: bool) -> None:
         "Measure the stages that open from here on, or do not."
         self._timing.on, self._compiled = on, self._timing.compiled[on]
@@ -212,10 +217,12 @@ class Timed(_Measuring):
     def explain(self) -> None:
         """Print every stage and hook in firing order, with what it asks for.
 
-        Beside it stands the mean time that it took in the last run.
+        Beside it stands the mean time that it took in the last run. A callback with a method
+        `explained(learn)` adds the lines that this returns.
 
         Example:
             >>> learn.explain()
         """
         lines = _Explanation(type(self).__name__, self._resolved, self.times).lines()
+        for callback in self.callbacks: lines += getattr(callback, "explained", lambda learn: [])(self)
         print(in_encoding("\n".join(lines), sys.stdout))
