@@ -2914,6 +2914,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'learner/steer/step_graph.py'),
                                           'learner.steer.step_graph.check_optimiser_hooks': ( 'steer/step_graph.html#check_optimiser_hooks',
                                                                                               'learner/steer/step_graph.py'),
+                                          'learner.steer.step_graph.check_scalars': ( 'steer/step_graph.html#check_scalars',
+                                                                                      'learner/steer/step_graph.py'),
                                           'learner.steer.step_graph.differentiated': ( 'steer/step_graph.html#differentiated',
                                                                                        'learner/steer/step_graph.py'),
                                           'learner.steer.step_graph.probe': ('steer/step_graph.html#probe', 'learner/steer/step_graph.py'),

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['GraphError', 'Call', 'update_function', 'caught', 'with_gradients', 'Dial', 'TorchUpdate', 'apply_update',
            'check_hooks', 'check_optimiser_hooks', 'differentiated', 'probe', 'Inputs', 'StepFunction', 'ChangedStep',
-           'Recompiled', 'Compiled', 'reason', 'check_asked', 'Step']
+           'Recompiled', 'Compiled', 'reason', 'check_scalars', 'check_asked', 'Step']
 
-# %% ../../nbs/steer/step_graph.ipynb #ee2e63d9
+# %% ../../nbs/steer/step_graph.ipynb #9de1833d
 import inspect
 import sys
 import warnings
@@ -27,7 +27,7 @@ from ..loop.attached import asked_by, attached_modules
 from ..loop.updates import trained_parameters
 from .in_graph import InGraph
 
-# %% ../../nbs/steer/step_graph.ipynb #f6cb8d53
+# %% ../../nbs/steer/step_graph.ipynb #7476648e
 class GraphError(ValueError):
     "A step that cannot become one graph."
 
@@ -52,7 +52,7 @@ def update_function(optimiser: Any) -> tuple[Callable[..., Any], Callable[..., A
         raise GraphError(f"{kind.__name__} has differentiable=True, and the graph keeps no gradient of a step")
     return step, function
 
-# %% ../../nbs/steer/step_graph.ipynb #d410b6b4
+# %% ../../nbs/steer/step_graph.ipynb #c745f632
 @contextmanager
 def caught(function: Callable[..., Any]) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
     "Within a `with`, note the calls of a function of a module instead of making them."
@@ -70,12 +70,12 @@ def with_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) ->
     finally:
         for parameter, gradient in zip(parameters, before, strict=True): parameter.grad = gradient  # type: ignore[assignment]
 
-# %% ../../nbs/steer/step_graph.ipynb #76e50566
+# %% ../../nbs/steer/step_graph.ipynb #4e0b73c2
 class Dial:
     "A number that the graph reads from a tensor, so that it may change."
 
     def __init__(self, device: torch.device):
-        self.tensor = torch.zeros((), dtype=torch.float64, device=device)
+        self.tensor = torch.zeros(1, dtype=torch.float64, device=device)  # not a scalar: see check_scalars
         self.value: Any = None
 
     def set(self, value: Any) -> Tensor:
@@ -89,7 +89,7 @@ def _dials(function: Callable[..., Any], device: torch.device) -> dict[str, Dial
     names = ("lr", "beta1") if function.__name__ == "adam" else ("lr",)
     return {name: Dial(device) for name in names}
 
-# %% ../../nbs/steer/step_graph.ipynb #71607489
+# %% ../../nbs/steer/step_graph.ipynb #fa980034
 class TorchUpdate:
     """The update of an optimiser of torch as a function of tensors.
 
@@ -140,7 +140,7 @@ class TorchUpdate:
             if "beta1" in dials: call.settings["beta1"] = dials["beta1"].set(group["betas"][0])
         return self.calls
 
-# %% ../../nbs/steer/step_graph.ipynb #5f239dab
+# %% ../../nbs/steer/step_graph.ipynb #0eaf84a8
 def apply_update(function: Callable[..., Any], calls: list[Call], gradients: list[Tensor]) -> None:
     "Make the update of all groups; the compiler takes this in."
     start = 0
@@ -150,12 +150,13 @@ def apply_update(function: Callable[..., Any], calls: list[Call], gradients: lis
         start += len(parameters)
         precise = [[t.double() for t in tensors] if tensors and tensors[0].ndim == 0 else tensors
                    for tensors in state]
-        function(parameters, own, *precise, **settings)
+        dialled = {name: value[0] if isinstance(value, Tensor) else value for name, value in settings.items()}
+        function(parameters, own, *precise, **dialled)
         for tensors, doubles in zip(state, precise, strict=True):
             if tensors is doubles: continue
             for tensor, double in zip(tensors, doubles, strict=True): tensor.copy_(double)
 
-# %% ../../nbs/steer/step_graph.ipynb #922a0047
+# %% ../../nbs/steer/step_graph.ipynb #51d0b0cb
 def _modules(learn: Any) -> dict[str, nn.Module]:
     return {"model": learn.model, **attached_modules(learn)}
 
@@ -180,7 +181,7 @@ def check_optimiser_hooks(optimiser: Any) -> None:
     for kind in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
         if getattr(optimiser, kind, None): raise GraphError("the optimiser has a hook on its step")
 
-# %% ../../nbs/steer/step_graph.ipynb #8b80da5a
+# %% ../../nbs/steer/step_graph.ipynb #967aeaca
 class _Kept:
     "The buffers and the plain attributes of modules, to be put back or compared."
 
@@ -211,7 +212,7 @@ def _check_gradients(parameters: list[Tensor]) -> tuple[bool, ...]:
             raise GraphError("a gradient is sparse; make the embedding with sparse=False")
     return tuple(parameter.grad is not None for parameter in parameters)
 
-# %% ../../nbs/steer/step_graph.ipynb #96556325
+# %% ../../nbs/steer/step_graph.ipynb #8ff97664
 def differentiated(optimiser: Any) -> list[Tensor]:
     "The parameters that an optimiser steps, as far as they are not frozen."
     return [parameter for parameter in trained_parameters(optimiser) if parameter.requires_grad]
@@ -249,7 +250,7 @@ def _in_contexts(contexts: Sequence[Callable[[], AbstractContextManager[Any]]], 
     if not contexts: return function()
     with contexts[0](): return _in_contexts(contexts[1:], function)
 
-# %% ../../nbs/steer/step_graph.ipynb #6a10af27
+# %% ../../nbs/steer/step_graph.ipynb #fa75adfd
 class Inputs(NamedTuple):
     "What a step depends on."
     data: Any
@@ -279,13 +280,13 @@ class StepFunction:
         data, labels, asked, parameters, _, factor, _ = inputs
         with torch.enable_grad():
             predictions, loss = _in_contexts(self.contexts, lambda: self.outputs(data, labels, asked))
-            weighted = loss if factor is None else loss * factor.to(loss.dtype)
+            weighted = loss if factor is None else loss * factor[0].to(loss.dtype)
             found = torch.autograd.grad(weighted, parameters, allow_unused=True)
         if tuple(gradient is not None for gradient in found) != self.used:
             raise RuntimeError("other parameters have a gradient than in the first batch")
         return predictions, loss, [gradient for gradient in found if gradient is not None]
 
-# %% ../../nbs/steer/step_graph.ipynb #d93181be
+# %% ../../nbs/steer/step_graph.ipynb #77cf00c0
 def _detached(value: Any) -> Any: return tree_map_only(Tensor, lambda tensor: tensor.detach(), value)
 
 class ChangedStep(StepFunction):
@@ -300,7 +301,7 @@ class ChangedStep(StepFunction):
         if sums is not None:
             for total, gradient in zip(sums, found, strict=True): total.add_(gradient)
             if divisor is None: return predictions, loss.detach(), [], values
-            found = [total / divisor.to(total.dtype) for total in sums]
+            found = [total / divisor[0].to(total.dtype) for total in sums]
         for change in self.changes:
             found, value = change(found)
             values.append(value)
@@ -308,7 +309,7 @@ class ChangedStep(StepFunction):
         apply_update(self.updates, calls, found)  # type: ignore[arg-type]
         return predictions, loss.detach(), [], values
 
-# %% ../../nbs/steer/step_graph.ipynb #4f7c7957
+# %% ../../nbs/steer/step_graph.ipynb #4b548cc7
 class Recompiled(Exception):
     "A call would have needed another graph."
 
@@ -353,7 +354,18 @@ def reason(error: BaseException) -> str:
     places = [line for line in lines if line.startswith("File ")]
     return lines[0] + (f" ({places[-1]})" if places else "")
 
-# %% ../../nbs/steer/step_graph.ipynb #0198d587
+# %% ../../nbs/steer/step_graph.ipynb #13158ea0
+def check_scalars(learn: Any, calls: Sequence[Call]) -> None:
+    "Raise GraphError for a scalar in float64 that a step writes: the compiler would lose what is written."
+    places = [(f"{where}.{name}", tensor) for where, root in _modules(learn).items()
+              for name, tensor in (*root.named_parameters(), *root.named_buffers())]
+    places += [("the state of the optimiser", t) for call in calls for each in call.state for t in each]
+    for where, tensor in places:
+        if isinstance(tensor, Tensor) and tensor.ndim == 0 and tensor.dtype == torch.float64 and tensor.is_cpu:
+            raise GraphError(f"{where} has a scalar in float64, which the compiler does not update; give it one "
+                             "dimension, or use float32")
+
+# %% ../../nbs/steer/step_graph.ipynb #9d6b951a
 def check_asked(loss_func: Any) -> tuple[str, ...]:
     "What a loss function asks for; raises GraphError for what is not a value of the batch."
     asked = asked_by(loss_func) if loss_func is not None else ()
@@ -377,6 +389,7 @@ class Step:
         self.parameters, self.asked = differentiated(learn.optimiser), check_asked(learn.loss_func)
         self.used_parameters = [p for p, has in zip(self.parameters, used, strict=True) if has]
         self.update = TorchUpdate(learn.optimiser, self.used_parameters)
+        check_scalars(learn, self.update.calls)
         self.function = ChangedStep(learn, parts, used)
         self.function.updates = self.update.function
         self.compiled = Compiled(self.function, backend) if backend else None

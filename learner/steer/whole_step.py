@@ -6,7 +6,7 @@
 __all__ = ['SAVED', 'COMPILING', 'MOST_GRAPHS', 'Form', 'too_short', 'form_of', 'form_in_words', 'Graphs', 'Sums', 'Around',
            'WholeStep']
 
-# %% ../../nbs/steer/whole_step.ipynb #d3835c43
+# %% ../../nbs/steer/whole_step.ipynb #df249b08
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -29,7 +29,7 @@ from .in_graph import SortedHooks
 from .step_graph import GraphError, Inputs, Recompiled, Step, check_hooks
 from .step_graph import check_optimiser_hooks, differentiated, probe
 
-# %% ../../nbs/steer/whole_step.ipynb #1cf7263f
+# %% ../../nbs/steer/whole_step.ipynb #94fdc1d8
 SAVED = 20e-6  # seconds a step for each tensor that is trained, about
 COMPILING = 10.0, 0.5  # seconds for a graph, about: of themselves, and for each such tensor
 MOST_GRAPHS = 8  # of one training; what comes then is computed without the compiler
@@ -42,7 +42,7 @@ def too_short(num_batches: int | None, num_tensors: int) -> str:
     return (f"{num_batches} batches would save about {format_seconds(saved)}, and to compile takes about "
             f"{format_seconds(cost)}; WholeStep(\"inductor\") compiles anyway")
 
-# %% ../../nbs/steer/whole_step.ipynb #bddc488b
+# %% ../../nbs/steer/whole_step.ipynb #092e22b9
 Form = tuple[Any, ...]
 
 def form_of(data: Any, labels: Any) -> Form:
@@ -59,7 +59,7 @@ def form_in_words(form: Form) -> str:
         return str(part).removeprefix("torch.")
     return " ".join(map(text, form))
 
-# %% ../../nbs/steer/whole_step.ipynb #da5c6445
+# %% ../../nbs/steer/whole_step.ipynb #ce393e91
 class Graphs:
     "The forms that have a graph, and those that go without."
 
@@ -103,7 +103,7 @@ class Graphs:
         for words in self.compiled.values(): yield f"  graph    {words}"
         for words in self.plain.values(): yield f"  eager    {words}"
 
-# %% ../../nbs/steer/whole_step.ipynb #c40ac4a2
+# %% ../../nbs/steer/whole_step.ipynb #3e04a538
 class Sums:
     "The gradients of several batches, where callbacks make one step of them."
 
@@ -111,7 +111,7 @@ class Sums:
         self.parameters = parameters
         self.totals = [torch.zeros_like(parameter) for parameter in parameters]
         device = parameters[0].device
-        self.factor, self.divisor = (torch.ones((), dtype=torch.float64, device=device) for _ in range(2))
+        self.factor, self.divisor = (torch.ones(1, dtype=torch.float64, device=device) for _ in range(2))
 
     def open(self) -> list[Tensor]:
         "The sums so far, as the gradients of their parameters."
@@ -128,7 +128,7 @@ class Sums:
         if divisor is None: return self.factor, None
         return self.factor, self.divisor.fill_(divisor)
 
-# %% ../../nbs/steer/whole_step.ipynb #b59f3be1
+# %% ../../nbs/steer/whole_step.ipynb #cd592aca
 class Around:
     "The hooks before and after the graph, as functions."
 
@@ -163,7 +163,7 @@ class Around:
             raise CallbackError("a hook changed learn.loss after the step that it was meant for; remove it, or "
                                 "WholeStep")
 
-# %% ../../nbs/steer/whole_step.ipynb #043128d2
+# %% ../../nbs/steer/whole_step.ipynb #96fb707d
 class _Prepared(Callback):
     "Looks at everything before the first step."
     backend: str
@@ -202,7 +202,7 @@ class _Prepared(Callback):
 
     def _name(self) -> str: return "inductor" if self.backend == "auto" else self.backend
 
-# %% ../../nbs/steer/whole_step.ipynb #5941e130
+# %% ../../nbs/steer/whole_step.ipynb #0ebd6371
 class _refusing:
     "Within a `with`, what cannot be a graph is an error of the callback."
 
@@ -213,7 +213,7 @@ class _refusing:
             raise CallbackError(f"WholeStep cannot take in this step: {error}; leave WholeStep out, or take that "
                                 "away") from error
 
-# %% ../../nbs/steer/whole_step.ipynb #aa98f4a1
+# %% ../../nbs/steer/whole_step.ipynb #68455264
 class _Running(_Prepared):
     "Computes a batch."
     graphs: Graphs
@@ -258,7 +258,7 @@ class _Running(_Prepared):
         factor, divisor = self._around.weighing[0](learn)
         return step.inputs(learn, self._sums.open(), *self._sums.set(factor, divisor))
 
-# %% ../../nbs/steer/whole_step.ipynb #639de71a
+# %% ../../nbs/steer/whole_step.ipynb #6a4f45aa
 class _Computing(_Running):
     "Chooses between the graph and the same step without it."
 
@@ -289,7 +289,7 @@ class _Computing(_Running):
             print(f" {format_seconds(seconds)}", flush=True)
             self.graphs.note(form, step.compiled.graphs - before, seconds, learn.epoch > 0)
 
-# %% ../../nbs/steer/whole_step.ipynb #194e3537
+# %% ../../nbs/steer/whole_step.ipynb #c81c845d
 class WholeStep(_Computing):
     """Computes forward pass, loss, gradients and update in one compiled graph.
 
