@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FUSED', 'VALUES', 'REPLACED', 'InGraph', 'contribution', 'overridden', 'Verdict', 'SortedHooks']
 
-# %% ../../nbs/steer/in_graph.ipynb #bd8f0c1c
+# %% ../../nbs/steer/in_graph.ipynb #a9320671
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -18,25 +18,27 @@ from ..loop.learner import Learner
 from ..loop.resolution import Hook
 from ..loop.stages import Callback, CallbackError
 
-# %% ../../nbs/steer/in_graph.ipynb #031d3c14
+# %% ../../nbs/steer/in_graph.ipynb #31255f68
 @dataclass
 class InGraph:
-    """What a callback does inside the graph of a whole step, in place of its hooks from `predict` to `step`.
+    """What a callback does inside the graph of a whole step, in place of its hooks there.
 
-    A callback returns it from its method `in_graph()`, or a string that says why it cannot. The method counts for
-    the very class that defines it: a subclass, which may do something else, defines its own.
+    A callback returns it from its method `in_graph()`, or a string that says why it cannot. The
+    method counts for the very class that defines it: a subclass, which may do something else,
+    defines its own.
 
     Args:
         forward: Makes a context for model and loss, such as that of autocast.
-        gradients: Takes the gradients of a step, and returns those to go on with and a value for `done`.
-        weigh: Called before the graph; returns the factor of the loss, and what to divide the gradients by, or
-            None where there is no step yet.
-        done: Called after the graph with the learner and the value of `gradients`, None where there is none.
+        gradients: Takes the gradients of a step, and returns those to go on with and a value for
+            `done`.
+        weigh: Called before the graph; returns the factor of the loss, and what to divide the
+            gradients by, or None where there is no step yet.
+        done: Called after the graph with the learner and the value of `gradients`, or None.
 
     Example:
+        >>> def signs(found): return [gradient.sign() for gradient in found], None
         >>> class Signs(Callback):
-        ...     def before_step(self, optimiser): ...
-        ...     def in_graph(self): return InGraph(gradients=lambda found: ([g.sign() for g in found], None))
+        ...     def in_graph(self): return InGraph(gradients=signs)
     """
     forward: Callable[[], AbstractContextManager[Any]] | None = None
     gradients: Callable[[list[Tensor]], tuple[list[Tensor], Any]] | None = None
@@ -52,10 +54,12 @@ def contribution(callback: Callback) -> InGraph | str | None:
     return (f"{kind.__name__} may do something else than {said.__name__}; define in_graph in "
             f"{kind.__name__}, or take {said.__name__} itself")
 
-# %% ../../nbs/steer/in_graph.ipynb #bea1714b
+# %% ../../nbs/steer/in_graph.ipynb #30f46fe6
 FUSED = ("predict", "loss", "backward", "step")  # the stages that are one graph
-VALUES = frozenset({"predictions", "loss", "data", "labels", "batch", "batch_size", "batch_num", "epoch", "phase",
-                    "num_epochs"})  # what a hook may read late: a step does not change it
+VALUES = frozenset({  # what a hook may read late: a step does not change it
+    "predictions", "loss", "data", "labels", "batch", "batch_size", "batch_num", "epoch", "phase",
+    "num_epochs",
+})
 
 def _place(stage: str, kind: str) -> str:
     "Where a hook of a fused stage is called: before the graph, after it, or in the gap."
@@ -69,10 +73,12 @@ def _fault(hook: Hook, owner: Callback | None, place: str) -> str:
     if place != "gap": return ""
     asked = list(inspect.signature(hook.function).parameters)
     other = [name for name in asked if name not in VALUES]
-    if other: return f"it asks for {other[0]} between forward pass and step, where the graph does not stop"
+    if other:
+        return f"it asks for {other[0]} between forward pass and step, which are one graph"
     if not asked: return "it asks for no value of the batch, and the gradients stay in the graph"
     if owner is not None and not owner.watches:
-        return f"{type(owner).__name__} does not say watches = True, and may change what the step uses"
+        kind = type(owner).__name__
+        return f"{kind} does not say watches = True, and may change what the step uses"
     return ""
 
 def _owner(hook: Hook) -> Callback | None:
@@ -80,7 +86,7 @@ def _owner(hook: Hook) -> Callback | None:
     owner = getattr(inspect.unwrap(hook.function), "__self__", None)
     return owner if isinstance(owner, Callback) else None
 
-# %% ../../nbs/steer/in_graph.ipynb #80fac47d
+# %% ../../nbs/steer/in_graph.ipynb #a301b3cd
 REPLACED = ("train_batch", "predict", "compute_loss", "call_loss", "backward", "step")
 
 def overridden(learn: Any) -> str:
@@ -91,7 +97,7 @@ def overridden(learn: Any) -> str:
         if own is not None and not hasattr(own, "is_whole_step"): return name
     return ""
 
-# %% ../../nbs/steer/in_graph.ipynb #b5ad1323
+# %% ../../nbs/steer/in_graph.ipynb #ce04cfef
 class Verdict(NamedTuple):
     "What becomes of a hook or an override."
     where: str  # "inside", "before", "after" or "refused"
@@ -106,8 +112,8 @@ class SortedHooks:
 
     Attributes:
         verdicts: What becomes of each hook, in firing order.
-        before, gap, after: Hooks to be called before the graph; after it, with the values of the batch; and when
-            a step was taken.
+        before, gap, after: Hooks to be called before the graph; after it, with the values of the
+            batch; and when a step was taken.
         parts: What callbacks contribute to the graph, in firing order.
     """
 
@@ -120,7 +126,7 @@ class SortedHooks:
         self.parts = [said for said in self.said.values() if isinstance(said, InGraph)]
         for stage in FUSED:
             for fixture, maker in learn.resolution.providers.get(stage, {}).items():
-                self._refuse(maker.label, f"it provides {fixture} in a stage that the graph does not open")
+                self._refuse(maker.label, f"it provides {fixture} in a stage that is never opened")
             for kind, hooks in learn.resolution.hooks.get(stage, {}).items():
                 for hook in hooks: self._sort(hook, _place(stage, kind))
         name = overridden(learn)
@@ -136,7 +142,8 @@ class SortedHooks:
             getattr(self, place).append(hook)
             self.verdicts.append(Verdict("after" if place == "gap" else place, hook.label))
 
-    def _refuse(self, label: str, why: str) -> None: self.verdicts.append(Verdict("refused", label, why))
+    def _refuse(self, label: str, why: str) -> None:
+        self.verdicts.append(Verdict("refused", label, why))
 
     def check(self) -> None:
         "Raise CallbackError for the first hook or override that is refused."
@@ -146,4 +153,5 @@ class SortedHooks:
 
     def lines(self) -> Iterator[str]:
         "The verdicts as lines of text."
-        for where, label, why in self.verdicts: yield f"  {where:<8} {label}" + (f": {why}" if why else "")
+        for where, label, why in self.verdicts:
+            yield f"  {where:<8} {label}" + (f": {why}" if why else "")

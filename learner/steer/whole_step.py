@@ -6,7 +6,7 @@
 __all__ = ['SAVED', 'COMPILING', 'MOST_GRAPHS', 'Form', 'too_short', 'form_of', 'form_in_words', 'Graphs', 'Sums', 'Around',
            'WholeStep']
 
-# %% ../../nbs/steer/whole_step.ipynb #df249b08
+# %% ../../nbs/steer/whole_step.ipynb #08b6a25f
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -26,10 +26,11 @@ from ..loop.learner import Learner
 from ..loop.stages import Callback, CallbackError, CancelException, CancelStepException
 from ..loop.updates import trained_parameters
 from .in_graph import SortedHooks
-from .step_graph import GraphError, Inputs, Recompiled, Step, check_hooks
+from .step_graph import Inputs, Recompiled, Step, check_hooks
 from .step_graph import check_optimiser_hooks, differentiated, probe
+from .torch_update import GraphError
 
-# %% ../../nbs/steer/whole_step.ipynb #94fdc1d8
+# %% ../../nbs/steer/whole_step.ipynb #bbc03462
 SAVED = 20e-6  # seconds a step for each tensor that is trained, about
 COMPILING = 10.0, 0.5  # seconds for a graph, about: of themselves, and for each such tensor
 MOST_GRAPHS = 8  # of one training; what comes then is computed without the compiler
@@ -39,10 +40,10 @@ def too_short(num_batches: int | None, num_tensors: int) -> str:
     if num_batches is None: return ""
     saved, cost = num_batches * num_tensors * SAVED, COMPILING[0] + num_tensors * COMPILING[1]
     if saved >= cost: return ""
-    return (f"{num_batches} batches would save about {format_seconds(saved)}, and to compile takes about "
-            f"{format_seconds(cost)}; WholeStep(\"inductor\") compiles anyway")
+    return (f"{num_batches} batches would save about {format_seconds(saved)}, and to compile takes "
+            f"about {format_seconds(cost)}; WholeStep(\"inductor\") compiles anyway")
 
-# %% ../../nbs/steer/whole_step.ipynb #092e22b9
+# %% ../../nbs/steer/whole_step.ipynb #ea0c5233
 Form = tuple[Any, ...]
 
 def form_of(data: Any, labels: Any) -> Form:
@@ -59,7 +60,7 @@ def form_in_words(form: Form) -> str:
         return str(part).removeprefix("torch.")
     return " ".join(map(text, form))
 
-# %% ../../nbs/steer/whole_step.ipynb #ce393e91
+# %% ../../nbs/steer/whole_step.ipynb #e28d9d3b
 class Graphs:
     "The forms that have a graph, and those that go without."
 
@@ -75,7 +76,8 @@ class Graphs:
         if form in self.plain: return False
         words = form_in_words(form)
         if words in self.expected: return True
-        is_last = learn.batch_num > 0 and learn.batch_num + 1 == length_of(learn.dataloaders["train"])
+        length = length_of(learn.dataloaders["train"])
+        is_last = learn.batch_num > 0 and learn.batch_num + 1 == length
         full = len(self.expected | {*self.compiled.values()}) >= MOST_GRAPHS
         if is_last or full: self.plain[form] = words
         return not (is_last or full)
@@ -94,7 +96,8 @@ class Graphs:
     def afresh(self) -> "Graphs":
         "What is kept for another step: the counts, and what is expected."
         new = Graphs()
-        new.expected, new.made, new.late, new.seconds = self.expected, self.made, self.late, self.seconds
+        new.expected, new.seconds = self.expected, self.seconds
+        new.made, new.late = self.made, self.late
         return new
 
     def lines(self) -> Iterator[str]:
@@ -103,15 +106,15 @@ class Graphs:
         for words in self.compiled.values(): yield f"  graph    {words}"
         for words in self.plain.values(): yield f"  eager    {words}"
 
-# %% ../../nbs/steer/whole_step.ipynb #3e04a538
+# %% ../../nbs/steer/whole_step.ipynb #c8c65010
 class Sums:
     "The gradients of several batches, where callbacks make one step of them."
 
     def __init__(self, parameters: list[Tensor]):
         self.parameters = parameters
         self.totals = [torch.zeros_like(parameter) for parameter in parameters]
-        device = parameters[0].device
-        self.factor, self.divisor = (torch.ones(1, dtype=torch.float64, device=device) for _ in range(2))
+        self.factor = torch.ones(1, dtype=torch.float64, device=parameters[0].device)
+        self.divisor = torch.ones_like(self.factor)
 
     def open(self) -> list[Tensor]:
         "The sums so far, as the gradients of their parameters."
@@ -128,7 +131,7 @@ class Sums:
         if divisor is None: return self.factor, None
         return self.factor, self.divisor.fill_(divisor)
 
-# %% ../../nbs/steer/whole_step.ipynb #cd592aca
+# %% ../../nbs/steer/whole_step.ipynb #d3d73186
 class Around:
     "The hooks before and after the graph, as functions."
 
@@ -157,13 +160,14 @@ class Around:
         loss, version = learn.loss, learn.loss._version
         try: self.gap()  # type: ignore[misc]
         except CancelException as error:
-            raise CallbackError(f"{getattr(error, 'blamed', ('', 'a hook'))[1]} cancelled what the graph had already "
-                                "done; remove it, or WholeStep") from None
+            _, label = getattr(error, "blamed", ("", "a hook"))
+            raise CallbackError(f"{label} cancelled what the graph had already done; remove it, or "
+                                "WholeStep") from None
         if learn.loss is not loss or loss._version != version:
-            raise CallbackError("a hook changed learn.loss after the step that it was meant for; remove it, or "
-                                "WholeStep")
+            raise CallbackError("a hook changed learn.loss after the step that it was meant for; "
+                                "remove it, or WholeStep")
 
-# %% ../../nbs/steer/whole_step.ipynb #96fb707d
+# %% ../../nbs/steer/whole_step.ipynb #888cb080
 class _Prepared(Callback):
     "Looks at everything before the first step."
     backend: str
@@ -178,16 +182,19 @@ class _Prepared(Callback):
         self._check(learn)
         self._around = Around(learn)
         if self.backend == "auto":
-            self._idle = too_short(learn.plan.total(learn), len(trained_parameters(learn.optimiser)))
+            count = len(trained_parameters(learn.optimiser))
+            self._idle = too_short(learn.plan.total(learn), count)
             if self._idle: print(f"WholeStep stands aside: {self._idle}")
 
     def _check(self, learn: Learner) -> None:
         if learn.device.type not in ("cpu", "cuda"):
-            raise CallbackError(f"WholeStep works on cpu and cuda, and the model is on {learn.device}")
+            raise CallbackError("WholeStep works on cpu and cuda, and the model is on "
+                                f"{learn.device}")
         known = torch.compiler.list_backends(exclude_tags=())
         if self.backend not in ("auto", *known):
-            raise ValueError(f"WholeStep: there is no backend {self.backend!r}; it must be \"auto\" or one of "
-                             f"{', '.join(known)}{did_you_mean(self.backend, ['auto', *known])}")
+            usual = ["auto", *torch.compiler.list_backends()]
+            raise ValueError(f"WholeStep: there is no backend {self.backend!r}; take one of "
+                             f"{', '.join(usual)}{did_you_mean(self.backend, ['auto', *known])}")
         with _refusing(): check_optimiser_hooks(learn.optimiser)
 
     def _step_of(self, learn: Learner) -> Step:
@@ -202,7 +209,7 @@ class _Prepared(Callback):
 
     def _name(self) -> str: return "inductor" if self.backend == "auto" else self.backend
 
-# %% ../../nbs/steer/whole_step.ipynb #0ebd6371
+# %% ../../nbs/steer/whole_step.ipynb #9ceaf4d1
 class _refusing:
     "Within a `with`, what cannot be a graph is an error of the callback."
 
@@ -210,10 +217,10 @@ class _refusing:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, GraphError):
-            raise CallbackError(f"WholeStep cannot take in this step: {error}; leave WholeStep out, or take that "
-                                "away") from error
+            raise CallbackError(f"WholeStep cannot take in this step: {error}; leave WholeStep "
+                                "out, or take that away") from error
 
-# %% ../../nbs/steer/whole_step.ipynb #68455264
+# %% ../../nbs/steer/whole_step.ipynb #36428832
 class _Running(_Prepared):
     "Computes a batch."
     graphs: Graphs
@@ -222,17 +229,21 @@ class _Running(_Prepared):
         if self._idle or self._around is None:
             yield
             return
-        with _refusing(): check_hooks(learn)
+        if not self._waits(learn):
+            with _refusing(): check_hooks(learn)
         routine: Any = partial(self._batch, learn)
         routine.is_whole_step = True
         learn.train_batch = routine  # type: ignore[method-assign]
         try: yield
         finally: del learn.train_batch
 
+    def _waits(self, learn: Learner) -> bool:
+        "Whether the model gets its shapes from the first batch, which is computed as ever then."
+        return self._step is None and any(map(is_lazy, trained_parameters(learn.optimiser)))
+
     def _batch(self, learn: Learner) -> None:
         "A batch of training, in place of the learner's own routine."
-        if self._step is None and any(map(is_lazy, trained_parameters(learn.optimiser))):
-            return type(learn).train_batch(learn)  # type: ignore[return-value]
+        if self._waits(learn): return type(learn).train_batch(learn)  # type: ignore[return-value]
         learn.act("prepare")
         around = self._around
         if around.resolution is not learn.resolution: around = self._around = Around(learn)
@@ -252,21 +263,25 @@ class _Running(_Prepared):
     def _inputs(self, learn: Learner, step: Step) -> Inputs:
         if not self._around.weighing:
             if any(parameter.grad is not None for parameter in step.parameters):
-                raise CallbackError("WholeStep: a step that was left out has kept gradients, and the graph would not "
-                                    "add to them; call learn.optimiser.zero_grad(), or leave WholeStep out")
+                raise CallbackError("WholeStep: a step that was left out has kept gradients, and a "
+                                    "graph does not add to them; call learn.optimiser.zero_grad(), "
+                                    "or leave WholeStep out")
             return step.inputs(learn)
         factor, divisor = self._around.weighing[0](learn)
         return step.inputs(learn, self._sums.open(), *self._sums.set(factor, divisor))
 
-# %% ../../nbs/steer/whole_step.ipynb #6a4f45aa
+# %% ../../nbs/steer/whole_step.ipynb #5acdfc21
 class _Computing(_Running):
     "Chooses between the graph and the same step without it."
 
-    def _computed(self, learn: Learner, step: Step, inputs: Inputs) -> tuple[Any, Tensor, list[Any]]:
+    def _computed(
+        self, learn: Learner, step: Step, inputs: Inputs,
+    ) -> tuple[Any, Tensor, list[Any]]:
         "Predictions, loss and the values of callbacks."
         calls = step.update.current()
-        if not step.update.is_born: return step.plain(learn, inputs)  # the first step makes the optimiser's state
-        form = (*form_of(inputs.data, inputs.labels), inputs.sums is None or inputs.divisor is not None)
+        if not step.update.is_born: return step.plain(learn, inputs)  # which makes the state
+        steps = inputs.sums is None or inputs.divisor is not None
+        form = (*form_of(inputs.data, inputs.labels), steps)
         with torch.no_grad():
             if form in self.graphs.compiled:
                 try: predictions, loss, _, values = step.compiled(inputs, calls)
@@ -289,20 +304,21 @@ class _Computing(_Running):
             print(f" {format_seconds(seconds)}", flush=True)
             self.graphs.note(form, step.compiled.graphs - before, seconds, learn.epoch > 0)
 
-# %% ../../nbs/steer/whole_step.ipynb #c81c845d
+# %% ../../nbs/steer/whole_step.ipynb #a5debb60
 class WholeStep(_Computing):
     """Computes forward pass, loss, gradients and update in one compiled graph.
 
-    What other callbacks do in between is taken into the graph (ClipGradients, Accumulate, MixedPrecision in
-    bfloat16), called before or after it, or refused by name before the first step. `learn.explain()` shows which.
+    What other callbacks do in between is taken into the graph (ClipGradients, Accumulate,
+    MixedPrecision in bfloat16), called before or after it, or refused by name before the first
+    step. `learn.explain()` shows which.
 
     Args:
-        backend: Of torch.compile, such as "inductor"; "auto" is inductor where the training is long enough to be
-            worth it.
+        backend: Of torch.compile, such as "inductor"; "auto" is inductor where the training is
+            long enough to be worth it.
 
     Raises:
-        CallbackError: In `train`, for a hook, a method of the learner, an optimiser or a model that cannot be
-            taken in.
+        CallbackError: In `train`, for a hook, a method of the learner, an optimiser or a model
+            that cannot be taken in.
         ValueError: In `train`, for a backend that torch does not know.
 
     Example:
@@ -312,24 +328,26 @@ class WholeStep(_Computing):
 
     def __init__(self, backend: str = "auto"):
         if not isinstance(backend, str):
-            raise TypeError(f"WholeStep: backend is {backend!r}; give the name of one of torch.compile, or \"auto\"")
+            raise TypeError(f"WholeStep: backend is {backend!r}; give the name of a backend of "
+                            "torch.compile, or \"auto\"")
         self.backend, self.graphs = backend, Graphs()
 
-    def __repr__(self) -> str: return "WholeStep()" if self.backend == "auto" else f"WholeStep({self.backend!r})"
+    def __repr__(self) -> str:
+        return "WholeStep()" if self.backend == "auto" else f"WholeStep({self.backend!r})"
 
     def explained(self, learn: Learner) -> list[str]:
         "What becomes of each hook, for `learn.explain()`."
         lines = [f"{self}: forward pass, loss, gradients and update in one graph"]
         if self._idle: lines = [f"{self} stands aside: {self._idle}"]
         measured = [times for path, times in learn.times.items() if path[-1] == "whole step"]
-        for count, seconds in measured: lines.append(f"  mean time {format_seconds(seconds / count)}")
+        lines += [f"  mean time {format_seconds(total / count)}" for count, total in measured]
         return [*lines, *SortedHooks(learn).lines(), *self.graphs.lines()]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"backend": self.backend, "graphs": Graphs()}  # a copy makes its own
 
     def state_dict(self) -> dict[str, Any]:
-        "The forms of batches that have a graph, so that a training that is resumed computes the same."
+        "The forms of batches that have a graph: a training that is resumed computes the same."
         return {"graphs": sorted(self.graphs.expected | {*self.graphs.compiled.values()})}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -338,4 +356,8 @@ class WholeStep(_Computing):
             raise ValueError(f"load_state_dict: the state has no graphs; it has {sorted(state)}")
         self.graphs.expected = set(state["graphs"])
 
-    def cleanup_train(self) -> None: self.graphs.expected, self._around = set(), None
+    def cleanup_train(self) -> None:
+        self.graphs.expected, self._around = set(), None
+        if self._step is None or not self._step.parameters[0].is_cuda: return
+        self._step.release()
+        self._step = None  # the recording is of tensors that have moved
