@@ -7,7 +7,7 @@ __all__ = ['Contexts', 'Outputs', 'check_hooks', 'check_optimiser_hooks', 'diffe
            'ChangedStep', 'mark_static', 'replayed', 'Recompiled', 'Compiled', 'reason', 'check_scalars', 'check_asked',
            'Step']
 
-# %% ../../nbs/steer/step_graph.ipynb #d025455e
+# %% ../../nbs/steer/step_graph.ipynb #d024920f
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -26,7 +26,7 @@ from .in_graph import InGraph
 from .torch_update import Call, GraphError, TorchUpdate, apply_update
 from .torch_update import place_counts, with_gradients
 
-# %% ../../nbs/steer/step_graph.ipynb #c571087b
+# %% ../../nbs/steer/step_graph.ipynb #9d16da29
 def _modules(learn: Any) -> dict[str, nn.Module]:
     return {"model": learn.model, **attached_modules(learn)}
 
@@ -56,7 +56,7 @@ def check_optimiser_hooks(optimiser: Any) -> None:
     for kind in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
         if getattr(optimiser, kind, None): raise GraphError("the optimiser has a hook on its step")
 
-# %% ../../nbs/steer/step_graph.ipynb #c55034ea
+# %% ../../nbs/steer/step_graph.ipynb #d3eb2099
 class _Kept:
     "The buffers and the plain attributes of modules, to be put back or compared."
 
@@ -88,7 +88,7 @@ def _check_gradients(parameters: list[Tensor]) -> tuple[bool, ...]:
             raise GraphError("a gradient is sparse; make the embedding with sparse=False")
     return tuple(parameter.grad is not None for parameter in parameters)
 
-# %% ../../nbs/steer/step_graph.ipynb #1d1ec675
+# %% ../../nbs/steer/step_graph.ipynb #20609163
 def differentiated(optimiser: Any) -> list[Tensor]:
     "The parameters that an optimiser steps, as far as they are not frozen."
     return [parameter for parameter in trained_parameters(optimiser) if parameter.requires_grad]
@@ -129,7 +129,7 @@ def _in_contexts(contexts: Contexts, function: Callable[[], Any]) -> Any:
     if not contexts: return function()
     with contexts[0](): return _in_contexts(contexts[1:], function)
 
-# %% ../../nbs/steer/step_graph.ipynb #9081a5b5
+# %% ../../nbs/steer/step_graph.ipynb #b3e9d4f0
 class Inputs(NamedTuple):
     "What a step depends on."
     data: Any
@@ -166,7 +166,7 @@ class StepFunction:
             raise RuntimeError("other parameters have a gradient than in the first batch")
         return predictions, loss, [gradient for gradient in found if gradient is not None]
 
-# %% ../../nbs/steer/step_graph.ipynb #167c11f6
+# %% ../../nbs/steer/step_graph.ipynb #dc50996f
 def _detached(value: Any) -> Any:
     if isinstance(value, Tensor): return value.detach()
     return tree_map_only(Tensor, lambda tensor: tensor.detach(), value)
@@ -193,7 +193,7 @@ class ChangedStep(StepFunction):
         apply_update(self.updates, calls, found)  # type: ignore[arg-type]
         return predictions, loss.detach(), [], values
 
-# %% ../../nbs/steer/step_graph.ipynb #28856a63
+# %% ../../nbs/steer/step_graph.ipynb #51aa2bb4
 def mark_static(inputs: Inputs, calls: list[Call] | None) -> None:
     "Tell the compiler which tensors stay at their place in memory."
     staying: list[Any] = [*inputs.parameters, *(inputs.sums or ()), inputs.factor, inputs.divisor]
@@ -207,7 +207,7 @@ def replayed(call: Callable[..., Any], inputs: Inputs, calls: list[Call] | None)
     torch.compiler.cudagraph_mark_step_begin()
     return tree_map_only(Tensor, lambda tensor: tensor.clone(), call(inputs, calls))
 
-# %% ../../nbs/steer/step_graph.ipynb #b61e2a05
+# %% ../../nbs/steer/step_graph.ipynb #5fd2d262
 class Recompiled(Exception):
     "A call would have needed another graph."
 
@@ -224,7 +224,7 @@ class Compiled:
                              "graph; install a newer one")
         self.backend, self.graphs, self.may_compile = backend, 0, False
         self.records = on_gpu and backend == "inductor"
-        self.call = torch.compile(call, backend=self._compile, fullgraph=True, dynamic=False)
+        self.call = torch.compile(call, backend=self._compile, fullgraph=True)
 
     def _compile(self, graph: Any, inputs: Any) -> Any:
         if not self.may_compile: raise Recompiled
@@ -239,8 +239,10 @@ class Compiled:
     def compile(self, *args: Any) -> Any:
         "Compile for these values and call that; raises GraphError for what cannot be one graph."
         self.may_compile = True
-        caught_whole = {"trace_autograd_ops": True, "skip_nnmodule_hook_guards": False}
-        as_eager = {"fallback_random": True, "triton.cudagraphs": self.records}
+        caught_whole = {"trace_autograd_ops": True, "skip_nnmodule_hook_guards": False,
+                        "automatic_dynamic_shapes": False}  # a graph for each form
+        as_eager = {"fallback_random": True, "size_asserts": False,  # guards have seen the sizes
+                    "triton.cudagraphs": self.records}
         try:
             with torch._dynamo.config.patch(caught_whole), torch._inductor.config.patch(as_eager), \
                     warnings.catch_warnings():
@@ -257,7 +259,7 @@ def reason(error: BaseException) -> str:
     places = [line for line in lines if line.startswith("File ")]
     return lines[0] + (f" ({places[-1]})" if places else "")
 
-# %% ../../nbs/steer/step_graph.ipynb #f23405e9
+# %% ../../nbs/steer/step_graph.ipynb #69b7af62
 def check_scalars(learn: Any, calls: Sequence[Call]) -> None:
     "Raise GraphError for a scalar in float64 that a step writes: that would be lost."
     places = [(f"{where}.{name}", tensor) for where, root in _modules(learn).items()
@@ -270,7 +272,7 @@ def check_scalars(learn: Any, calls: Sequence[Call]) -> None:
             raise GraphError(f"{where} has a scalar in float64, which the compiler does not "
                              "update; give it one dimension, or use float32")
 
-# %% ../../nbs/steer/step_graph.ipynb #b30ef795
+# %% ../../nbs/steer/step_graph.ipynb #43214334
 def check_asked(loss_func: Any) -> tuple[str, ...]:
     "What a loss function asks for; raises GraphError for what is not a value of the batch."
     asked = asked_by(loss_func) if loss_func is not None else ()

@@ -6,7 +6,7 @@
 __all__ = ['SAVED', 'COMPILING', 'MOST_GRAPHS', 'Form', 'too_short', 'form_of', 'form_in_words', 'Graphs', 'Sums', 'Around',
            'WholeStep']
 
-# %% ../../nbs/steer/whole_step.ipynb #08b6a25f
+# %% ../../nbs/steer/whole_step.ipynb #62b1977d
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -30,7 +30,7 @@ from .step_graph import Inputs, Recompiled, Step, check_hooks
 from .step_graph import check_optimiser_hooks, differentiated, probe
 from .torch_update import GraphError
 
-# %% ../../nbs/steer/whole_step.ipynb #bbc03462
+# %% ../../nbs/steer/whole_step.ipynb #f08979bc
 SAVED = 20e-6  # seconds a step for each tensor that is trained, about
 COMPILING = 10.0, 0.5  # seconds for a graph, about: of themselves, and for each such tensor
 MOST_GRAPHS = 8  # of one training; what comes then is computed without the compiler
@@ -43,7 +43,7 @@ def too_short(num_batches: int | None, num_tensors: int) -> str:
     return (f"{num_batches} batches would save about {format_seconds(saved)}, and to compile takes "
             f"about {format_seconds(cost)}; WholeStep(\"inductor\") compiles anyway")
 
-# %% ../../nbs/steer/whole_step.ipynb #ea0c5233
+# %% ../../nbs/steer/whole_step.ipynb #efde1d16
 Form = tuple[Any, ...]
 
 def form_of(data: Any, labels: Any) -> Form:
@@ -60,7 +60,7 @@ def form_in_words(form: Form) -> str:
         return str(part).removeprefix("torch.")
     return " ".join(map(text, form))
 
-# %% ../../nbs/steer/whole_step.ipynb #e28d9d3b
+# %% ../../nbs/steer/whole_step.ipynb #e6ff3879
 class Graphs:
     "The forms that have a graph, and those that go without."
 
@@ -106,7 +106,7 @@ class Graphs:
         for words in self.compiled.values(): yield f"  graph    {words}"
         for words in self.plain.values(): yield f"  eager    {words}"
 
-# %% ../../nbs/steer/whole_step.ipynb #c8c65010
+# %% ../../nbs/steer/whole_step.ipynb #f3bec5eb
 class Sums:
     "The gradients of several batches, where callbacks make one step of them."
 
@@ -131,7 +131,7 @@ class Sums:
         if divisor is None: return self.factor, None
         return self.factor, self.divisor.fill_(divisor)
 
-# %% ../../nbs/steer/whole_step.ipynb #d3d73186
+# %% ../../nbs/steer/whole_step.ipynb #f907e5c4
 class Around:
     "The hooks before and after the graph, as functions."
 
@@ -167,7 +167,7 @@ class Around:
             raise CallbackError("a hook changed learn.loss after the step that it was meant for; "
                                 "remove it, or WholeStep")
 
-# %% ../../nbs/steer/whole_step.ipynb #888cb080
+# %% ../../nbs/steer/whole_step.ipynb #1907781c
 class _Prepared(Callback):
     "Looks at everything before the first step."
     backend: str
@@ -209,7 +209,7 @@ class _Prepared(Callback):
 
     def _name(self) -> str: return "inductor" if self.backend == "auto" else self.backend
 
-# %% ../../nbs/steer/whole_step.ipynb #9ceaf4d1
+# %% ../../nbs/steer/whole_step.ipynb #4cae949f
 class _refusing:
     "Within a `with`, what cannot be a graph is an error of the callback."
 
@@ -220,7 +220,10 @@ class _refusing:
             raise CallbackError(f"WholeStep cannot take in this step: {error}; leave WholeStep "
                                 "out, or take that away") from error
 
-# %% ../../nbs/steer/whole_step.ipynb #36428832
+# %% ../../nbs/steer/whole_step.ipynb #2522187d
+_LEFT = ("WholeStep: a step that was left out has kept gradients, and a graph does not add to them; "
+         "call learn.optimiser.zero_grad(), or leave WholeStep out")
+
 class _Running(_Prepared):
     "Computes a batch."
     graphs: Graphs
@@ -262,15 +265,13 @@ class _Running(_Prepared):
 
     def _inputs(self, learn: Learner, step: Step) -> Inputs:
         if not self._around.weighing:
-            if any(parameter.grad is not None for parameter in step.parameters):
-                raise CallbackError("WholeStep: a step that was left out has kept gradients, and a "
-                                    "graph does not add to them; call learn.optimiser.zero_grad(), "
-                                    "or leave WholeStep out")
+            for parameter in step.parameters:
+                if parameter.grad is not None: raise CallbackError(_LEFT)
             return step.inputs(learn)
         factor, divisor = self._around.weighing[0](learn)
         return step.inputs(learn, self._sums.open(), *self._sums.set(factor, divisor))
 
-# %% ../../nbs/steer/whole_step.ipynb #5acdfc21
+# %% ../../nbs/steer/whole_step.ipynb #8e23d25a
 class _Computing(_Running):
     "Chooses between the graph and the same step without it."
 
@@ -304,7 +305,7 @@ class _Computing(_Running):
             print(f" {format_seconds(seconds)}", flush=True)
             self.graphs.note(form, step.compiled.graphs - before, seconds, learn.epoch > 0)
 
-# %% ../../nbs/steer/whole_step.ipynb #a5debb60
+# %% ../../nbs/steer/whole_step.ipynb #97857d03
 class WholeStep(_Computing):
     """Computes forward pass, loss, gradients and update in one compiled graph.
 
