@@ -7,7 +7,7 @@ __all__ = ['Contexts', 'Outputs', 'check_hooks', 'check_optimiser_hooks', 'diffe
            'ChangedStep', 'mark_static', 'replayed', 'Recompiled', 'Compiled', 'reason', 'check_scalars', 'check_asked',
            'Step']
 
-# %% ../../nbs/steer/step_graph.ipynb #d024920f
+# %% ../../nbs/steer/step_graph.ipynb #33060d54
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -26,7 +26,7 @@ from .in_graph import InGraph
 from .torch_update import Call, GraphError, TorchUpdate, apply_update
 from .torch_update import place_counts, with_gradients
 
-# %% ../../nbs/steer/step_graph.ipynb #9d16da29
+# %% ../../nbs/steer/step_graph.ipynb #05defad6
 def _modules(learn: Any) -> dict[str, nn.Module]:
     return {"model": learn.model, **attached_modules(learn)}
 
@@ -56,7 +56,7 @@ def check_optimiser_hooks(optimiser: Any) -> None:
     for kind in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
         if getattr(optimiser, kind, None): raise GraphError("the optimiser has a hook on its step")
 
-# %% ../../nbs/steer/step_graph.ipynb #d3eb2099
+# %% ../../nbs/steer/step_graph.ipynb #cef294c6
 class _Kept:
     "The buffers and the plain attributes of modules, to be put back or compared."
 
@@ -88,7 +88,7 @@ def _check_gradients(parameters: list[Tensor]) -> tuple[bool, ...]:
             raise GraphError("a gradient is sparse; make the embedding with sparse=False")
     return tuple(parameter.grad is not None for parameter in parameters)
 
-# %% ../../nbs/steer/step_graph.ipynb #20609163
+# %% ../../nbs/steer/step_graph.ipynb #b879f43a
 def differentiated(optimiser: Any) -> list[Tensor]:
     "The parameters that an optimiser steps, as far as they are not frozen."
     return [parameter for parameter in trained_parameters(optimiser) if parameter.requires_grad]
@@ -129,7 +129,7 @@ def _in_contexts(contexts: Contexts, function: Callable[[], Any]) -> Any:
     if not contexts: return function()
     with contexts[0](): return _in_contexts(contexts[1:], function)
 
-# %% ../../nbs/steer/step_graph.ipynb #b3e9d4f0
+# %% ../../nbs/steer/step_graph.ipynb #0b7bc62e
 class Inputs(NamedTuple):
     "What a step depends on."
     data: Any
@@ -166,7 +166,7 @@ class StepFunction:
             raise RuntimeError("other parameters have a gradient than in the first batch")
         return predictions, loss, [gradient for gradient in found if gradient is not None]
 
-# %% ../../nbs/steer/step_graph.ipynb #dc50996f
+# %% ../../nbs/steer/step_graph.ipynb #38074947
 def _detached(value: Any) -> Any:
     if isinstance(value, Tensor): return value.detach()
     return tree_map_only(Tensor, lambda tensor: tensor.detach(), value)
@@ -193,7 +193,7 @@ class ChangedStep(StepFunction):
         apply_update(self.updates, calls, found)  # type: ignore[arg-type]
         return predictions, loss.detach(), [], values
 
-# %% ../../nbs/steer/step_graph.ipynb #51aa2bb4
+# %% ../../nbs/steer/step_graph.ipynb #1fc5ff76
 def mark_static(inputs: Inputs, calls: list[Call] | None) -> None:
     "Tell the compiler which tensors stay at their place in memory."
     staying: list[Any] = [*inputs.parameters, *(inputs.sums or ()), inputs.factor, inputs.divisor]
@@ -207,7 +207,7 @@ def replayed(call: Callable[..., Any], inputs: Inputs, calls: list[Call] | None)
     torch.compiler.cudagraph_mark_step_begin()
     return tree_map_only(Tensor, lambda tensor: tensor.clone(), call(inputs, calls))
 
-# %% ../../nbs/steer/step_graph.ipynb #5fd2d262
+# %% ../../nbs/steer/step_graph.ipynb #d9814e4a
 class Recompiled(Exception):
     "A call would have needed another graph."
 
@@ -259,7 +259,7 @@ def reason(error: BaseException) -> str:
     places = [line for line in lines if line.startswith("File ")]
     return lines[0] + (f" ({places[-1]})" if places else "")
 
-# %% ../../nbs/steer/step_graph.ipynb #69b7af62
+# %% ../../nbs/steer/step_graph.ipynb #b574ea0d
 def check_scalars(learn: Any, calls: Sequence[Call]) -> None:
     "Raise GraphError for a scalar in float64 that a step writes: that would be lost."
     places = [(f"{where}.{name}", tensor) for where, root in _modules(learn).items()
@@ -272,7 +272,7 @@ def check_scalars(learn: Any, calls: Sequence[Call]) -> None:
             raise GraphError(f"{where} has a scalar in float64, which the compiler does not "
                              "update; give it one dimension, or use float32")
 
-# %% ../../nbs/steer/step_graph.ipynb #43214334
+# %% ../../nbs/steer/step_graph.ipynb #7ea60ec9
 def check_asked(loss_func: Any) -> tuple[str, ...]:
     "What a loss function asks for; raises GraphError for what is not a value of the batch."
     asked = asked_by(loss_func) if loss_func is not None else ()
@@ -301,7 +301,7 @@ class Step:
         self.function = ChangedStep(learn, parts, used)
         self.function.updates = self.update.function
         on_gpu = learn.device.type == "cuda"
-        self.compiled = Compiled(self.function, backend, on_gpu) if backend else None
+        self.compiled: Any = Compiled(self.function, backend, on_gpu) if backend else None
 
     def inputs(
         self, learn: Any, sums: Any = None, factor: Any = None, divisor: Any = None,

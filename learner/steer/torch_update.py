@@ -6,7 +6,7 @@
 __all__ = ['GraphError', 'Call', 'update_function', 'caught', 'with_gradients', 'place_counts', 'Dial', 'TorchUpdate',
            'apply_update']
 
-# %% ../../nbs/steer/torch_update.ipynb #780a72e1
+# %% ../../nbs/steer/torch_update.ipynb #2a4704aa
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..base.parts import is_optimiser
 
-# %% ../../nbs/steer/torch_update.ipynb #3f9e302a
+# %% ../../nbs/steer/torch_update.ipynb #be224738
 class GraphError(ValueError):
     "A step that cannot become one graph."
 
@@ -44,11 +44,12 @@ def update_function(optimiser: Any) -> tuple[Callable[..., Any], Callable[..., A
                          "of a step")
     return step, function
 
-# %% ../../nbs/steer/torch_update.ipynb #d7066f7e
+# %% ../../nbs/steer/torch_update.ipynb #fe2ac144
 @contextmanager
 def caught(function: Callable[..., Any]) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
     "Within a `with`, note the calls of a function of a module instead of making them."
-    module, calls = sys.modules[function.__module__], []  # type: ignore[var-annotated]
+    module = sys.modules[function.__module__]
+    calls: list[tuple[Any, dict[str, Any]]] = []
     setattr(module, function.__name__, lambda *args, **kwargs: calls.append((args, kwargs)))
     try: yield calls
     finally: setattr(module, function.__name__, function)
@@ -62,7 +63,7 @@ def with_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) ->
     finally:
         for parameter, own in zip(parameters, before, strict=True): parameter.grad = own
 
-# %% ../../nbs/steer/torch_update.ipynb #ca9ba1c9
+# %% ../../nbs/steer/torch_update.ipynb #622f0ee7
 def place_counts(optimiser: Any, on_gpu: bool) -> bool:
     "Move the scalars of an optimiser beside their parameters, or to the CPU; whether any moved."
     moved = False
@@ -74,7 +75,7 @@ def place_counts(optimiser: Any, on_gpu: bool) -> bool:
             entries[name] = value.to(device)
     return moved
 
-# %% ../../nbs/steer/torch_update.ipynb #7291183a
+# %% ../../nbs/steer/torch_update.ipynb #54f5bc19
 class Dial:
     "A number that the graph reads from a tensor, so that it may change."
 
@@ -93,7 +94,7 @@ def _dials(function: Callable[..., Any], device: torch.device) -> dict[str, Dial
     names = ("lr", "beta1") if function.__name__ == "adam" else ("lr",)
     return {name: Dial(device) for name in names}
 
-# %% ../../nbs/steer/torch_update.ipynb #e2c944ff
+# %% ../../nbs/steer/torch_update.ipynb #ae1a3a49
 class TorchUpdate:
     """The update of an optimiser of torch as a function of tensors.
 
@@ -151,7 +152,7 @@ class TorchUpdate:
             if "beta1" in dials: call.settings["beta1"] = dials["beta1"].set(group["betas"][0])
         return self.calls
 
-# %% ../../nbs/steer/torch_update.ipynb #14a1da1b
+# %% ../../nbs/steer/torch_update.ipynb #50cc9aae
 def _is_scalars(tensors: list[Tensor]) -> bool:
     return bool(tensors) and isinstance(tensors[0], Tensor) and tensors[0].ndim == 0
 

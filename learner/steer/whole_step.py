@@ -6,9 +6,9 @@
 __all__ = ['SAVED', 'COMPILING', 'MOST_GRAPHS', 'Form', 'WITHOUT_STEP', 'too_short', 'form_of', 'form_in_words', 'Graphs', 'Sums',
            'Around', 'WholeStep']
 
-# %% ../../nbs/steer/whole_step.ipynb #80268c07
+# %% ../../nbs/steer/whole_step.ipynb #a53131c5
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -30,7 +30,7 @@ from .step_graph import Inputs, Recompiled, Step, check_hooks
 from .step_graph import check_optimiser_hooks, differentiated, probe
 from .torch_update import GraphError
 
-# %% ../../nbs/steer/whole_step.ipynb #bc23a7f8
+# %% ../../nbs/steer/whole_step.ipynb #4ba6aed9
 SAVED = 20e-6  # seconds a step for each tensor that is trained, about
 COMPILING = 10.0, 0.5  # seconds for a graph, about: of themselves, and for each such tensor
 MOST_GRAPHS = 8  # of one training; what comes then is computed without the compiler
@@ -43,7 +43,7 @@ def too_short(num_batches: int | None, num_tensors: int) -> str:
     return (f"{num_batches} batches would save about {format_seconds(saved)}, and to compile takes "
             f"about {format_seconds(cost)}; WholeStep(\"inductor\") compiles anyway")
 
-# %% ../../nbs/steer/whole_step.ipynb #34b590d6
+# %% ../../nbs/steer/whole_step.ipynb #1bc2a507
 Form = tuple[Any, ...]
 
 def form_of(data: Any, labels: Any) -> Form:
@@ -62,7 +62,7 @@ def form_in_words(form: Form) -> str:
 
 WITHOUT_STEP = "without a step"  # in a form: the gradients are added up
 
-# %% ../../nbs/steer/whole_step.ipynb #8bbb0a5d
+# %% ../../nbs/steer/whole_step.ipynb #ca47df49
 class Graphs:
     "The forms that have a graph, and those that go without."
 
@@ -108,7 +108,7 @@ class Graphs:
         for words in self.compiled.values(): yield f"  graph    {words}"
         for words in self.plain.values(): yield f"  eager    {words}"
 
-# %% ../../nbs/steer/whole_step.ipynb #e352d355
+# %% ../../nbs/steer/whole_step.ipynb #28235f70
 class Sums:
     "The gradients of several batches, where callbacks make one step of them."
 
@@ -133,7 +133,7 @@ class Sums:
         if divisor is None: return self.factor, None
         return self.factor, self.divisor.fill_(divisor)
 
-# %% ../../nbs/steer/whole_step.ipynb #744c1cc1
+# %% ../../nbs/steer/whole_step.ipynb #cead0238
 class Around:
     "The hooks before and after the graph, as functions."
 
@@ -169,10 +169,11 @@ class Around:
             raise CallbackError("a hook changed learn.loss after the step that it was meant for; "
                                 "remove it, or WholeStep")
 
-# %% ../../nbs/steer/whole_step.ipynb #e6110ae6
+# %% ../../nbs/steer/whole_step.ipynb #80106c4a
 class _Prepared(Callback):
     "Looks at everything before the first step."
     backend: str
+    graphs: Graphs
     _around: Any = None  # in a training
     _step: Any = None  # a Step, kept from one training to the next
     _sums: Any = None
@@ -211,7 +212,7 @@ class _Prepared(Callback):
 
     def _name(self) -> str: return "inductor" if self.backend == "auto" else self.backend
 
-# %% ../../nbs/steer/whole_step.ipynb #f9ab1baf
+# %% ../../nbs/steer/whole_step.ipynb #8542fb4e
 class _refusing:
     "Within a `with`, what cannot be a graph is an error of the callback."
 
@@ -222,13 +223,13 @@ class _refusing:
             raise CallbackError(f"WholeStep cannot take in this step: {error}; leave WholeStep "
                                 "out, or take that away") from error
 
-# %% ../../nbs/steer/whole_step.ipynb #eb470cf7
+# %% ../../nbs/steer/whole_step.ipynb #4b98e6a2
 _LEFT = ("WholeStep: a step that was left out has kept gradients, and a graph does not add to them; "
          "call learn.optimiser.zero_grad(), or leave WholeStep out")
 
 class _Running(_Prepared):
     "Computes a batch."
-    graphs: Graphs
+    _computed: Callable[[Learner, Step, Inputs], tuple[Any, Tensor, list[Any]]]
 
     def around_training(self, learn: Learner) -> Iterator[None]:
         if self._idle or self._around is None:
@@ -273,7 +274,7 @@ class _Running(_Prepared):
         factor, divisor = self._around.weighing[0](learn)
         return step.inputs(learn, self._sums.open(), *self._sums.set(factor, divisor))
 
-# %% ../../nbs/steer/whole_step.ipynb #0a2bc038
+# %% ../../nbs/steer/whole_step.ipynb #7459baac
 class _Computing(_Running):
     "Chooses between the graph and the same step without it."
 
@@ -307,7 +308,7 @@ class _Computing(_Running):
             print(f" {format_seconds(seconds)}", flush=True)
             self.graphs.note(form, step.compiled.graphs - before, seconds, learn.epoch > 0)
 
-# %% ../../nbs/steer/whole_step.ipynb #8456ea17
+# %% ../../nbs/steer/whole_step.ipynb #1fd3d4af
 class WholeStep(_Computing):
     """Computes forward pass, loss, gradients and update in one compiled graph.
 
