@@ -166,11 +166,6 @@ class _Measuring(Staged):
         self._timing = _Timing()
         super().__init__(callbacks)
 
-    @property
-    def is_measuring(self) -> bool:
-        "Whether the stages that open now are measured."
-        return self._timing.on
-
     def measure(self, on: bool) -> None:
         "Measure the stages that open from here on, or do not."
         self._timing.on, self._compiled = on, self._timing.compiled[on]
@@ -213,6 +208,11 @@ class Timed(_Measuring):
             seconds in all, by the path of open stages, such as `("train", "epoch")`.
         clock: A function that gives the time in seconds. Default: `time.perf_counter`.
     """
+
+    @property
+    def is_measuring(self) -> bool:
+        "Whether the stages that open now are measured."
+        return self._timing.on
 
     def explain(self) -> None:
         """Print every stage and hook in firing order, with what it asks for.
