@@ -226,6 +226,10 @@ class _Grouped(_Weighted):
 
     def after_batch(self) -> None: self._in_batch = False
 
+# %% ../../nbs/steer/accumulate.ipynb #d4fef64e
+class _Counted(_Grouped):
+    "What takes the place of the hooks in the graph of a whole step."
+
     def _weigh_in_graph(self, learn: Learner) -> tuple[Any, Any]:
         "The factor of the loss, and the divisor of the gradients, or None within a group."
         factor = self._group.add(self._weigh(learn))
@@ -237,7 +241,7 @@ class _Grouped(_Weighted):
         else: self._last_loss = learn.loss
 
 # %% ../../nbs/steer/accumulate.ipynb #2b36eb4a
-class _Closing(_Grouped):
+class _Closing(_Counted):
     "Takes the step of a group that is still open when the pass ends."
 
     def after_training(self, learn: Learner) -> None:

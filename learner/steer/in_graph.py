@@ -104,18 +104,9 @@ class Verdict(NamedTuple):
     label: str
     why: str = ""
 
-class SortedHooks:
-    """The hooks of a learner around and inside the graph of a whole step.
-
-    Args:
-        learn: A learner with callbacks.
-
-    Attributes:
-        verdicts: What becomes of each hook, in firing order.
-        before, gap, after: Hooks to be called before the graph; after it, with the values of the
-            batch; and when a step was taken.
-        parts: What callbacks contribute to the graph, in firing order.
-    """
+# %% ../../nbs/steer/in_graph.ipynb #ef310b1c
+class _Sorting:
+    "Finds the place of each hook."
 
     def __init__(self, learn: Any):
         self.verdicts: list[Verdict] = []
@@ -144,6 +135,20 @@ class SortedHooks:
 
     def _refuse(self, label: str, why: str) -> None:
         self.verdicts.append(Verdict("refused", label, why))
+
+# %% ../../nbs/steer/in_graph.ipynb #e33f4b5a
+class SortedHooks(_Sorting):
+    """The hooks of a learner around and inside the graph of a whole step.
+
+    Args:
+        learn: A learner with callbacks.
+
+    Attributes:
+        verdicts: What becomes of each hook, in firing order.
+        before, gap, after: Hooks to be called before the graph; after it, with the values of the
+            batch; and when a step was taken.
+        parts: What callbacks contribute to the graph, in firing order.
+    """
 
     def check(self) -> None:
         "Raise CallbackError for the first hook or override that is refused."

@@ -142,6 +142,10 @@ class _Autocast(Callback):
             "self.act(\"predict\", \"loss\"), or hook your own stages in a subclass: "
             "around_generator = MixedPrecision.around_predict")
 
+    def _autocast(self) -> Any: return torch.autocast(self._device_type, self.dtype)
+
+    def _note_use(self, learn: Learner, _: Any) -> None: self._used = True
+
 # %% ../../nbs/steer/precision.ipynb #36940150
 class _Scaled(_Autocast):
     "Scales the loss, and leaves out the steps whose gradients have overflowed."
@@ -254,10 +258,6 @@ class MixedPrecision(_Scaling):
         if self.dtype is torch.float16:
             return "in float16 the gradients decide whether there is a step; use \"bfloat16\""
         return InGraph(forward=self._autocast, done=self._note_use)
-
-    def _autocast(self) -> Any: return torch.autocast(self._device_type, self.dtype)
-
-    def _note_use(self, learn: Learner, _: Any) -> None: self._used = True
 
     def __repr__(self) -> str: return f"MixedPrecision(\"{_name_of(self.dtype)}\")"
 

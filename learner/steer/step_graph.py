@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Contexts', 'Outputs', 'check_hooks', 'check_optimiser_hooks', 'differentiated', 'probe', 'Inputs', 'StepFunction',
-           'ChangedStep', 'mark_static', 'replayed', 'Recompiled', 'Compiled', 'reason', 'check_scalars', 'check_asked',
+           'ChangedStep', 'mark_static', 'replayed', 'Recompiled', 'reason', 'Compiled', 'check_scalars', 'check_asked',
            'Step']
 
 # %% ../../nbs/steer/step_graph.ipynb #33060d54
@@ -211,6 +211,16 @@ def replayed(call: Callable[..., Any], inputs: Inputs, calls: list[Call] | None)
 class Recompiled(Exception):
     "A call would have needed another graph."
 
+_CATCHING = {"trace_autograd_ops": True, "skip_nnmodule_hook_guards": False,
+             "automatic_dynamic_shapes": False}  # a graph for each form
+
+def reason(error: BaseException) -> str:
+    "The first line of what the compiler says, and the last of the user's code."
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    places = [line for line in lines if line.startswith("File ")]
+    return lines[0] + (f" ({places[-1]})" if places else "")
+
+# %% ../../nbs/steer/step_graph.ipynb #f8da1e91
 class Compiled:
     "A function behind the compiler, which is called only in `compile`."
 
@@ -239,12 +249,10 @@ class Compiled:
     def compile(self, *args: Any) -> Any:
         "Compile for these values and call that; raises GraphError for what cannot be one graph."
         self.may_compile = True
-        caught_whole = {"trace_autograd_ops": True, "skip_nnmodule_hook_guards": False,
-                        "automatic_dynamic_shapes": False}  # a graph for each form
         as_eager = {"fallback_random": True, "size_asserts": False,  # guards have seen the sizes
                     "triton.cudagraphs": self.records}
         try:
-            with torch._dynamo.config.patch(caught_whole), torch._inductor.config.patch(as_eager), \
+            with torch._dynamo.config.patch(_CATCHING), torch._inductor.config.patch(as_eager), \
                     warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 if self.records: mark_static(*args)
@@ -252,12 +260,6 @@ class Compiled:
         except torch._dynamo.exc.TorchDynamoException as error:
             raise GraphError(f"the compiler cannot make one graph: {reason(error)}") from error
         finally: self.may_compile = False
-
-def reason(error: BaseException) -> str:
-    "The first line of what the compiler says, and the last of the user's code."
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    places = [line for line in lines if line.startswith("File ")]
-    return lines[0] + (f" ({places[-1]})" if places else "")
 
 # %% ../../nbs/steer/step_graph.ipynb #b574ea0d
 def check_scalars(learn: Any, calls: Sequence[Call]) -> None:
@@ -281,15 +283,9 @@ def check_asked(loss_func: Any) -> tuple[str, ...]:
             raise GraphError(f"the loss function asks for {name}, which a graph takes as fixed")
     return asked
 
-class Step:
-    """A step of a learner, with the compiler and without.
-
-    Args:
-        learn: A learner within a batch that is prepared.
-        parts: What callbacks contribute.
-        used: What `probe` found.
-        backend: Of torch.compile; empty to do without.
-    """
+# %% ../../nbs/steer/step_graph.ipynb #fad13f7d
+class _Parts:
+    "What a step is made of."
 
     def __init__(self, learn: Any, parts: Sequence[InGraph], used: tuple[bool, ...],
                  backend: str = ""):
@@ -309,6 +305,17 @@ class Step:
         "The arguments for the batch that is under way."
         asked = {name: getattr(learn, name) for name in self.asked}
         return Inputs(learn.data, learn.labels, asked, self.parameters, sums, factor, divisor)
+
+# %% ../../nbs/steer/step_graph.ipynb #f0651b5c
+class Step(_Parts):
+    """A step of a learner, with the compiler and without.
+
+    Args:
+        learn: A learner within a batch that is prepared.
+        parts: What callbacks contribute.
+        used: What `probe` found.
+        backend: Of torch.compile; empty to do without.
+    """
 
     def fits(self, learn: Any, parameters: list[Tensor], parts: Sequence[InGraph]) -> bool:
         "Whether it is for this model, this optimiser, these parameters and these contributions."

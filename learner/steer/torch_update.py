@@ -95,16 +95,8 @@ def _dials(function: Callable[..., Any], device: torch.device) -> dict[str, Dial
     return {name: Dial(device) for name in names}
 
 # %% ../../nbs/steer/torch_update.ipynb #ae1a3a49
-class TorchUpdate:
-    """The update of an optimiser of torch as a function of tensors.
-
-    Args:
-        optimiser: One of torch.optim.
-        parameters: Those that have a gradient in each step, in the order of the groups.
-
-    Raises:
-        GraphError: For an optimiser that has no such function.
-    """
+class _Caught:
+    "Gets hold of the tensors and the settings of an update."
 
     def __init__(self, optimiser: Any, parameters: list[Tensor]):
         self.step, self.function = update_function(optimiser)
@@ -141,6 +133,18 @@ class TorchUpdate:
                  for group in self.optimiser.param_groups]
         if "betas" in moved: found += [[each["betas"][1]] for each in self.optimiser.param_groups]
         return found
+
+# %% ../../nbs/steer/torch_update.ipynb #29e68000
+class TorchUpdate(_Caught):
+    """The update of an optimiser of torch as a function of tensors.
+
+    Args:
+        optimiser: One of torch.optim.
+        parameters: Those that have a gradient in each step, in the order of the groups.
+
+    Raises:
+        GraphError: For an optimiser that has no such function.
+    """
 
     def current(self) -> list[Call]:
         "The calls with the tensors and settings of now."

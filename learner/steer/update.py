@@ -82,6 +82,10 @@ class _Limits(Callback):
 
     def before_training(self) -> None: self._clipped = -1
 
+# %% ../../nbs/steer/update.ipynb #e5bb9356
+class _InGraphToo(_Limits):
+    "Does the same in the graph of a whole step."
+
     def _clip_in_graph(self, gradients: list[Tensor]) -> tuple[list[Tensor], Tensor | None]:
         "The same for gradients that are in no parameter, without a change in place."
         if self.norm is None:
@@ -95,7 +99,7 @@ class _Limits(Callback):
         if self.log and norm is not None: learn.log(gradient_norm=norm)
 
 # %% ../../nbs/steer/update.ipynb #e84cf25d
-class ClipGradients(_Limits):
+class ClipGradients(_InGraphToo):
     """Shortens gradients that are too long before each step (Pascanu et al., 2013).
 
     Args:

@@ -63,7 +63,7 @@ def form_in_words(form: Form) -> str:
 WITHOUT_STEP = "without a step"  # in a form: the gradients are added up
 
 # %% ../../nbs/steer/whole_step.ipynb #ca47df49
-class Graphs:
+class _Forms:
     "The forms that have a graph, and those that go without."
 
     def __init__(self) -> None:
@@ -94,6 +94,10 @@ class Graphs:
     def give_up(self, form: Form) -> None:
         "Do without the compiler from here on: the form needs another graph again and again."
         self.plain[form] = self.compiled.pop(form, form_in_words(form))
+
+# %% ../../nbs/steer/whole_step.ipynb #671412dd
+class Graphs(_Forms):
+    "The forms that have a graph, and those that go without."
 
     def afresh(self) -> "Graphs":
         "What is kept for another step: the counts, and what is expected."
@@ -173,6 +177,7 @@ class Around:
 class _Prepared(Callback):
     "Looks at everything before the first step."
     backend: str
+    _compiler: str  # the backend that is meant
     graphs: Graphs
     _around: Any = None  # in a training
     _step: Any = None  # a Step, kept from one training to the next
@@ -206,11 +211,9 @@ class _Prepared(Callback):
         if step is not None and step.fits(learn, parameters, self._around.parts): return step
         with _refusing():
             used = probe(learn, [part.forward for part in self._around.parts if part.forward])
-            self._step = Step(learn, self._around.parts, used, self._name())
+            self._step = Step(learn, self._around.parts, used, self._compiler)
         self._sums, self.graphs = Sums(self._step.used_parameters), self.graphs.afresh()
         return self._step
-
-    def _name(self) -> str: return "inductor" if self.backend == "auto" else self.backend
 
 # %% ../../nbs/steer/whole_step.ipynb #8542fb4e
 class _refusing:
@@ -227,7 +230,19 @@ class _refusing:
 _LEFT = ("WholeStep: a step that was left out has kept gradients, and a graph does not add to them; "
          "call learn.optimiser.zero_grad(), or leave WholeStep out")
 
-class _Running(_Prepared):
+class _Gathering(_Prepared):
+    "Gathers what a step depends on."
+
+    def _inputs(self, learn: Learner, step: Step) -> Inputs:
+        if not self._around.weighing:
+            for parameter in step.parameters:
+                if parameter.grad is not None: raise CallbackError(_LEFT)
+            return step.inputs(learn)
+        factor, divisor = self._around.weighing[0](learn)
+        return step.inputs(learn, self._sums.open(), *self._sums.set(factor, divisor))
+
+# %% ../../nbs/steer/whole_step.ipynb #54935c3d
+class _Running(_Gathering):
     "Computes a batch."
     _computed: Callable[[Learner, Step, Inputs], tuple[Any, Tensor, list[Any]]]
 
@@ -266,14 +281,6 @@ class _Running(_Prepared):
             if inputs.sums is not None: learn.optimiser.zero_grad()
         around.done(learn, values, stepped)
 
-    def _inputs(self, learn: Learner, step: Step) -> Inputs:
-        if not self._around.weighing:
-            for parameter in step.parameters:
-                if parameter.grad is not None: raise CallbackError(_LEFT)
-            return step.inputs(learn)
-        factor, divisor = self._around.weighing[0](learn)
-        return step.inputs(learn, self._sums.open(), *self._sums.set(factor, divisor))
-
 # %% ../../nbs/steer/whole_step.ipynb #7459baac
 class _Computing(_Running):
     "Chooses between the graph and the same step without it."
@@ -309,7 +316,38 @@ class _Computing(_Running):
             self.graphs.note(form, step.compiled.graphs - before, seconds, learn.epoch > 0)
 
 # %% ../../nbs/steer/whole_step.ipynb #1fd3d4af
-class WholeStep(_Computing):
+class _Telling(_Computing):
+    "What it shows, and what of it is kept."
+
+    def explained(self, learn: Learner) -> list[str]:
+        "What becomes of each hook, for `learn.explain()`."
+        lines = [f"{self}: forward pass, loss, gradients and update in one graph"]
+        if self._idle: lines = [f"{self} stands aside: {self._idle}"]
+        measured = [times for path, times in learn.times.items() if path[-1] == "whole step"]
+        lines += [f"  mean time {format_seconds(total / count)}" for count, total in measured]
+        return [*lines, *SortedHooks(learn).lines(), *self.graphs.lines()]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"backend": self.backend, "_compiler": self._compiler, "graphs": Graphs()}  # a copy makes its own
+
+    def state_dict(self) -> dict[str, Any]:
+        "The forms of batches that have a graph: a training that is resumed computes the same."
+        return {"graphs": sorted(self.graphs.expected | {*self.graphs.compiled.values()})}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        "Go on from another training. Raises ValueError for a state of another kind."
+        if not isinstance(state.get("graphs"), list):
+            raise ValueError(f"load_state_dict: the state has no graphs; it has {sorted(state)}")
+        self.graphs.expected = set(state["graphs"])
+
+    def cleanup_train(self) -> None:
+        self.graphs.expected, self._around = set(), None
+        if self._step is None or not self._step.parameters[0].is_cuda: return
+        self._step.release()
+        self._step = None  # the recording is of tensors that have moved
+
+# %% ../../nbs/steer/whole_step.ipynb #ba12fe14
+class WholeStep(_Telling):
     """Computes forward pass, loss, gradients and update in one compiled graph.
 
     What other callbacks do in between is taken into the graph (ClipGradients, Accumulate,
@@ -335,33 +373,7 @@ class WholeStep(_Computing):
             raise TypeError(f"WholeStep: backend is {backend!r}; give the name of a backend of "
                             "torch.compile, or \"auto\"")
         self.backend, self.graphs = backend, Graphs()
+        self._compiler = "inductor" if backend == "auto" else backend
 
     def __repr__(self) -> str:
         return "WholeStep()" if self.backend == "auto" else f"WholeStep({self.backend!r})"
-
-    def explained(self, learn: Learner) -> list[str]:
-        "What becomes of each hook, for `learn.explain()`."
-        lines = [f"{self}: forward pass, loss, gradients and update in one graph"]
-        if self._idle: lines = [f"{self} stands aside: {self._idle}"]
-        measured = [times for path, times in learn.times.items() if path[-1] == "whole step"]
-        lines += [f"  mean time {format_seconds(total / count)}" for count, total in measured]
-        return [*lines, *SortedHooks(learn).lines(), *self.graphs.lines()]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"backend": self.backend, "graphs": Graphs()}  # a copy makes its own
-
-    def state_dict(self) -> dict[str, Any]:
-        "The forms of batches that have a graph: a training that is resumed computes the same."
-        return {"graphs": sorted(self.graphs.expected | {*self.graphs.compiled.values()})}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        "Go on from another training. Raises ValueError for a state of another kind."
-        if not isinstance(state.get("graphs"), list):
-            raise ValueError(f"load_state_dict: the state has no graphs; it has {sorted(state)}")
-        self.graphs.expected = set(state["graphs"])
-
-    def cleanup_train(self) -> None:
-        self.graphs.expected, self._around = set(), None
-        if self._step is None or not self._step.parameters[0].is_cuda: return
-        self._step.release()
-        self._step = None  # the recording is of tensors that have moved
