@@ -4,7 +4,9 @@ Linear(16, 16)-ReLU-Linear(16, 10), batches of 32, SGD, ready batches in a list,
 about half a millisecond. The rounds of all rows
 alternate in one process, each run right after one of the plain loop, to which its ratio is; the medians are printed.
 Callbacks that watch are compared with the same learner without them, in a table of their own; each callback that steers
-is compared with a plain loop that does the same by hand.
+is compared with a plain loop that does the same by hand. `WholeStep` is compared with the plain eager loop of the same
+optimiser, on this net, on one of 256 hidden units and on a small CNN (--only=whole); its graphs are made before anything is
+timed, and take a minute.
 Output goes to a file. Peers that are installed are timed beside; those that are not are left out.
 """
 import argparse
@@ -191,6 +193,80 @@ def steerers():
     return {name: (row, STEERERS[name.removeprefix("Learner: ")][2]) for name, row in there(STEERERS).items()}
 
 
+# The whole step in one graph, against the plain eager loop of the same optimiser.
+
+OPTIMISERS = {"AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=0.003),
+              "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)}
+
+
+def wide():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+
+
+def cnn():
+    "For batches of 32 images of 4 x 4."
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+                         nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
+
+
+def plain_with(batches, make=net, optimiser="AdamW", extras=False):
+    "The plain loop; with extras clipping, a schedule and an average by hand."
+    model = make()
+    optimiser = OPTIMISERS[optimiser](model)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 10**6)
+    parameters = list(model.parameters())
+    averages = [parameter.detach().clone() for parameter in parameters]
+
+    def run():
+        model.train()
+        for x, y in batches:
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            if extras: nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+            if not extras: continue
+            schedule.step()
+            with torch.no_grad(): torch._foreach_lerp_(averages, parameters, 0.001)
+    return timed(run)
+
+
+def whole(batches, make=net, optimiser="AdamW", callbacks=list):
+    from learner.steer.whole_step import WholeStep
+    model = make()
+    learn = Learner(model, OPTIMISERS[optimiser](model), F.cross_entropy, {"train": batches}, [*callbacks(), WholeStep("inductor")])
+    return timed(learn.train)
+
+
+def shown():
+    from learner.watch.metrics import Metrics, MulticlassAccuracy
+    from learner.watch.progress import Progress
+    return [Metrics(accuracy=MulticlassAccuracy()), Progress()]
+
+
+def steered():
+    from learner.steer.schedule import BatchSchedule
+    from learner.steer.update import EMA, ClipGradients
+    cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=10**6)
+    return [ClipGradients(1.0), BatchSchedule(cosine), EMA(0.999)]
+
+
+def wholes():
+    "For each row: how to make it, and the plain loop of the same optimiser."
+    adam, extras = partial(plain_with), partial(plain_with, extras=True)
+    sgd_loop = partial(plain_with, optimiser="SGD")
+    return {
+        "whole step: AdamW": (whole, adam), "whole step: SGD, momentum": (partial(whole, optimiser="SGD"), sgd_loop),
+        "whole step: AdamW, accuracy, progress": (partial(whole, callbacks=shown), adam),
+        "whole step: SGD, accuracy, progress": (partial(whole, optimiser="SGD", callbacks=shown), sgd_loop),
+        "whole step: AdamW, clip, schedule, EMA": (partial(whole, callbacks=steered), extras),
+        "whole step: AdamW, 256 wide": (partial(whole, make=wide), partial(plain_with, make=wide)),
+        "whole step: AdamW, small CNN": (partial(whole, make=cnn), partial(plain_with, make=cnn)),
+    }
+
+
 def miniai_(batches, shown=False):
     from miniai import learner as m
     from torcheval.metrics import MulticlassAccuracy
@@ -311,6 +387,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--width", type=int, default=WIDTH, help="hidden units (default: 16); more make a longer step")
     parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--no-whole", dest="whole", action="store_false", help="leave the rows of whole steps out")
     args = parser.parse_args()
     WIDTH = args.width
     torch.set_num_threads(1)
@@ -322,17 +399,20 @@ def main():
     with tempfile.TemporaryFile("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         tables = {"the plain loop": in_pairs(plain, all_rows(), batches, args),
                   "Learner": in_pairs(learner, there(WATCHERS), batches, args),
-                  "the same by hand": {}}
+                  "the same by hand": {}, "the plain loop, same optimiser": {}}
         for name, (row, base) in steerers().items():
             tables["the same by hand"] |= in_pairs(base, {name: row}, batches, args)
+        for name, (row, base) in wholes().items():
+            if args.whole and args.only in name:
+                tables["the plain loop, same optimiser"] |= in_pairs(base, {name: row}, batches, args)
     for base, pairs in tables.items():
         if not pairs: continue
-        print(f"{'':<36}{'µs per batch':>14}{'more':>8}{'ratio':>8}  over {base}")
+        print(f"{'':<40}{'µs per batch':>14}{'more':>8}{'ratio':>8}  over {base}")
         for name, counted in pairs.items():
             own, more = (median(times) / args.batches * 1e6
                          for times in ([row for _, row in counted], [row - bare for bare, row in counted]))
             ratio = median(row / bare for bare, row in counted)
-            print(f"{name:<36}{own:>14.1f}{more:>8.1f}{ratio:>8.3f}")
+            print(f"{name:<40}{own:>14.1f}{more:>8.1f}{ratio:>8.3f}")
 
 
 if __name__ == "__main__":

@@ -209,13 +209,20 @@ class Timed(_Measuring):
         clock: A function that gives the time in seconds. Default: `time.perf_counter`.
     """
 
+    @property
+    def is_measuring(self) -> bool:
+        "Whether the stages that open now are measured."
+        return self._timing.on
+
     def explain(self) -> None:
         """Print every stage and hook in firing order, with what it asks for.
 
-        Beside it stands the mean time that it took in the last run.
+        Beside it stands the mean time that it took in the last run. A callback with a method
+        `explained(learn)` adds the lines that this returns.
 
         Example:
             >>> learn.explain()
         """
         lines = _Explanation(type(self).__name__, self._resolved, self.times).lines()
+        for callback in self.callbacks: lines += getattr(callback, "explained", lambda learn: [])(self)
         print(in_encoding("\n".join(lines), sys.stdout))

@@ -233,6 +233,11 @@ class _Attached:
                     "give it to callbacks, or use learn.on")
 
     @property
+    def resolution(self) -> Resolution:
+        "The hooks by stage and kind in firing order; another object whenever callbacks change."
+        return self._resolved
+
+    @property
     def callbacks(self) -> tuple[Callback, ...]:
         "The callbacks, and their parts, in firing order."
         return tuple(in_order(self._resolved.callbacks))  # a priority may have changed since

@@ -19,6 +19,7 @@ from ..base.words import check_whole
 from ..loop.learner import Learner
 from ..loop.stages import Callback, CallbackError, CancelStepException
 from ..loop.updates import gradients_of, trained_parameters
+from .in_graph import InGraph
 
 # %% ../../nbs/steer/accumulate.ipynb #ea9b5e88
 def _is_one(factor: Any) -> bool: return type(factor) is float and factor == 1
@@ -52,9 +53,13 @@ class _Group:
         self.total = self.total + weight
         return weight / self.unit
 
+    def weight(self) -> Any:
+        "What to divide the sum of the gradients by."
+        return (self.total + (self.total == 0)) / self.unit
+
     def divide(self, gradients: list[Tensor]) -> None:
         "Make the mean of the gradients from their sum."
-        self.divisor = (self.total + (self.total == 0)) / self.unit
+        self.divisor = self.weight()
         _scale(gradients, self.divisor, divide=True)
 
 # %% ../../nbs/steer/accumulate.ipynb #7bdeabc6
@@ -220,8 +225,22 @@ class _Grouped(_Weighted):
 
     def after_batch(self) -> None: self._in_batch = False
 
+# %% ../../nbs/steer/accumulate.ipynb #d4fef64e
+class _Counted(_Grouped):
+    "What takes the place of the hooks in the graph of a whole step."
+
+    def _weigh_in_graph(self, learn: Learner) -> tuple[Any, Any]:
+        "The factor of the loss, and the divisor of the gradients, or None within a group."
+        factor = self._group.add(self._weigh(learn))
+        if self._group.batches < self.n and learn.batch_num + 1 != self._length: return factor, None
+        return factor, self._group.weight()
+
+    def _done_in_graph(self, learn: Learner, _: Any) -> None:
+        if learn.batches_stepped > learn.batch_num: self._group = _Group()
+        else: self._last_loss = learn.loss
+
 # %% ../../nbs/steer/accumulate.ipynb #2b36eb4a
-class _Closing(_Grouped):
+class _Closing(_Counted):
     "Takes the step of a group that is still open when the pass ends."
 
     def after_training(self, learn: Learner) -> None:
@@ -253,6 +272,10 @@ class Accumulate(_Closing):
     priority = -40  # in before_step the first, since it says whether there is a step
 
     def __repr__(self) -> str: return f"Accumulate({self.n})"
+
+    def in_graph(self) -> InGraph:
+        "What takes the place of the hooks in the graph of a whole step."
+        return InGraph(weigh=self._weigh_in_graph, done=self._done_in_graph)
 
     @property
     def batches(self) -> int:

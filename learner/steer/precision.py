@@ -23,6 +23,7 @@ from ..base.words import did_you_mean
 from ..loop.learner import Learner
 from ..loop.stages import Callback, CallbackError, CancelStepException
 from ..loop.updates import gradients_of
+from .in_graph import InGraph
 
 # %% ../../nbs/steer/precision.ipynb #cc6d1e1d
 def _nesting() -> int:
@@ -119,10 +120,11 @@ class _Autocast(Callback):
     dtype: torch.dtype
     _context: Any = None  # of autocast
     _used = False  # in this pass
+    _device_type = "cpu"  # in this pass
 
     def around_pass(self, learn: Learner) -> Iterator[None]:
         check_autocast(learn.model, learn.device, self.dtype)
-        self._used = False
+        self._used, self._device_type = False, learn.device.type
         with autocast_kept(learn.device.type): yield
 
     def around_predict(self, learn: Learner) -> Iterator[None]:
@@ -139,6 +141,10 @@ class _Autocast(Callback):
             "MixedPrecision had no effect: train_batch opened neither predict nor loss; call "
             "self.act(\"predict\", \"loss\"), or hook your own stages in a subclass: "
             "around_generator = MixedPrecision.around_predict")
+
+    def _autocast(self) -> Any: return torch.autocast(self._device_type, self.dtype)
+
+    def _note_use(self, learn: Learner, _: Any) -> None: self._used = True
 
 # %% ../../nbs/steer/precision.ipynb #36940150
 class _Scaled(_Autocast):
@@ -247,6 +253,12 @@ class MixedPrecision(_Scaling):
                              "out")
         for hook in ("around_backward", "before_step", "after_step", "cleanup_step"):
             setattr(self, hook, None)
+
+    def in_graph(self) -> InGraph | str:
+        "What takes the place of the hooks in the graph of a whole step."
+        if self.dtype is torch.float16:
+            return "in float16 the gradients decide whether there is a step; use \"bfloat16\""
+        return InGraph(forward=self._autocast, done=self._note_use)
 
     def __repr__(self) -> str: return f"MixedPrecision(\"{_name_of(self.dtype)}\")"
 

@@ -19,6 +19,7 @@ from ..base.words import check_number, did_you_mean
 from ..loop.learner import Learner
 from ..loop.stages import Callback, CallbackError
 from ..loop.updates import trained_parameters
+from .in_graph import InGraph
 
 # %% ../../nbs/steer/update.ipynb #5998ec8c
 def _check_limit(name: str, value: Any) -> float:
@@ -81,8 +82,24 @@ class _Limits(Callback):
 
     def before_training(self) -> None: self._clipped = -1
 
+# %% ../../nbs/steer/update.ipynb #e5bb9356
+class _InGraphToo(_Limits):
+    "Does the same in the graph of a whole step."
+
+    def _clip_in_graph(self, gradients: list[Tensor]) -> tuple[list[Tensor], Tensor | None]:
+        "The same for gradients that are in no parameter, without a change in place."
+        if self.norm is None:
+            limit = self.value or 0.0
+            return [gradient.clamp(-limit, limit) for gradient in gradients], None
+        norm = nn.utils.get_total_norm(gradients, self.norm_type)
+        factor = (self.norm / (norm + 1e-6)).clamp(max=1.0)  # as torch has it
+        return [gradient * factor.to(gradient.dtype) for gradient in gradients], norm
+
+    def _log_norm(self, learn: Learner, norm: Tensor | None) -> None:
+        if self.log and norm is not None: learn.log(gradient_norm=norm)
+
 # %% ../../nbs/steer/update.ipynb #e84cf25d
-class ClipGradients(_Limits):
+class ClipGradients(_InGraphToo):
     """Shortens gradients that are too long before each step (Pascanu et al., 2013).
 
     Args:
@@ -114,6 +131,10 @@ class ClipGradients(_Limits):
         else: self.value = _check_limit("value", value)
         self.norm_type = inf if norm_type == inf else _check_limit("norm_type", norm_type)
         self.log = log
+
+    def in_graph(self) -> InGraph:
+        "What takes the place of the hooks in the graph of a whole step."
+        return InGraph(gradients=self._clip_in_graph, done=self._log_norm)
 
     def __repr__(self) -> str:
         return f"ClipGradients({f'{self.norm:g}' if self.norm else f'value={self.value:g}'})"
