@@ -22,8 +22,8 @@ from ..base.checkpoints import checkpoint_name, list_checkpoints
 from ..base.store import check_state, load_state
 from ..base.nested import snapshot
 from ..base.store import newest_checkpoint, save_state
-from ..base.parts import cannot_restore
 from ..base.words import PrintableError, check_number, check_whole, plain
+from ..loop.hidden import unready_loaders
 from ..loop.learner import Learner
 from ..loop.state import trained_only
 from ..loop.stages import Callback
@@ -212,8 +212,7 @@ class _Remembering(_Stored):
     def _look_ahead(self, learn: Learner) -> None:
         "Warn of a best value that never comes, and of batches that cannot be given again."
         self._best.begin(self, learn)
-        lost = cannot_restore(learn.dataloaders["train"])
-        if lost: warnings.warn(lost, stacklevel=2)
+        learn.cursor.tell(unready_loaders(learn))
 
     def state_dict(self) -> dict[str, Any]:
         "Whose checkpoints these are, which is the best, and how far the next is."
