@@ -23,7 +23,7 @@ from torch.distributions import Distribution
 from ..base.history import History
 from ..base.parts import kept_order, length_of
 from ..base.provenance import kept_rng
-from ..base.batch import size_of, unpack
+from ..base.batch import LABELS, size_of, unpack
 from ..base.tree import is_leaf, map_tensors
 from ..base.words import check_whole, did_you_mean
 from ..loop.learner import Learner
@@ -201,6 +201,7 @@ def _pass_over(learn: Learner, loader: Any, callback: Callback, test: bool = Fal
     with _one_at_a_time, kept_rng(), kept_order([loader]), warnings.catch_warnings():
         quiet = learn.quiet_copy()
         quiet.dataloaders = {**learn.dataloaders, "test" if test else "validation": loader}
+        if isinstance(callback, _Asked): quiet.labels_at, quiet.inputs_at = LABELS, None
         warnings.filterwarnings("ignore", "(validation|test)_loss is nan")  # the reader sees it
         (quiet.test if test else quiet.validate)(callback)
 
