@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..base.history import History
+from ..base.rows import leaves_of, take
 from ..base.words import did_you_mean
-from ..watch.outputs import leaves_of, take
 
 # %% ../../nbs/use/answers.ipynb #2535b744
 PROBABILITIES: dict[str, Callable[[Tensor], Tensor]] = {  # of what a model gives, by name

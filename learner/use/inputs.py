@@ -20,8 +20,8 @@ from ..base.batch import LABELS, unpack
 from ..base.files import read_bytes
 from ..base.parts import kept_order, loaders_of
 from ..base.provenance import kept_rng
+from ..base.rows import leaves_of
 from ..base.tree import map_tensors
-from ..watch.outputs import leaves_of
 
 # %% ../../nbs/use/inputs.ipynb #35224452
 class InputError(ValueError):
