@@ -14,8 +14,8 @@ import shlex
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from io import BytesIO
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from ..base.data_hash import loader_hash
 from ..base.files import AnyPath
-from ..base.provenance import git_state
+from ..base.parts import kept_order
+from ..base.provenance import git_state, kept_rng
 from ..base.rows import leaves_of, logits_of, take
 from ..base.tree import map_tensors, to_device
 from ..base.words import check_whole, format_value, plain
@@ -49,7 +50,7 @@ def _quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally: logging.disable(before)
@@ -145,7 +146,7 @@ class _Guards(logging.Handler):
         self.places: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        place = re.search(r"eval Eq\(.*\((\S+:\d+ in \w+)\)", record.getMessage())
+        place = re.search(r"eval (?:Eq|Ne)\(.*\((\S+:\d+ in \w+)\)", record.getMessage())
         if place and "learner/" not in place[1]: self.places.append(place[1])
 
 # %% ../../nbs/use/export.ipynb #c4859389
@@ -332,7 +333,7 @@ def _examples(learn: Any, example: Any, predictor: Any, count: int) -> Any:
             raise ExportError("the learner has no data to take examples from; give example=...")
         loader = next(iter(learn.dataloaders.values()))
         if isinstance(loader, Mapping): loader = next(iter(loader.values()))
-        batch = predictor.preparation.data_of(next(iter(loader)))
+        with kept_order([loader]): batch = predictor.preparation.data_of(next(iter(loader)))
     batch = take(batch, slice(check_whole("count", count)))
     if len(leaves_of(batch)[0]) > 1: return map_tensors(lambda leaf: leaf.detach().cpu().clone(), batch)
     return map_tensors(lambda leaf: torch.cat([leaf, leaf]).detach().cpu(), batch)
@@ -366,10 +367,11 @@ def export(learn: Any, folder: AnyPath, example: Any = None, *, onnx: bool = Fal
         True
     """
     predictor = predictor_of(learn, read=read, classes=classes, probabilities=probabilities)
-    examples = _examples(learn, example, predictor, count)
-    answers = outputs_of(learn, examples)
-    formats = _Formats(leaves_of(examples), leaves_of(answers), onnx)
-    follow(learn, examples, formats)
+    with kept_rng():
+        examples = _examples(learn, example, predictor, count)
+        answers = outputs_of(learn, examples)
+        formats = _Formats(leaves_of(examples), leaves_of(answers), onnx)
+        follow(learn, examples, formats)
     reader = predictor.preparation.read
     parts = Parts(form_of(examples), formats.outputs, formats.program, formats.weights, examples, answers,
                   predictor.classes, predictor.probabilities,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..base.files import AnyPath, FileError, is_file, list_names, make_folder
-from ..base.files import read_bytes, read_json, remove, tidy, write_bytes, write_json
+from ..base.files import open_file, read_bytes, read_json, remove, tidy, write_bytes, write_json
 from ..base.hashing import hash_file
 from ..base.rows import leaves_of
 from ..base.store import load_state, save_state
@@ -202,6 +202,7 @@ class Exported:
             self.weights = load_state(self.folder / "model.safetensors", inside=self.folder)
             slots = map(_slot, self.config["inputs"])
             self.form = in_structure(self.config.get("structure"), slots)
+            in_structure(self.config.get("outputs"), iter(self.program["outputs"]))
             self.predictor = Predictor(
                 self.outputs, Preparation(self.form, _reader(self.config.get("image"))),
                 self.config.get("classes"), self.config.get("probabilities"))
@@ -309,7 +310,7 @@ def verify(folder: AnyPath) -> Verification:
         try: found["preparation of pictures"] = _compare_picture(model, stored["picture"])
         except ImportError: unchecked["preparation of pictures"] = "Pillow is not installed"
     if is_file(model.folder / "model.onnx"):
-        data = read_bytes(model.folder / "model.onnx", 2**31, model.folder)
+        with open_file(model.folder / "model.onnx", 2**31, model.folder) as file: data = file.read()
         try: found["model.onnx"] = largest_difference(onnx_outputs(data, inputs), answers)
         except ImportError:
             unchecked["model.onnx"] = "ONNX Runtime is missing: pip install 'nblearner[onnx]'"

@@ -114,7 +114,7 @@ def copy(exported, tmp_path): return shutil.copytree(exported[1], tmp_path / "co
 def test_an_architecture_through_export_and_verify(name, tmp_path):
     learn = learner_of(ARCHITECTURES[name], train=name != "two outputs")
     found = export(learn, tmp_path / "model", onnx=True)
-    assert found.ok and found.differences["program.json"] == 0 and found.differences["model.onnx"] < 1e-4
+    assert found.ok and found.differences["program.json"] < 1e-6 and found.differences["model.onnx"] < 1e-4
     images = next(iter(learn.dataloaders["test"]))[0]
     model = Exported(tmp_path / "model")
     for rows in (1, 3, len(images)):
@@ -379,7 +379,7 @@ def test_weights_go_to_and_from_the_layout_of_hugging_face(exported, tmp_path):
     index["weight_map"]["0.weight"] = "../exported/model.safetensors"
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError): read_weights(sharded)
-    with pytest.raises(ValueError, match="0.weight"): load_weights(dense(), folder)
+    with pytest.raises(ValueError, match="1.weight has shape"): load_weights(dense(), folder)
 
 
 def test_a_program_runs_on_what_it_is_given(exported):
