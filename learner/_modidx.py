@@ -3106,6 +3106,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'learner.use.regions.Plane.project': ('use/regions.html#plane.project', 'learner/use/regions.py'),
                                      'learner.use.regions._coloured': ('use/regions.html#_coloured', 'learner/use/regions.py'),
                                      'learner.use.regions._colours': ('use/regions.html#_colours', 'learner/use/regions.py'),
+                                     'learner.use.regions._components': ('use/regions.html#_components', 'learner/use/regions.py'),
                                      'learner.use.regions._points': ('use/regions.html#_points', 'learner/use/regions.py'),
                                      'learner.use.regions.decision_regions': ( 'use/regions.html#decision_regions',
                                                                                'learner/use/regions.py')},

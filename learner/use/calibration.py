@@ -85,11 +85,11 @@ def reliability(probabilities: Tensor, labels: Tensor, *, bins: int = 10, ax: "A
     error = calibration_error(probabilities, labels, bins)
     ax = new_axes(ax, (4.2, 4.0), f"calibration error {error:.3f}", "how sure", "how often right")
     centres = (torch.arange(bins) + 0.5) * width
-    ax.bar(centres[there], right[there], width * 0.95, alpha=0.75, label="right")
+    ax.bar(centres[there].tolist(), right[there].tolist(), width * 0.95, alpha=0.75, label="right")
     ax.plot([0, 1], [0, 1], ls="--", color="grey", lw=1, label="perfect")
     ax.plot(sure[there], right[there], "o", ms=4, color="black")
-    share = count / count.sum()
-    ax.bar(centres, -0.12 * share / share.max(), width * 0.95, color="grey", alpha=0.6, label="share of answers")
+    depth = (-0.12 * count / count.max()).tolist()  # below the axis: how many answers
+    ax.bar(centres.tolist(), depth, width * 0.95, color="grey", alpha=0.6, label="share of answers")
     ax.set_xlim(0, 1)
     ax.set_ylim(-0.14, 1.02)
     legend(ax, fontsize=8, loc="upper left")

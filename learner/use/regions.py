@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..base.provenance import kept_rng
 from ..base.show import colour_bar, legend, new_axes
 from ..base.words import check_whole
 from .asked import Model, scores_function
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # %% ../../nbs/use/regions.ipynb #94632241
+def _components(centred: Tensor) -> Tensor:
+    "The two directions in which examples differ most, 2 x inputs."
+    if centred.shape[1] <= 2048:
+        return torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -2:].flip(1).T
+    with kept_rng(): return torch.pca_lowrank(centred, 6, center=False, niter=6)[2][:, :2].T
+
 class Plane:
     """A plane through examples: two chosen inputs, or their two principal components.
 
@@ -39,8 +46,8 @@ class Plane:
         self.shape, self.centre = x.shape[1:], flat.mean(0)
         if inputs is None and flat.shape[1] == 2: inputs = (0, 1)
         if inputs is None:
-            _, _, basis = torch.pca_lowrank(flat, 2, center=True, niter=4)
-            self.basis, self.names = basis.T, ("first component", "second component")
+            self.basis = _components(flat - self.centre)
+            self.names = ("first component", "second component")
         else:
             if len(inputs) != 2 or not all(0 <= each < flat.shape[1] for each in inputs):
                 raise ValueError(f"inputs is {inputs!r}; give the numbers of two of the "
@@ -98,7 +105,7 @@ def decision_regions(model: Model, x: Tensor, y: Tensor | None = None, *,
     extent = (float(low[0]), float(high[0]), float(low[1]), float(high[1]))
     picture = scores.reshape(size, size, -1).transpose(0, 1)
     if picture.shape[2] == 1:
-        drawn = ax.imshow(picture[..., 0], origin="lower", extent=extent, aspect="auto", cmap="viridis")
+        drawn = ax.imshow(picture[..., 0].numpy(), origin="lower", extent=extent, aspect="auto", cmap="viridis")
         colour_bar(drawn, ax, "score")
     else: ax.imshow(_coloured(picture), origin="lower", extent=extent, aspect="auto")
     _points(ax, places, y, classes, picture.shape[2])
@@ -127,5 +134,5 @@ def _points(ax: Any, places: Tensor, y: Tensor | None, classes: Sequence[str] | 
         name = str(label) if classes is None else classes[label]
         ax.scatter(*places[labels == label].T, s=14, color=[colours[label].tolist()], edgecolors="black",
                    linewidths=0.4, label=name)
-    legend(ax, fontsize=8)
+    legend(ax, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return None

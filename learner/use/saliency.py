@@ -127,10 +127,10 @@ def saliency(model: Model, image: Tensor, target: int | None = None, *, method: 
     shown = -1 if target is None else target
     if target is None: shown = int(scores_function(model)(_check_image(image))[0].argmax())
     ax = new_axes(ax, (3.2, 3.4), f"{method.replace('_', ' ')}, score {shown}")
-    ax.imshow(picture, cmap="gray")
+    ax.imshow(picture.numpy(), cmap="gray")
     limit = float(found.abs().max()) or 1.0
     strength = (found.abs() / limit).clamp(0, 1) * 0.75
-    ax.imshow(found, cmap="bwr", vmin=-limit, vmax=limit, alpha=strength.numpy())
+    ax.imshow(found.numpy(), cmap="bwr", vmin=-limit, vmax=limit, alpha=strength.numpy())
     ax.set_xticks([])
     ax.set_yticks([])
     return ax

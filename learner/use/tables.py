@@ -149,8 +149,8 @@ def permutation_importance(model: Model, x: Tensor, y: Tensor, *, names: Sequenc
     order = found.mean(1).argsort(descending=True)[:check_whole("most", most)]
     measure = "R squared" if y.is_floating_point() else "accuracy"
     ax = new_axes(ax, (4.8, 0.9 + 0.3 * len(order)), "importance", f"loss of {measure} when shuffled")
-    ax.barh(range(len(order)), found[order].mean(1), xerr=found[order].std(1) if repeats > 1 else None,
-            ecolor="grey")
+    spread = found[order].std(1).tolist() if repeats > 1 else None
+    ax.barh(range(len(order)), found[order].mean(1).tolist(), xerr=spread, ecolor="grey")
     labels = [f"input {i}" if names is None else names[i] for i in order.tolist()]
     ax.set_yticks(range(len(order)), labels)
     ax.invert_yaxis()
@@ -197,7 +197,7 @@ def what_if(model: Model, example: Tensor, x: Tensor, *, names: Sequence[str] | 
 def _draw_scores(ask: Callable[[Any], Tensor], row: Tensor, classes: Sequence[str] | None, ax: Any) -> None:
     scores = ask(row)[0]
     ax.clear()
-    ax.barh(range(len(scores)), scores)
+    ax.barh(range(len(scores)), scores.tolist())
     ax.set_yticks(range(len(scores)), classes or [f"score {i}" for i in range(len(scores))])
     ax.invert_yaxis()
 
