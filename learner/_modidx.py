@@ -2097,6 +2097,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'learner.runs.runs.Rerun.__repr__': ('runs/runs.html#rerun.__repr__', 'learner/runs/runs.py'),
                                    'learner.runs.runs.Rerun._outcome': ('runs/runs.html#rerun._outcome', 'learner/runs/runs.py'),
                                    'learner.runs.runs._best_or_last': ('runs/runs.html#_best_or_last', 'learner/runs/runs.py'),
+                                   'learner.runs.runs._changed': ('runs/runs.html#_changed', 'learner/runs/runs.py'),
+                                   'learner.runs.runs._check_changeable': ('runs/runs.html#_check_changeable', 'learner/runs/runs.py'),
                                    'learner.runs.runs._check_split': ('runs/runs.html#_check_split', 'learner/runs/runs.py'),
                                    'learner.runs.runs._differences': ('runs/runs.html#_differences', 'learner/runs/runs.py'),
                                    'learner.runs.runs._is_done': ('runs/runs.html#_is_done', 'learner/runs/runs.py'),

@@ -111,11 +111,13 @@ def _search_here() -> None:
     "Find the user's modules in the current folder, after all others."
     if os.getcwd() not in sys.path: sys.path.append(os.getcwd())
 
-def check_record(run_dir: str, allow: Sequence[str]) -> RunFiles:
+def check_record(
+    run_dir: str, allow: Sequence[str], settings: Mapping[str, Any] | None = None,
+) -> RunFiles:
     "A run that is to be built again: its settings are checked before PyTorch is loaded."
     if allow: _search_here()
     files = read_run(run_dir)
-    from_record(files.config, allow=allow)
+    from_record(files.config, settings or {}, allow=allow)
     return files
 
 def _console(quiet: bool) -> list[Any]:
@@ -191,12 +193,13 @@ def _evaluate(
     split: Literal["validation", "test"] = "validation",  # the data; its use is written down
     checkpoint: str = "best",  # best, last, or the name of one in checkpoints
     allow: Sequence[str] = (),  # a module of your own that the run names
+    **settings: Any,
 ) -> None:
-    "Measure a run on validation or test data."
-    check_record(run_dir, allow)
+    "Measure a run on validation or test data, with settings changed if need be."
+    check_record(run_dir, allow, settings)
     with mistakes(), _ends_in_order():
         from learner.runs.runs import evaluate_run
-        found = evaluate_run(run_dir, split, checkpoint, allow)
+        found = evaluate_run(run_dir, split, checkpoint, allow, None, settings)
     for name, value in found.items(): say(f"{name}  {value:.6g}")
 
 @command

@@ -23,7 +23,7 @@ from learner.steer.augment import TTA, BatchTransform, normalise
 from learner.steer.update import EMA
 from learner.use.export import ExportError, export, verify
 from learner.use.folder import FILES, Exported, check_hashes
-from learner.use.hub import read_weights, load_weights
+from learner.use.hub import load_weights, read_weights
 from learner.use.program import ProgramError, check_program, run_program
 
 LONG = pytest.mark.long
