@@ -115,6 +115,7 @@ def _settings(files: RunFiles, allow: Iterable[str], *layers: Mapping[str, Any])
     return from_record(files.config, *layers, allow=[allow] if isinstance(allow, str)
                        else list(allow))
 
+# %% ../../nbs/runs/runs.ipynb #2b348198
 def load_run(folder: AnyPath, checkpoint: AnyPath = "best", allow: Iterable[str] = (),
              splits: Iterable[str] = ("train", "validation"), **settings: Any) -> Learner:
     """The learner of a run with the state of a checkpoint, ready to predict or to train on.

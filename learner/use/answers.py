@@ -154,6 +154,7 @@ def answers(outputs: Any, probabilities: str | None = None,
                          "apart; give one name for each")
     return Answers(outputs, shares, _labels(shares, exclusive, classes))
 
+# %% ../../nbs/use/answers.ipynb #ea4cceb8
 def _labels(shares: Tensor, exclusive: bool, classes: Sequence[str] | None) -> list[Any]:
     if exclusive: return [_named(place, classes) for place in shares.argmax(1).tolist()]
     if shares.ndim == 1 or shares.shape[1] == 1:

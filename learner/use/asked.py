@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base.batch import LABELS
 from ..base.rows import leaves_of, logits_of
 from ..base.tree import to_device
 from ..loop.learner import Learner
@@ -33,6 +34,7 @@ def _called(model: Callable[[Any], Any], batch: Any) -> Any:
     finally:
         for module, mode in modes: module.training = mode
 
+# %% ../../nbs/use/asked.ipynb #e685e2aa
 def scores_function(model: Model) -> Callable[[Any], Tensor]:
     """A function from a batch to scores, on the CPU.
 
@@ -93,6 +95,7 @@ class _One:
         yield self.batch, None
         raise CancelEpochException
 
+# %% ../../nbs/use/asked.ipynb #5d4e96a1
 def opened(model: Model, batch: Any) -> tuple[nn.Module, Any]:
     """A module that gradients can go through, in evaluation mode, and what it gets for a batch.
 
@@ -107,13 +110,13 @@ def opened(model: Model, batch: Any) -> tuple[nn.Module, Any]:
         >>> module, data = opened(learn, images)
     """
     if isinstance(model, nn.Module):
-        copy = deepcopy(model).eval()
-        return copy, to_device(batch, next(copy.parameters(), torch.empty(0)).device)
+        module = deepcopy(model).eval()
+        return module, to_device(batch, next(module.parameters(), torch.empty(0)).device)
     if not isinstance(model, Learner):
         raise TypeError(f"gradients need a learner or a module, and this is a {type(model).__name__}; "
                         "use method=\"occlusion\", which only asks")
     with model.trial() as copy: copy.optimiser = None
-    copy.labels_at, copy.inputs_at = ("labels", "label"), None
+    copy.labels_at, copy.inputs_at = LABELS, None
     copy.dataloaders = {"validation": _One(batch)}
     copy.validate(seen := _Seen())
     return seen.found

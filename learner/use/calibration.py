@@ -46,6 +46,7 @@ def calibration_bins(probabilities: Tensor, labels: Tensor, bins: int = 10) -> t
     means = [torch.bincount(place, each.double(), minlength=bins) / count.clamp(min=1) for each in (sure, right)]
     return count.long(), means[0], means[1]
 
+# %% ../../nbs/use/calibration.ipynb #23d1cbc0
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 10) -> float:
     """The expected calibration error: how far "how sure" is from "how often right", on average.
 
@@ -178,6 +179,7 @@ def slice_table(predictions: Tensor, labels: Tensor, slices: Mapping[str, Tensor
         found[name] = int(mask.sum()), share
     return found
 
+# %% ../../nbs/use/calibration.ipynb #87a6e457
 def confusion_by_slice(predictions: Tensor, labels: Tensor, slices: Mapping[str, Tensor], *,
                        classes: Sequence[str] | None = None, ax: Any = None) -> Any:
     """Draw a confusion matrix for each slice.

@@ -196,6 +196,7 @@ def _onnx(exported: Any) -> bytes:
     with _quiet(): made: Any = torch.onnx.export(exported, verbose=False)
     return bytes(made.model_proto.SerializeToString())
 
+# %% ../../nbs/use/export.ipynb #c77a5ad5
 class _Formats:
     "What is made of a model while its pass is open, and how far each format is from the answers."
 
@@ -338,6 +339,16 @@ def _examples(learn: Any, example: Any, predictor: Any, count: int) -> Any:
     if len(leaves_of(batch)[0]) > 1: return map_tensors(lambda leaf: leaf.detach().cpu().clone(), batch)
     return map_tensors(lambda leaf: torch.cat([leaf, leaf]).detach().cpu(), batch)
 
+# %% ../../nbs/use/export.ipynb #1de77649
+def _parts_of(learn: Any, predictor: Any, formats: _Formats, examples: Any, answers: Any) -> Parts:
+    reader = predictor.preparation.read
+    more = {"architectures": [type(learn.model).__name__], "model_type": "learner",
+            "torch_version": torch.__version__}
+    return Parts(form_of(examples), formats.outputs, formats.program, formats.weights, examples,
+                 answers, predictor.classes, predictor.probabilities,
+                 reader if isinstance(reader, ImageReader) else None, more)
+
+# %% ../../nbs/use/export.ipynb #f2f7f4d2
 def export(learn: Any, folder: AnyPath, example: Any = None, *, onnx: bool = False,
            read: ImageReader | None = None, classes: Sequence[str] | None = None,
            probabilities: str | None = None, count: int = 8,
@@ -372,11 +383,7 @@ def export(learn: Any, folder: AnyPath, example: Any = None, *, onnx: bool = Fal
         answers = outputs_of(learn, examples)
         formats = _Formats(leaves_of(examples), leaves_of(answers), onnx)
         follow(learn, examples, formats)
-    reader = predictor.preparation.read
-    parts = Parts(form_of(examples), formats.outputs, formats.program, formats.weights, examples, answers,
-                  predictor.classes, predictor.probabilities,
-                  reader if isinstance(reader, ImageReader) else None,
-                  {"architectures": [type(learn.model).__name__], "model_type": "learner", "torch_version": torch.__version__})
+    parts = _parts_of(learn, predictor, formats, examples, answers)
     text = card(parts, facts or facts_of(learn), formats.differences,
                 command or f"learner.use.export.export(learn, {os.fspath(folder)!r})")
     write_folder(folder, parts, {**formats.files, "README.md": text.encode()})

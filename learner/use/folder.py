@@ -102,6 +102,7 @@ def _picture(reader: ImageReader) -> dict[str, Any]:
 def _as_image(library: Any, pixels: Tensor) -> Any:
     return library.fromarray((pixels[..., 0] if pixels.shape[-1] == 1 else pixels).numpy())
 
+# %% ../../nbs/use/folder.ipynb #96a93618
 def write_folder(folder: AnyPath, parts: Parts, others: Mapping[str, bytes]) -> None:
     """Write an export.
 
@@ -122,7 +123,7 @@ def write_folder(folder: AnyPath, parts: Parts, others: Mapping[str, bytes]) -> 
                           "folder")
     for name in ("hashes.json", "README.md", "program.pt2", "model.onnx"): remove(folder / name, folder)
     save_state(folder / "model.safetensors", dict(parts.weights))
-    examples = {"inputs": leaves_of(parts.examples), "outputs": leaves_of(parts.answers)}
+    examples: dict[str, Any] = {"inputs": leaves_of(parts.examples), "outputs": leaves_of(parts.answers)}
     if parts.read is not None: examples["picture"] = _picture(parts.read)
     save_state(folder / "examples.safetensors", examples)
     write_json(folder / "program.json", parts.program, folder)
@@ -164,15 +165,37 @@ def _slot(spec: Any) -> Tensor:
 
 def _reader(settings: Any) -> ImageReader | None:
     if settings is None: return None
-    try: reader = ImageReader(**{key: tuple(value) if isinstance(value, list) else value
-                                 for key, value in settings.items()})
+    try:
+        given: Any = {key: tuple(value) if isinstance(value, list) else value
+                      for key, value in settings.items()}
+        reader = ImageReader(**given)
     except (TypeError, AttributeError): pass
     else:
         if reader.channels in (1, 3, 4): return reader
     raise ExportError(f"config.json has the image {str(settings)[:80]}, which means nothing")
 
 # %% ../../nbs/use/folder.ipynb #ab92472c
-class Exported:
+class _Runs:
+    "A folder that was read: how its program is run."
+    folder: Path
+    config: dict[str, Any]
+    program: dict[str, Any]
+    weights: Mapping[str, Tensor]
+
+    def _json(self, name: str) -> Any:
+        return read_json(self.folder / name, limit=2**28, inside=self.folder)
+
+    def outputs(self, batch: Any) -> Any:
+        "What the model gives for a batch that is prepared, on the CPU."
+        found = iter(run_program(self.program, self.weights, leaves_of(batch)))
+        return in_structure(self.config.get("outputs"), found)
+
+    def __repr__(self) -> str:
+        kind = ", ".join(map(str, self.config.get("architectures") or ["a model"]))
+        return f"Exported({self.folder}: {kind}, {len(self.program['steps'])} steps)"
+
+# %% ../../nbs/use/folder.ipynb #9af9320a
+class Exported(_Runs):
     """An exported folder, which was checked and read.
 
     Args:
@@ -209,18 +232,6 @@ class Exported:
         except (KeyError, TypeError, StopIteration, ValueError) as error:
             if isinstance(error, ExportError | FileError): raise
             raise ExportError(f"{self.folder} is not an export that can be read: {error}") from error
-
-    def _json(self, name: str) -> Any:
-        return read_json(self.folder / name, limit=2**28, inside=self.folder)
-
-    def outputs(self, batch: Any) -> Any:
-        "What the model gives for a batch that is prepared, on the CPU."
-        found = iter(run_program(self.program, self.weights, leaves_of(batch)))
-        return in_structure(self.config.get("outputs"), found)
-
-    def __repr__(self) -> str:
-        kind = ", ".join(map(str, self.config.get("architectures") or ["a model"]))
-        return f"Exported({self.folder}: {kind}, {len(self.program['steps'])} steps)"
 
 # %% ../../nbs/use/folder.ipynb #a938203e
 TOLERANCE = 1e-4  # of the largest stored answer
@@ -272,7 +283,7 @@ def largest_difference(found: Sequence[Tensor], stored: Sequence[Tensor]) -> flo
 
 def onnx_outputs(data: bytes, inputs: Sequence[Tensor]) -> list[Tensor]:
     "What ONNX Runtime computes; raises ImportError if it is not installed."
-    import onnxruntime
+    import onnxruntime  # type: ignore[import-untyped]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
@@ -319,6 +330,7 @@ def verify(folder: AnyPath) -> Verification:
     scale = max((leaf.double().abs().max().item() for leaf in answers if leaf.numel()), default=0.0)
     return Verification(found, scale, unchecked, len(answers[0]))
 
+# %% ../../nbs/use/folder.ipynb #901e1a4e
 def _compare_picture(model: Exported, stored: Mapping[str, Tensor]) -> float:
     from PIL import Image
     read: Any = model.predictor.preparation.read

@@ -85,6 +85,7 @@ def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
     pairs = [(name, other) for names in by_place.values() for name in names for other in names]
     return {name: other for name, other in pairs if name != other}
 
+# %% ../../nbs/use/hub.ipynb #86843f86
 def load_weights(model: nn.Module, folder: AnyPath, prefix: str = "") -> None:
     """Load the weights of a folder into a model; where one does not fit, nothing is changed.
 

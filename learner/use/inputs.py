@@ -87,6 +87,21 @@ def as_tensor(value: Any, slot: Tensor, name: str = "inputs") -> Tensor:
     return tensor.to(slot.dtype)
 
 # %% ../../nbs/use/inputs.ipynb #9bd68c19
+def _pixels(reader: "ImageReader", image: Any) -> Tensor:
+    "The bytes of a picture, channels x height x width; raises InputError for another size."
+    import numpy as np
+    height, width = reader.size
+    if (image.height, image.width) != (height, width):
+        if not reader.resize:
+            raise InputError(f"the picture is {image.width} x {image.height} pixels and the model's "
+                             f"are {width} x {height}; bring it to that size, or read with "
+                             "ImageReader(..., resize=True)")
+        image = image.convert(reader.mode).resize((width, height), 2)  # bilinear
+    pixels = np.array(image.convert(reader.mode))  # a copy that may be written to
+    shaped = torch.from_numpy(pixels).reshape(height, width, reader.channels)
+    return shaped.permute(2, 0, 1).contiguous()
+
+# %% ../../nbs/use/inputs.ipynb #7f55ecdd
 @dataclass(frozen=True)
 class ImageReader:
     """Makes the tensor of a picture: channels x height x width.
@@ -110,20 +125,11 @@ class ImageReader:
     resize: bool = False
 
     def __call__(self, image: Any) -> Tensor:
-        import numpy as np
-        height, width = self.size
-        if (image.height, image.width) != (height, width):
-            if not self.resize:
-                raise InputError(f"the picture is {image.width} x {image.height} pixels and the "
-                                 f"model's are {width} x {height}; bring it to that size, or read "
-                                 "with ImageReader(..., resize=True)")
-            image = image.convert(self.mode).resize((width, height), 2)  # bilinear
-        pixels = np.array(image.convert(self.mode))  # a copy that may be written to
-        tensor = torch.from_numpy(pixels).reshape(height, width, self.channels).permute(2, 0, 1)
-        if not self.floats: return tensor.contiguous()
+        pixels = _pixels(self, image)
+        if not self.floats: return pixels
         mean, std = (torch.tensor(each, dtype=torch.float32).reshape(-1, 1, 1)
                      for each in (self.mean, self.std))
-        return (tensor.float().div_(255) - mean) / std
+        return (pixels.float().div_(255) - mean) / std
 
     @property
     def mode(self) -> str:
@@ -195,6 +201,7 @@ def _zipped(value: Any, form: Any, function: Callable[[Any, Tensor, str], Any], 
                      for place, (each, part) in enumerate(zip(value, form, strict=True)))
     return function(value, form, name or "inputs")
 
+# %% ../../nbs/use/inputs.ipynb #a1991893
 def fitted(value: Any, form: Any) -> tuple[Any, bool]:
     """The tensors of a value, and whether it is a batch.
 
@@ -342,6 +349,7 @@ class _Transformed:
 
     def __repr__(self) -> str: return f"the transform of the data set, {self.transform!r:.60}"
 
+# %% ../../nbs/use/inputs.ipynb #dc3afe3a
 def preparation_of(learn: Any, example: Any = None, read: Any = None) -> Preparation:
     """How a learner's inputs are prepared, as far as its data say.
 

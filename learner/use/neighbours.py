@@ -82,6 +82,7 @@ def nearest(model: Model, example: Tensor, x: Tensor, *, count: int = 8,
     found = distances.topk(min(check_whole("count", count), len(x)), largest=False)
     return found.indices, found.values
 
+# %% ../../nbs/use/neighbours.ipynb #8fdee806
 def show_neighbours(model: Model, example: Tensor, x: Tensor, *, labels: Tensor | None = None,
                     classes: Sequence[str] | None = None, count: int = 7, layer: str | None = None,
                     ax: "Axes | None" = None) -> "Axes":

@@ -79,27 +79,12 @@ def _answer_all(learn: Any, questions: _Questions) -> None:
         except BaseException as error: questions.answer(error)
 
 # %% ../../nbs/use/predict.ipynb #3b64bda0
-class OpenPass:
-    """A validation pass over a copy of a learner, which answers one batch after another.
-
-    Args:
-        learn: A learner that is not running. It is copied, and may train on.
-
-    Example:
-        >>> ask = OpenPass(learn)
-        >>> ask(images[:1]).shape
-        torch.Size([1, 10])
-    """
-
-    def __init__(self, learn: Any):
-        check_idle(learn)
-        with learn.trial() as copy: self._learn = copy
-        copy.optimiser = None  # an answer needs none, and its state may be large
-        copy.labels_at, copy.inputs_at = LABELS, None
-        self._questions, self._lock = _Questions(), Lock()
-        copy.dataloaders = {"validation": self._questions}
-        self._thread: Thread | None = None
-        finalize(self, self._questions.waiting.put, None)
+class _Answered:
+    "How the thread of an open pass is asked, and ended."
+    _learn: Any
+    _questions: _Questions
+    _lock: Any
+    _thread: Thread | None
 
     def __call__(self, batch: Any) -> Any:
         "Outputs on the CPU for a batch; raises what the model or a callback raises."
@@ -122,10 +107,32 @@ class OpenPass:
             if self._thread is not None: self._thread.join()
             self._questions.closed = True
 
+# %% ../../nbs/use/predict.ipynb #683a3bac
+class OpenPass(_Answered):
+    """A validation pass over a copy of a learner, which answers one batch after another.
+
+    Args:
+        learn: A learner that is not running. It is copied, and may train on.
+
+    Example:
+        >>> ask = OpenPass(learn)
+        >>> ask(images[:1]).shape
+        torch.Size([1, 10])
+    """
+
+    def __init__(self, learn: Any):
+        check_idle(learn)
+        with learn.trial() as copy: self._learn = copy
+        copy.optimiser = None  # an answer needs none, and its state may be large
+        copy.labels_at, copy.inputs_at = LABELS, None
+        self._questions, self._lock = _Questions(), Lock()
+        copy.dataloaders = {"validation": self._questions}
+        self._thread = None
+        finalize(self, self._questions.waiting.put, None)
+
 # %% ../../nbs/use/predict.ipynb #e19f4c3e
 def _classes_of(learn: Any, classes: Sequence[str] | None) -> list[str] | None:
-    phase = next(iter(learn.dataloaders), None)
-    return list(classes) if phase is None and classes is not None else class_names(learn, phase, classes)
+    return class_names(learn, next(iter(learn.dataloaders)), classes)
 
 def predictor_of(learn: Any, *, example: Any = None, read: Callable[[Any], Any] | None = None,
                  classes: Sequence[str] | None = None, probabilities: str | None = None,
@@ -163,6 +170,7 @@ def _preparation(learn: Any) -> Preparation:
         known = _prepared[learn] = learn.dataloaders, preparation_of(learn)
     return known[1]
 
+# %% ../../nbs/use/predict.ipynb #399c5d38
 def predict(learn: Any, inputs: Any, *, read: Callable[[Any], Any] | None = None,
             classes: Sequence[str] | None = None, probabilities: str | None = None,
             batch_size: int = 256) -> Any:

@@ -59,31 +59,8 @@ class _Asking:
         return answers(outputs, self.probabilities, self.classes)
 
 # %% ../../nbs/use/predictor.ipynb #a73c0dc3
-class Predictor(_Asking):
-    """A trained model with all that is needed to ask it.
-
-    Args:
-        ask: A function from a batch, tensors with a row for each example, to outputs on the CPU.
-            Any function will do, such as that of a model elsewhere.
-        preparation: How inputs get into the form that `ask` takes.
-        classes: The names of the classes by number.
-        probabilities: How outputs become probabilities: "softmax", "exp", "sigmoid", "identity",
-            or None.
-        batch_size: Examples that are asked about at a time; None: all that are given.
-
-    Example:
-        >>> predictor = predictor_of(learn)
-        >>> predictor("seven.png").label
-        '7'
-    """
-
-    def __init__(self, ask: Callable[[Any], Any], preparation: Preparation | None = None,
-                 classes: Sequence[str] | None = None, probabilities: str | None = None,
-                 batch_size: int | None = 256):
-        self.ask, self.preparation = ask, preparation or Preparation()
-        self.classes = None if classes is None else tuple(map(str, classes))
-        self.probabilities = check_probabilities(probabilities)
-        self.batch_size = None if batch_size is None else check_whole("batch_size", batch_size)
+class _Calls(_Asking):
+    "How a predictor is asked about whatever is given."
 
     def __call__(self, inputs: Any) -> Any:
         """Ask about whatever is given.
@@ -110,6 +87,33 @@ class Predictor(_Asking):
         parts = [self.outputs(self.preparation.data_of(batch)) for batch in loader]
         if not parts: raise InputError("the loader yielded no batch; give at least one")
         return self.named(join_rows("predictions", parts))
+
+# %% ../../nbs/use/predictor.ipynb #de7d6210
+class Predictor(_Calls):
+    """A trained model with all that is needed to ask it.
+
+    Args:
+        ask: A function from a batch, tensors with a row for each example, to outputs on the CPU.
+            Any function will do, such as that of a model elsewhere.
+        preparation: How inputs get into the form that `ask` takes.
+        classes: The names of the classes by number.
+        probabilities: How outputs become probabilities: "softmax", "exp", "sigmoid", "identity",
+            or None.
+        batch_size: Examples that are asked about at a time; None: all that are given.
+
+    Example:
+        >>> predictor = predictor_of(learn)
+        >>> predictor("seven.png").label
+        '7'
+    """
+
+    def __init__(self, ask: Callable[[Any], Any], preparation: Preparation | None = None,
+                 classes: Sequence[str] | None = None, probabilities: str | None = None,
+                 batch_size: int | None = 256):
+        self.ask, self.preparation = ask, preparation or Preparation()
+        self.classes = None if classes is None else tuple(map(str, classes))
+        self.probabilities = check_probabilities(probabilities)
+        self.batch_size = None if batch_size is None else check_whole("batch_size", batch_size)
 
 # %% ../../nbs/use/predictor.ipynb #cbd04de4
 def _is_loader(value: Any) -> bool:

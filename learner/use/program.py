@@ -101,6 +101,7 @@ def line_of(node: Any) -> str:
     code = lines[places[-1] + 1:places[-1] + 2]
     return f" ({lines[places[-1]]}{': ' + code[0] if code else ''})"
 
+# %% ../../nbs/use/program.ipynb #cd2d47f9
 def program_from(exported: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A program of what `torch.export.export` returned, and its weights.
 
@@ -161,6 +162,7 @@ def check_program(program: Any) -> None:
     for name in outputs:
         if name not in known: raise ProgramError(f"the output {str(name)[:40]!r} is not a step")
 
+# %% ../../nbs/use/program.ipynb #1af8d379
 def run_program(program: Mapping[str, Any], weights: Mapping[str, Tensor],
                 inputs: Sequence[Tensor]) -> list[Tensor]:
     """Run a program.

@@ -27,6 +27,7 @@ def _components(centred: Tensor) -> Tensor:
         return torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -2:].flip(1).T
     with kept_rng(): return torch.pca_lowrank(centred, 6, center=False, niter=6)[2][:, :2].T
 
+# %% ../../nbs/use/regions.ipynb #80bf98af
 class Plane:
     """A plane through examples: two chosen inputs, or their two principal components.
 
@@ -41,8 +42,7 @@ class Plane:
     def __init__(self, x: Tensor, inputs: tuple[int, int] | None = None):
         flat = x.detach().cpu().float().flatten(1)
         if len(flat) < 2 or flat.shape[1] < 2:
-            raise ValueError(f"x has shape {tuple(x.shape)}; a plane needs two examples with two "
-                             "inputs at least")
+            raise ValueError(f"x has shape {tuple(x.shape)}; give two examples with two inputs")
         self.shape, self.centre = x.shape[1:], flat.mean(0)
         if inputs is None and flat.shape[1] == 2: inputs = (0, 1)
         if inputs is None:

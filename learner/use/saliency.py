@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 METHODS = ("occlusion", "integrated_gradients", "grad_cam")
 
 def _captum() -> Any:
-    try: import captum.attr
+    try: import captum.attr  # type: ignore[import-untyped]
     except ImportError:
         raise ImportError("saliency is computed by captum, which is not installed; "
                           "pip install 'nblearner[explain]'") from None

@@ -102,6 +102,7 @@ def accuracy_or_r2(scores: Tensor, y: Tensor) -> float:
     rest, all_of_it = (scores[:, 0] - y).square().sum(), (y - y.mean()).square().sum()
     return float(1 - rest / all_of_it)
 
+# %% ../../nbs/use/tables.ipynb #5a3568fc
 def importances(model: Model, x: Tensor, y: Tensor, *, repeats: int = 10, seed: int = 0) -> Tensor:
     """How much the score of a model falls when an input is shuffled.
 
@@ -201,6 +202,7 @@ def _draw_scores(ask: Callable[[Any], Tensor], row: Tensor, classes: Sequence[st
     ax.set_yticks(range(len(scores)), classes or [f"score {i}" for i in range(len(scores))])
     ax.invert_yaxis()
 
+# %% ../../nbs/use/tables.ipynb #ff4fe6ec
 def sliders(model: Model, example: Tensor, x: Tensor, *, names: Sequence[str] | None = None,
             classes: Sequence[str] | None = None) -> Any:
     """Sliders for the inputs of an example in a notebook, with the scores beside.
@@ -220,7 +222,7 @@ def sliders(model: Model, example: Tensor, x: Tensor, *, names: Sequence[str] | 
     Example:
         >>> sliders(learn, x[0], x)
     """
-    try: import ipywidgets as widgets
+    try: import ipywidgets as widgets  # type: ignore[import-untyped]
     except ImportError:
         raise ImportError("sliders are of ipywidgets, which is not installed; pip install "
                           "'nblearner[widgets]', or draw with what_if(...)") from None
@@ -241,6 +243,7 @@ def sliders(model: Model, example: Tensor, x: Tensor, *, names: Sequence[str] | 
     draw()
     return widgets.HBox([widgets.VBox(panel), picture])
 
+# %% ../../nbs/use/tables.ipynb #35d51555
 def _png(figure: Any) -> bytes:
     from io import BytesIO
     file = BytesIO()
