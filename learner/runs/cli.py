@@ -196,6 +196,9 @@ def _evaluate(
     **settings: Any,
 ) -> None:
     "Measure a run on validation or test data, with settings changed if need be."
+    for key in settings:
+        near = did_you_mean(f"--{key}", ("--split", "--checkpoint", "--allow"))
+        if near: raise UsageError(f"--{key} is not an option of evaluate{near}")
     check_record(run_dir, allow, settings)
     with mistakes(), _ends_in_order():
         from learner.runs.runs import evaluate_run
