@@ -140,7 +140,7 @@ class Verb:
 
 # %% ../../nbs/loop/learner.ipynb #e7cd8be9
 METHODS = {  # functions of a learner that are methods too; their modules are imported when they are used
-    "lr_find": "learner.keep.range_test:lr_find", "predict_new": "learner.watch.outputs:predict",
+    "lr_find": "learner.keep.range_test:lr_find", "predict_new": "learner.use.predict:predict",
     "summary": "learner.watch.modules:summary", "doctor": "learner.check.diagnosis:doctor",
 }
 ELSEWHERE = {  # what other libraries call it

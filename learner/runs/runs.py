@@ -17,11 +17,12 @@ from typing import Any
 
 from ..base.data_hash import loader_hash
 from ..base.files import AnyPath
-from ..base.words import check_whole, did_you_mean, printable
+from ..base.words import check_whole, did_you_mean, flatten, plain, printable
 from ..keep.checkpoint import Checkpoint, read_index
 from ..loop.learner import Learner
 from ..loop.stages import Callback, as_callbacks
-from .config import Settings, build, from_record, resolve
+from ..loop.state import ResumeError
+from .config import Settings, build, from_record, resolve, settings_of
 from .rundir import RunError, RunLock, check_name, inner_folder, is_locked
 from .run import Run, epochs_text, write_predictions
 from .runfiles import RunFiles, list_in, mapping_in, now, read_json, read_run
@@ -114,8 +115,9 @@ def _settings(files: RunFiles, allow: Iterable[str], *layers: Mapping[str, Any])
     return from_record(files.config, *layers, allow=[allow] if isinstance(allow, str)
                        else list(allow))
 
+# %% ../../nbs/runs/runs.ipynb #2b348198
 def load_run(folder: AnyPath, checkpoint: AnyPath = "best", allow: Iterable[str] = (),
-             splits: Iterable[str] = ("train", "validation")) -> Learner:
+             splits: Iterable[str] = ("train", "validation"), **settings: Any) -> Learner:
     """The learner of a run with the state of a checkpoint, ready to predict or to train on.
 
     Args:
@@ -123,22 +125,44 @@ def load_run(folder: AnyPath, checkpoint: AnyPath = "best", allow: Iterable[str]
         checkpoint: "best", "last", or one in checkpoints/, by name or path.
         allow: modules whose code the settings of the run may name.
         splits: the data to load.
+        **settings: to change, such as `**{"model.threshold": 0.4}`; the weights must still fit.
 
     Returns:
         The learner; `learn.loaded_from` is the path of the checkpoint.
 
     Raises:
         FileNotFoundError: there is no such run or checkpoint.
-        RunError: the run cannot be built again.
+        RunError: the run cannot be built again, or a changed setting does not suit its weights.
 
     Example:
         >>> learn = load_run("runs/first", checkpoint="last")
     """
-    path = checkpoint_of(folder, checkpoint)
-    learn: Learner = _settings(read_run(folder), allow).build(tuple(splits))
-    learn.load(path)
+    path, files = checkpoint_of(folder, checkpoint), read_run(folder)
+    _check_changeable(settings)
+    learn: Learner = _settings(files, allow, settings).build(tuple(splits))
+    try: learn.load(path)
+    except ResumeError as error:
+        changed = _changed(files, learn)
+        if not changed: raise
+        words = ", ".join(f"{name}={value}" for name, value in changed.items())
+        raise RunError(f"{folder}: its weights do not suit {words}: {error}") from error
     learn.loaded_from = path  # type: ignore[attr-defined]  # the parent of a run that tunes it
     return learn
+
+# %% ../../nbs/runs/runs.ipynb #d961edd0
+def _check_changeable(settings: Mapping[str, Any]) -> None:
+    "Raise RunError for a setting that a checkpoint would overwrite, or that is of training alone."
+    for name in settings:
+        first = name.partition(".")[0]
+        if first in ("optimiser", "learning_rate", "epochs", "validation_epochs"):
+            raise RunError(f"{name} cannot be changed on loading, since the checkpoint has it; "
+                           "pass it to learn.train, or set it on learn.optimiser")
+
+def _changed(files: RunFiles, learn: Learner) -> dict[str, Any]:
+    "The settings of a learner that are not those of its run, by dotted name."
+    made, before = settings_of(learn), flatten(mapping_in(files.config, "settings"))
+    now = flatten(plain(made.values)) if made is not None else {}
+    return {name: value for name, value in now.items() if before.get(name) != value}
 
 # %% ../../nbs/runs/runs.ipynb #6a179268
 def resume_run(folder: AnyPath, epochs: int | None = None, allow: Iterable[str] = (),
@@ -236,7 +260,8 @@ class Evaluation(dict[str, Any]):
 
 # %% ../../nbs/runs/runs.ipynb #ea49ff47
 def evaluate_run(folder: AnyPath, split: str = "validation", checkpoint: AnyPath = "best",
-                 allow: Iterable[str] = (), callbacks: Callbacks = None) -> Evaluation:
+                 allow: Iterable[str] = (), callbacks: Callbacks = None,
+                 overrides: Mapping[str, Any] | None = None) -> Evaluation:
     """Evaluate a run on a split, and write down in its meta.json that it was done, and when.
 
     Args:
@@ -245,6 +270,7 @@ def evaluate_run(folder: AnyPath, split: str = "validation", checkpoint: AnyPath
         checkpoint: "best", "last", or one in checkpoints/, by name or path.
         allow: modules whose code the settings of the run may name.
         callbacks: more of them, such as `Progress()`.
+        overrides: settings to change, such as `{"model.threshold": 0.4}`; they are written down too.
 
     Returns:
         The results, a dict whose `checkpoint` says which one was read.
@@ -257,10 +283,13 @@ def evaluate_run(folder: AnyPath, split: str = "validation", checkpoint: AnyPath
         >>> evaluate_run("runs/first", "test")["test_accuracy"]
     """
     _check_split(split)
-    learn = load_run(folder, checkpoint, allow, [split])
+    learn = load_run(folder, checkpoint, allow, [split], **(overrides or {}))
+    changed = _changed(read_run(folder), learn) if overrides else {}
     results = (learn.test if split == "test" else learn.validate)(callbacks)
     path: Path = vars(learn)["loaded_from"]
-    _note_evaluation(Path(folder), split, path.name, loader_hash(learn.dataloaders[split]), results)
+    entry = {"split": split, "checkpoint": path.name, "at": now(),
+             "data": loader_hash(learn.dataloaders[split]), "results": results}
+    _note_evaluation(Path(folder), entry | ({"settings": changed} if changed else {}))
     return Evaluation(results, split, path)
 
 # %% ../../nbs/runs/runs.ipynb #f2f060f5
@@ -270,12 +299,9 @@ def _check_split(split: Any) -> None:
         raise RunError(f"split is {split!r}; it must be one of "
                        f"{', '.join(known)}{did_you_mean(str(split), known)}")
 
-def _note_evaluation(folder: Path, split: str, checkpoint: str, digest: str | None,
-                     results: Mapping[str, Any]) -> None:
+def _note_evaluation(folder: Path, entry: Mapping[str, Any]) -> None:
     "Write an evaluation down, and nothing else; warn if the data is not what it was."
-    path = folder / "meta.json"
-    entry = {"split": split, "checkpoint": checkpoint, "at": now(), "data": digest,
-             "results": results}
+    path, split, digest = folder / "meta.json", entry["split"], entry["data"]
     with ExitStack() as stack:
         # one that trains reads what is added
         with contextlib.suppress(RunError, OSError): stack.enter_context(RunLock(folder))
