@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Literal
 
 from ..base.files import FileError, append_text, list_names
@@ -140,6 +139,7 @@ def check_record(
     from_record(files.config, settings or {}, allow=allow)
     return files
 
+# %% ../../nbs/runs/cli.ipynb #434cd0fe
 def _console(quiet: bool, detached: bool = False) -> list[Any]:
     "The callbacks that print."
     from learner.runs.background import Silence
@@ -222,17 +222,17 @@ def _resume(
     _report(run_dir)
 
 # %% ../../nbs/runs/cli.ipynb #96a72c22
-@_command
+@command
 def _watch(
     run_dir: str,  # a run
     /,
 ) -> None:
     "Show the training of a run, which another process trains, as it goes."
-    with _mistakes():
+    with mistakes():
         from learner.runs.live import watch
         watch(run_dir)
 
-@_command
+@command
 def _stop(
     run_dir: str,  # a run
     /, *,

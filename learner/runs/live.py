@@ -16,10 +16,10 @@ from typing import Any
 
 from ..base.files import AnyPath, FileError
 from ..base.history import History
-from ..base.words import as_number
+from ..base.words import as_number, printable
 from ..loop.learner import Learner
 from .loggers import StarredRows, StarredTerminal
-from .rundir import RunError, is_locked, printable
+from .rundir import RunError, is_locked
 from .runfiles import RunFiles, mapping_in, read_cell, read_json
 from .runfiles import read_run, write_json
 from ..watch.notebook_view import NotebookView
@@ -90,6 +90,7 @@ class ProgressFile(View):
         self.done += 1
         self.epoch_began = monotonic()
 
+# %% ../../nbs/runs/live.ipynb #a00c13ea
 class ProgressReport(Progress):
     """Writes a file that says how far training has got, once a second; part of every `Run`.
 
@@ -116,13 +117,9 @@ def view_elsewhere(rows: Sequence[Mapping[str, Any]], epochs: int, plot: bool) -
     terminal = sys.stdout and sys.stdout.isatty()
     return (StarredTerminal if terminal else StarredRows)(history, epochs, True)
 
-class Watcher:
-    """Shows what a run folder says of its training, each time that it is asked to look.
-
-    Args:
-        folder: of the run.
-        plot: draw the losses; in a notebook only.
-    """
+# %% ../../nbs/runs/live.ipynb #85e02218
+class _Looking:
+    "What has been shown of a run so far, and how more of it is shown."
 
     def __init__(self, folder: AnyPath, plot: bool = True):
         self.folder, self.plot = Path(folder), plot
@@ -130,16 +127,6 @@ class Watcher:
         self.shown = 0  # rows of the history
         self.moment: Moment | None = None  # that was shown last
         self.place: tuple[int, str] | None = None  # epoch and phase of the bar
-
-    def look(self) -> bool:
-        "Show what is new; returns whether the run is in training."
-        running = is_locked(self.folder)  # first, so that what is read after it is all there is
-        moment = Moment.of(self.folder / "progress.json")
-        rows = RunFiles(self.folder).rows
-        if self.view is None or len(rows) < self.shown: self._join(rows, moment)
-        self._show_rows(rows)
-        if moment and moment.epoch == len(rows) and moment != self.moment: self._show_pass(moment)
-        return running
 
     def _join(self, rows: list[dict[str, Any]], moment: Moment | None) -> None:
         "Open the view, with the rows that are there."
@@ -168,6 +155,26 @@ class Watcher:
     def end(self, interrupted: bool, why: str) -> None:
         "Leave what is to stay on the screen, and say why it ends."
         if self.view: self.view.end({}, interrupted, why)
+
+# %% ../../nbs/runs/live.ipynb #394eeb37
+class Watcher(_Looking):
+    """Shows what a run folder says of its training, each time that it is asked to look.
+
+    Args:
+        folder: of the run.
+        plot: draw the losses; in a notebook only.
+    """
+
+    def look(self) -> bool:
+        "Show what is new; returns whether the run is in training."
+        running = is_locked(self.folder)  # first, so that what is read after it is all there is
+        moment = Moment.of(self.folder / "progress.json")
+        rows = RunFiles(self.folder).rows
+        if self.view is None or len(rows) < self.shown: self._join(rows, moment)
+        self._show_rows(rows)
+        if moment and moment.epoch == len(rows) and moment != self.moment: self._show_pass(moment)
+        return running
+
 
 # %% ../../nbs/runs/live.ipynb #e17292d6
 def outcome(folder: AnyPath) -> str:

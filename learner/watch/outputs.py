@@ -40,6 +40,7 @@ class _Rows(NamedTuple):
     positions: Tensor
     inputs: Any = None
 
+# %% ../../nbs/watch/outputs.ipynb #aa559513
 class Predictions(_Rows):
     """What a model said about examples: tensors on the CPU, with a row for each example.
 
@@ -78,6 +79,7 @@ class Predictions(_Rows):
 
     def _repr_html_(self) -> str: return f"<p>{_head(self)}</p>{self.table()._repr_html_()}"
 
+# %% ../../nbs/watch/outputs.ipynb #ac9504b3
 def _head(rows: Predictions) -> str:
     total = len(rows.positions)
     first = ", the first 10" if total > 10 else ""

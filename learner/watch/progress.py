@@ -30,6 +30,7 @@ def new_view(first: int, epochs: int, plot: bool) -> View:
     if in_kernel(): return NotebookView(first, epochs, plot)
     return (TerminalView if sys.stdout and sys.stdout.isatty() else LogView)(first, epochs)
 
+# %% ../../nbs/watch/progress.ipynb #b95c470f
 class _Watching(Callback):
     "A view that lives as long as the stage that first wants one: all of training, or a pass alone."
     priority = 1000  # late, when the others have logged what belongs into the row
