@@ -80,6 +80,13 @@ class Mean(_Sum):
         self.flush()
         return (self.total.item() + self.numbers) / self.count if self.count else math.nan
 
+    def merge(self, other: "Mean") -> None:
+        "Take in the mean over other examples, without single values."
+        self.flush()
+        other.flush()
+        self.numbers, self.total = self.numbers + other.numbers, self.total + other.total
+        self.count += other.count
+
     def values(self) -> list[float]:
         "Every value so far, if they are kept."
         self.flush()

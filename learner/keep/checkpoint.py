@@ -175,6 +175,7 @@ class _Stored(Callback):
     def _save(self, learn: Learner) -> None:
         self._last_time, self.taken = monotonic(), 0
         state, name, best = learn.state_dict(), self._name(learn), self._best.found or {}
+        if not learn.is_main: return None
         if not self.background: return self._write(name, state, best)
         self._writer.wait()
         copy = snapshot(state)  # training goes on and changes the tensors
@@ -203,6 +204,7 @@ class _Saving(_Stored):
 
     def before_train(self, learn: Learner) -> None:
         self._last_time = monotonic()
+        if not learn.is_main: return
         self.check_folder(learn)
         self._folder.open(self.training, self._best.found or {})
         self.check_folder(learn)  # another training may have come first
@@ -212,6 +214,7 @@ class _Saving(_Stored):
         due = self.steps is not None and self.taken >= self.steps
         if not due and self.minutes is not None:
             due = monotonic() - self._last_time >= self.minutes * 60
+            if learn.ranks is not None: due = learn.ranks.of_first(due)
         if due: self._save(learn)
 
     def after_epoch(self, learn: Learner) -> None:

@@ -48,6 +48,11 @@ class Resumable(Loop):
     cursor: Cursor
 
     @property
+    def is_main(self) -> bool:
+        "Whether this process is the one that writes and shows: the first of several, or the only one."
+        return self.ranks is None or self.ranks.rank == 0
+
+    @property
     def place(self) -> Place:
         "What comes next in the training that is under way or was stopped."
         return self.cursor.here(self)
@@ -185,6 +190,7 @@ class Beside(Files):
         quiet.add(*measuring)
         quiet.history, quiet._failed, quiet.results = History(), False, {}
         quiet.cursor = quiet.plan = Cursor()
+        quiet.ranks = None  # every process makes such a pass by itself
         return quiet
 
 # %% ../../nbs/loop/learner.ipynb #324c8663

@@ -47,12 +47,15 @@ class Signals:
     "Within a `with` the first Ctrl-C or SIGTERM is noted, and the second one acts at once."
 
     def __init__(self) -> None:
-        self.noted = 0  # the number of the signal
+        self.noted = 0  # the number of the signal that is answered between two batches
+        self.arrived = 0  # that of the first one that came
+        self.shared = False  # several processes have to agree before it is noted
         self.urgent = False  # it came twice
         self._before: dict[int, Any] = {}  # handlers
 
     def __enter__(self) -> "Signals":
-        self.noted, self.urgent = 0, False
+        self.noted = self.arrived = 0
+        self.urgent = self.shared = False
         if threading.current_thread() is not threading.main_thread(): return self  # no handlers there
         handlers = {number: signal.getsignal(number) for number in _DEFAULTS}
         self._before = {number: h for number, h in handlers.items() if _gives_way(number, h)}
@@ -65,10 +68,11 @@ class Signals:
         if self.noted and error is None: raise self.error("stopped when all was done")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.noted:
+        if self.arrived:
             self.urgent = True
-            raise self.error("stopped at once; a batch may be half done")
-        self.noted = number
+            raise stop_error(self.arrived, "stopped at once; a batch may be half done")
+        self.arrived = number
+        if not self.shared: self.noted = number
         if number == signal.SIGINT and os.isatty(2):  # print() might have been interrupted half-way
             with suppress(OSError): os.write(2, b"\n" + STOPPING + b"\n")
 

@@ -344,6 +344,7 @@ group and of a stage of it has both called, that of the group first.
 Attributes:
     priority: Callbacks with the lowest come first; ties stay in the order of addition. Default 0.
     watches: It changes nothing that training depends on, so that a trial does without it.
+    writes: It writes files or shows something, so that of several processes only the first has it.
     parts: Callbacks of its own, which join and leave a learner with it. Default: none.
 
 Example:
@@ -354,6 +355,7 @@ Example:
 """
     priority: int = 0
     watches: bool = False
+    writes: bool = False
     parts: "Iterable[Callback]" = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

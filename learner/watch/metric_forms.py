@@ -64,6 +64,12 @@ class FunctionMean:
         means = {name: mean.compute() for name, mean in self.means.items()}
         return means.get("", means)
 
+    def merge_state(self, others: Iterable["FunctionMean"]) -> None:
+        "Take in the means over other examples, in this order."
+        for other in others:
+            for name, mean in other.means.items():
+                self.means.setdefault(name, Mean()).merge(mean)
+
     def state_dict(self) -> dict[str, Any]:
         return {name: mean.state_dict() for name, mean in self.means.items()}
 

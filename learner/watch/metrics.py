@@ -241,6 +241,10 @@ class _Measuring(Callback):
         self.under_way = PassMetrics(self.metrics, learn.device)
 
     def after_any_batch(self, learn: Learner) -> None:
+        if learn.ranks is None: self.measure(learn)  # else it has been asked for each part
+
+    def measure(self, learn: Learner) -> None:
+        "Take in the batch, or the part of one, that is under way."
         now = self.under_way
         if now is None: return  # not a phase to measure, or added in mid-pass
         try: predictions, labels = learn.predictions, learn.labels

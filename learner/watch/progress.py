@@ -29,7 +29,7 @@ def new_view(first: int, epochs: int, plot: bool) -> View:
 class _Watching(Callback):
     "A view that lives as long as the stage that first wants one: all of training, or a pass alone."
     priority = 1000  # late, when the others have logged what belongs into the row
-    watches = True
+    watches = writes = True
     plot = False
     view: View | None = None  # while there is something to show
     opened_by, completed, next_look = "", False, math.inf
