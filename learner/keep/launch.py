@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['work', 'Launched', 'launch']
 
-# %% ../../nbs/keep/launch.ipynb #f82ba45b
+# %% ../../nbs/keep/launch.ipynb #b7c849e4
 import os
 import pickle
 import signal
@@ -34,7 +34,7 @@ from ..loop.stages import Callback, as_callbacks
 from ..watch.progress import Progress
 from ..watch.views import View
 
-# %% ../../nbs/keep/launch.ipynb #8529fd13
+# %% ../../nbs/keep/launch.ipynb #fffc8cd1
 def _is_plain(value: Any) -> bool:
     if isinstance(value, dict): return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
     if type(value) in (list, tuple): return all(map(_is_plain, value))
@@ -70,7 +70,7 @@ def _settle(learn: Learner, guests: list[Callback], home: dict[str, Any]) -> Non
         _take(callback, mine[1])
     for callback, brought in zip(guests, home["guests"], strict=True): _take(callback, brought)
 
-# %% ../../nbs/keep/launch.ipynb #6e62b859
+# %% ../../nbs/keep/launch.ipynb #b254b3cb
 def _send(home: Connection, message: Any) -> None: home.send_bytes(pickle.dumps(message))
 
 class _Sent:
@@ -109,7 +109,7 @@ class _SentView(View):
     def end(self, results: Any, interrupted: bool, why: str = "") -> None:
         self._send("end", dict(results), interrupted, why)
 
-# %% ../../nbs/keep/launch.ipynb #54c26b08
+# %% ../../nbs/keep/launch.ipynb #48244e34
 def _show_at_home(home: Connection, callbacks: list[Callback]) -> None:
     "Let the first process show and print through its parent."
     sys.stdout, sys.stderr = _Sent(home, "stdout"), _Sent(home, "stderr")  # type: ignore[assignment]
@@ -140,7 +140,7 @@ def work(folder: str) -> None:
         _send(home, ("error", f"rank {rank}: {described(error)}", traceback.format_exc()))
         raise SystemExit(1) from None
 
-# %% ../../nbs/keep/launch.ipynb #27ba7e5c
+# %% ../../nbs/keep/launch.ipynb #767e4ef8
 class _Workers:
     "The processes of one call."
 
@@ -190,13 +190,14 @@ class _Workers:
                 process.wait()
         self.listener.close()
 
-# %% ../../nbs/keep/launch.ipynb #17055042
+# %% ../../nbs/keep/launch.ipynb #5d6fc2f2
 class _Hearing:
     "Shows what workers send, until they come home."
 
     def __init__(self, workers: _Workers):
-        self.workers, self.view, self.home = workers, None, {}  # type: ignore[var-annotated]
-        self.pressed = 0
+        self.workers, self.pressed = workers, 0
+        self.view: View | None = None
+        self.home: dict[str, Any] = {}
 
     def listen(self) -> dict[str, Any]:
         "What the first one has brought; raises RankError if one has failed."
@@ -237,7 +238,7 @@ class _Hearing:
             self.view.skipped, self.view.values = state
             if name != "update" or self.view.live: getattr(self.view, name)(*arguments)
 
-# %% ../../nbs/keep/launch.ipynb #e1807323
+# %% ../../nbs/keep/launch.ipynb #a3d499f8
 class Launched:
     "A learner whose calls are made by several processes; `launch` makes it."
 
@@ -275,7 +276,7 @@ class Launched:
 
 def _packed(learn: Learner, *rest: Any) -> bytes:
     "A learner as bytes; classes that the main module or a notebook has defined go along."
-    try: import cloudpickle
+    try: import cloudpickle  # type: ignore[import-untyped,unused-ignore]
     except ImportError as error:
         raise ImportError("launch needs cloudpickle to send a learner to other processes; install it: "
                           "pip install cloudpickle") from error
@@ -287,7 +288,7 @@ def _packed(learn: Learner, *rest: Any) -> bytes:
                 raise TypeError(f"launch: {part!r:.80} cannot be sent to another process ({own})") from error
         raise
 
-# %% ../../nbs/keep/launch.ipynb #df6a2b45
+# %% ../../nbs/keep/launch.ipynb #b28da50b
 def launch(learn: Learner, processes: int = 2, shards: int | None = None, timeout: float = 600.0,
            **options: Any) -> Launched:
     """Make calls of a learner in several processes on this machine.

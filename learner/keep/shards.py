@@ -6,7 +6,7 @@
 __all__ = ['ShardError', 'bounds', 'shards_of', 'cut', 'joined', 'draw_key', 'seed_shard', 'tree_sum', 'kinds_of',
            'flat_gradients', 'set_gradients']
 
-# %% ../../nbs/keep/shards.ipynb #7c368387
+# %% ../../nbs/keep/shards.ipynb #6affcf2a
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..base.tree import is_leaf, is_record
 from ..loop.data import hashed_seeds
 
-# %% ../../nbs/keep/shards.ipynb #19317ba9
+# %% ../../nbs/keep/shards.ipynb #d3aa087b
 class ShardError(ValueError):
     "A batch that cannot be cut, or a number of shards that cannot be shared out."
 
@@ -28,7 +28,7 @@ def bounds(size: int, shards: int) -> list[tuple[int, int]]:
     edges = [size * number // shards for number in range(shards + 1)]
     return list(pairwise(edges))
 
-# %% ../../nbs/keep/shards.ipynb #a08de2b8
+# %% ../../nbs/keep/shards.ipynb #90f54d4c
 def shards_of(rank: int, world: int, shards: int) -> range:
     """Which shards a process computes.
 
@@ -41,7 +41,7 @@ def shards_of(rank: int, world: int, shards: int) -> range:
     each = shards // world
     return range(rank * each, (rank + 1) * each)
 
-# %% ../../nbs/keep/shards.ipynb #00014890
+# %% ../../nbs/keep/shards.ipynb #85a5e8bd
 def _cut_leaf(value: Any, size: int, first: int, last: int) -> Any:
     if isinstance(value, Tensor):
         return value[first:last] if value.ndim and len(value) == size else value
@@ -78,12 +78,12 @@ def cut(batch: Any, size: int, first: int, last: int) -> Any:
                          "and a method rows(first, last), or let the loader give a mapping")
     return batch
 
-# %% ../../nbs/keep/shards.ipynb #e285ce94
+# %% ../../nbs/keep/shards.ipynb #7ed6fed2
 def _cut_list(batch: tuple[Any, ...] | list[Any], size: int, first: int, last: int) -> Any:
     "A list of parts has each of them cut; a list of as many examples as the batch has is cut itself."
     sized = [part for part in batch if isinstance(part, Tensor) and part.ndim and len(part) == size]
     if len(batch) == size and not sized: return batch[first:last]
-    return type(batch)(cut(part, size, first, last) for part in batch)  # type: ignore[arg-type]
+    return type(batch)(cut(part, size, first, last) for part in batch)
 
 def joined(pieces: Sequence[Any], sizes: Sequence[int]) -> Any:
     "The parts of a batch, or of what was made of it, together again; the last where they do not fit."
@@ -97,7 +97,7 @@ def joined(pieces: Sequence[Any], sizes: Sequence[int]) -> Any:
         return type(first)(joined(parts, sizes) for parts in zip(*pieces, strict=True))
     return pieces[-1]
 
-# %% ../../nbs/keep/shards.ipynb #478f4985
+# %% ../../nbs/keep/shards.ipynb #f63f0a96
 def draw_key() -> int:
     "A number that decides the random numbers of all shards of the next batch."
     return int(torch.empty((), dtype=torch.int64, device="cpu").random_().item())
@@ -114,7 +114,7 @@ def seed_shard(*key: Any) -> None:
     device = torch.accelerator.current_accelerator()
     if device is not None and device.type != "cpu": torch.get_device_module(device).manual_seed(seed)
 
-# %% ../../nbs/keep/shards.ipynb #fcafacfe
+# %% ../../nbs/keep/shards.ipynb #5db5f349
 def tree_sum(parts: Sequence[Tensor]) -> Tensor:
     "The sum of tensors, two by two, then those sums two by two, and so on."
     found = list(parts)
