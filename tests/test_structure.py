@@ -143,7 +143,8 @@ def test_the_demo_leaves_what_it_says(tmp_path):
 
 
 def test_a_wheel_works_in_an_empty_environment(tmp_path):
-    def run(*command): return subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    def run(*command): return subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path, env=clean)
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT))
     wheel = next(tmp_path.glob("nblearner-*.whl"))
     venv.create(tmp_path / "empty", with_pip=True)

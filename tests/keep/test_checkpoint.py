@@ -234,6 +234,7 @@ def test_killed_at_every_point_of_a_checkpoint_that_pushes_out_an_old_one(tmp_pa
 
 SCRIPT = """
 import os, sys, time
+sys.modules["tabulate"] = None  # torch._dynamo imports it at exit, and Python then forgets that an interrupt ended it
 sys.path[:0] = [{tests!r}, *(f"{tests}/{{name}}" for name in ("base", "loop", "keep"))]
 from test_checkpoint import *
 learn = make("own", Checkpoint({folder!r}))
