@@ -140,12 +140,14 @@ def _train(
     log_every: int = 50,  # batches from one row of steps.csv to the next
     tensorboard: bool = False,  # keep event files for TensorBoard too
     fingerprints: int = 0,  # batches between hashes of weights and order, for `compare`; 0: never
+    processes: int = 1,  # on this machine, which train together
     allow: Sequence[str] = (),  # a module that the settings of a run may name
     quiet: bool = False,  # print no rows
     **settings: Any,
 ) -> None:
     "Train from settings, and keep all about it in a new folder."
     _check_least("log_every", log_every, 1)
+    _check_least("processes", processes, 1)
     _check_least("fingerprints", fingerprints, 0, "; 0 means never")
     _search_here()
     if new_name: run_dir = str(free_name(run_dir))
@@ -153,12 +155,28 @@ def _train(
     allowed = list(allow) or None
     resolve(config, settings, allow=allowed)  # mistakes are answered before PyTorch is loaded
     with _training(run_dir):
-        from learner.runs.runs import train_run
         options: dict[str, Any] = {"fingerprints": fingerprints} if fingerprints else {}
-        options |= {"log_every": log_every, "tensorboard": tensorboard}
-        train_run(config, run_dir, settings, overwrite=overwrite, allow=allowed,
-                  callbacks=_console(quiet), **options)
+        options |= {"log_every": log_every, "tensorboard": tensorboard, "overwrite": overwrite}
+        options |= {"overrides": settings, "allow": allowed}
+        if processes > 1:
+            from learner.keep.launch import run_elastic
+            from learner.runs.facts import command_line
+            options |= {"command": command_line()}
+            run_elastic(_train_together, processes, config, run_dir, quiet, options)
+        else:
+            from learner.runs.runs import train_run
+            train_run(config, run_dir, callbacks=_console(quiet), **options)
     _report(run_dir)
+
+def _train_together(config: str, run_dir: str, quiet: bool, options: dict[str, Any]) -> None:
+    "What each of several processes does: only the first of them writes."
+    from learner.keep.distributed import Distributed
+    from learner.runs.runs import train_run
+    _search_here()
+    first = os.environ["RANK"] == "0"
+    if not first: options |= {"plots": False}
+    callbacks = [Distributed(), *_console(quiet or not first)]
+    with _ends_in_order(): train_run(config, run_dir, callbacks=callbacks, **options)
 
 # %% ../../nbs/runs/cli.ipynb #3003981c
 @_command

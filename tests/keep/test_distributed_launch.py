@@ -1,6 +1,9 @@
 """Training in processes that a notebook or a script starts."""
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -18,7 +21,6 @@ from learner.loop.learner import Learner
 from learner.loop.stages import Callback
 from learner.watch.progress import Progress
 
-LONG = os.environ.get("LEARNER_LONG") == "1"
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="workers are talked to by a socket of the file system")
 
 
@@ -66,8 +68,10 @@ def test_what_was_trained_in_two_processes_comes_home_also_after_ctrl_c(capsys):
         launch(learn, processes=2, shards=2).train(2, learning_rate=0.01)
     assert 3 < learn.place.batch < 12 and learn.model is model
     launch(learn, processes=2, shards=2).train(resume=True)
-    assert learn.model is model and learn.history.rows == rows and not any(vars(learn.cursor.signals)["noted"] for _ in [0])
-    assert {name: learn.fingerprint()[name] for name in wanted} == wanted
+    assert learn.model is model and learn.history.rows == rows
+    found = learn.fingerprint()
+    assert all(found[name] == wanted[name] for name in ("model", "optimiser", "rng"))
+    assert learn.dataloaders.train.epoch == plain.dataloaders.train.epoch == 2
     assert seen.losses == [row["train_loss"] for row in rows]
     assert "2 epochs in" in "".join(shown) + capsys.readouterr().out
     with pytest.raises(ValueError, match="nothing to resume"): learn.train(resume=True)
@@ -88,3 +92,16 @@ def test_mistakes_are_answered_before_anything_starts():
     with pytest.raises(TypeError, match="is not a Learner"): launch(nn.Linear(1, 1))
     learn.dataloaders = {"train": (batch for batch in ())}
     with pytest.raises(TypeError, match="generator object .* cannot be sent"): launch(learn).train(1)
+
+
+@pytest.mark.long
+def test_the_command_line_trains_in_two_processes(tmp_path):
+    def train(name, *words):
+        done = subprocess.run([sys.executable, "-m", "learner", "train", "digits", str(tmp_path / name), "--epochs=1", *words],
+                              capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout, json.loads((tmp_path / name / "meta.json").read_text()), (tmp_path / name / "history.csv").read_text()
+
+    shown, meta, rows = train("two", "--processes=2")
+    assert shown.count("validation_loss") == 2 and meta["status"] == "finished" and "--processes=2" in meta["command"]
+    assert len(rows.splitlines()) == len(train("one")[2].splitlines()) == 2
