@@ -56,6 +56,13 @@ class _Sum:
             self.pending = []
         self.weight = weight
 
+    def merge(self, other: "_Sum") -> None:
+        "Take in the mean over other examples, without single values."
+        self.flush()
+        other.flush()
+        self.numbers, self.total = self.numbers + other.numbers, self.total + other.total
+        self.count += other.count
+
 # %% ../../nbs/base/history.ipynb #ded81ce1
 def _listed(kept: list[float | Tensor] | None) -> list[float]:
     blocks = (block.tolist() if isinstance(block, Tensor) else [block] for block in kept or ())
@@ -79,13 +86,6 @@ class Mean(_Sum):
         "The mean so far, read from the device; NaN if there is none."
         self.flush()
         return (self.total.item() + self.numbers) / self.count if self.count else math.nan
-
-    def merge(self, other: "Mean") -> None:
-        "Take in the mean over other examples, without single values."
-        self.flush()
-        other.flush()
-        self.numbers, self.total = self.numbers + other.numbers, self.total + other.total
-        self.count += other.count
 
     def values(self) -> list[float]:
         "Every value so far, if they are kept."

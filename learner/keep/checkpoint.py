@@ -195,8 +195,17 @@ class _Stored(Callback):
         self.training, self.taken = str(state["training"]), int(state["taken"])
         self._best.found = None if state["best"] is None else dict(state["best"])
 
+# %% ../../nbs/keep/checkpoint.ipynb #33e091c9
+class _Opening(_Stored):
+    "How the folder is opened when training begins."
+
+    def _open(self, learn: Learner) -> None:
+        self.check_folder(learn)
+        self._folder.open(self.training, self._best.found or {})
+        self.check_folder(learn)  # another training may have come first
+
 # %% ../../nbs/keep/checkpoint.ipynb #038e7c9b
-class _Saving(_Stored):
+class _Saving(_Opening):
     "When a Checkpoint saves."
     steps: int | None
     minutes: float | None
@@ -204,10 +213,7 @@ class _Saving(_Stored):
 
     def before_train(self, learn: Learner) -> None:
         self._last_time = monotonic()
-        if not learn.is_main: return
-        self.check_folder(learn)
-        self._folder.open(self.training, self._best.found or {})
-        self.check_folder(learn)  # another training may have come first
+        if learn.is_main: self._open(learn)
 
     def after_batch(self, learn: Learner) -> None:
         self.taken += 1

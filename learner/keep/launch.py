@@ -116,7 +116,7 @@ def _show_at_home(home: Connection, callbacks: list[Callback]) -> None:
     sys.stdout, sys.stderr = _Sent(home, "stdout"), _Sent(home, "stderr")  # type: ignore[assignment]
     for each in callbacks:
         if type(each).new_view is not Progress.new_view if isinstance(each, Progress) else True: continue
-        def new_view(learn: Any, epochs: int, plot: bool = each.plot) -> View:  # type: ignore[attr-defined]
+        def new_view(learn: Any, epochs: int, plot: bool = each.plot) -> View:
             return _SentView(home, len(learn.history), epochs, plot)
         each.new_view = new_view  # type: ignore[attr-defined]
 
@@ -153,6 +153,20 @@ class _Workers:
         self.listener = Listener(str(Path(folder, "home")), "AF_UNIX", backlog=processes, authkey=key)
         self.running: list[subprocess.Popen[bytes]] = []
 
+    def end(self, seconds: float) -> None:
+        "Wait for them to end, and end those that do not."
+        until = monotonic() + seconds
+        for process in self.running:
+            try: process.wait(max(0.0, until - monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.listener.close()
+
+# %% ../../nbs/keep/launch.ipynb #9b4b0983
+class _Started(_Workers):
+    "Processes that are under way."
+
     def start(self) -> list[Connection]:
         "Start them; returns a connection to each."
         for rank in range(self.processes):
@@ -182,24 +196,39 @@ class _Workers:
             raise RankError(f"rank {rank}: its process has ended with status {process.returncode}"
                             f"{': ' + said if said else ' without a word (killed, or out of memory)'}")
 
-    def end(self, seconds: float) -> None:
-        "Wait for them to end, and end those that do not."
-        until = monotonic() + seconds
-        for process in self.running:
-            try: process.wait(max(0.0, until - monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        self.listener.close()
+# %% ../../nbs/keep/launch.ipynb #7fcdbb8c
+class _Showing:
+    "Shows what workers send."
+    view: View | None = None
+
+    def __init__(self) -> None: self.home: dict[str, Any] = {}
+
+    def hear(self, kind: str, *rest: Any) -> None:
+        "Do what a worker asks for."
+        if kind == "write": getattr(sys, rest[0]).write(rest[1])
+        elif kind == "view": self.show(*rest)
+        elif kind == "home": self.home = rest[0] or self.home
+        else:
+            error = RankError(rest[0])
+            error.add_note(rest[1])
+            raise error
+
+    def show(self, state: tuple[int, dict[str, float]], words: tuple[Any, ...]) -> None:
+        "Show progress here."
+        from learner.watch.progress import new_view
+        name, *arguments = words
+        if name == "open": self.view = new_view(*arguments)
+        elif self.view is not None:
+            self.view.skipped, self.view.values = state
+            if name != "update" or self.view.live: getattr(self.view, name)(*arguments)
 
 # %% ../../nbs/keep/launch.ipynb #af496e89
-class _Hearing:
+class _Hearing(_Showing):
     "Shows what workers send, until they come home."
 
-    def __init__(self, workers: _Workers):
+    def __init__(self, workers: _Started):
+        super().__init__()
         self.workers, self.pressed = workers, 0
-        self.view: View | None = None
-        self.home: dict[str, Any] = {}
 
     def listen(self) -> dict[str, Any]:
         "What the first one has brought; raises RankError if one has failed."
@@ -220,25 +249,6 @@ class _Hearing:
         self.pressed += 1
         if self.pressed > 1: raise stop_error(signal.SIGINT, "stopped at once; nothing has come home")
         self.workers.running[0].send_signal(signal.SIGINT)
-
-    def hear(self, kind: str, *rest: Any) -> None:
-        "Do what a worker asks for."
-        if kind == "write": getattr(sys, rest[0]).write(rest[1])
-        elif kind == "view": self.show(*rest)
-        elif kind == "home": self.home = rest[0] or self.home
-        else:
-            error = RankError(rest[0])
-            error.add_note(rest[1])
-            raise error
-
-    def show(self, state: tuple[int, dict[str, float]], words: tuple[Any, ...]) -> None:
-        "Show progress here."
-        from learner.watch.progress import new_view
-        name, *arguments = words
-        if name == "open": self.view = new_view(*arguments)
-        elif self.view is not None:
-            self.view.skipped, self.view.values = state
-            if name != "update" or self.view.live: getattr(self.view, name)(*arguments)
 
 # %% ../../nbs/keep/launch.ipynb #2c37e0b4
 class Launched:
@@ -264,7 +274,7 @@ class Launched:
         guests = as_callbacks(kwargs.get("callbacks"))
         with tempfile.TemporaryDirectory(prefix="learner") as folder:
             Path(folder, "learner").write_bytes(_packed(self.learn, call, args, kwargs, self.asked, rng_state()))
-            workers, seconds = _Workers(folder, self.processes), 0.0
+            workers, seconds = _Started(folder, self.processes), 0.0
             try:
                 home = _Hearing(workers).listen()
                 seconds = 10.0
@@ -276,6 +286,7 @@ class Launched:
         if home["stopped"]: raise stop_error(signal.SIGINT, str(home["value"]))
         return home["value"]
 
+# %% ../../nbs/keep/launch.ipynb #98f3702d
 def _packed(learn: Learner, *rest: Any) -> bytes:
     "A learner as bytes; classes that the main module or a notebook has defined go along."
     try: import cloudpickle  # type: ignore[import-untyped,unused-ignore]

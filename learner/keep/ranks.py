@@ -149,6 +149,7 @@ def described(error: BaseException) -> str:
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     return f"{type(error).__name__}: {error}".partition("\n")[0] + notes.partition("\n")[0]
 
+# %% ../../nbs/keep/ranks.ipynb #570226c5
 class Ranks(_Together):
     "The processes that train together."
 

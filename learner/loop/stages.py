@@ -87,7 +87,6 @@ _PASS: dict[str, Any] = {"cancel": CancelEpochException, "counts": "phase", "gro
 _BATCH: dict[str, Any] = {
     "cancel": CancelBatchException, "counts": "batch_num", "holds": "batch", "group": "any_batch",
 }
-
 STAGES = (
     Stage("train", cancel=CancelTrainException, counts="num_epochs", about="all epochs of train()"),
     Stage("epoch", "train", CancelEpochException, counts="epoch",
@@ -354,8 +353,7 @@ Example:
 {_reference(TREE)}
 """
     priority: int = 0
-    watches: bool = False
-    writes: bool = False
+    watches = writes = False
     parts: "Iterable[Callback]" = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

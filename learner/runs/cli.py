@@ -168,6 +168,7 @@ def _train(
             train_run(config, run_dir, callbacks=_console(quiet), **options)
     _report(run_dir)
 
+# %% ../../nbs/runs/cli.ipynb #f8d60b79
 def _train_together(config: str, run_dir: str, quiet: bool, options: dict[str, Any]) -> None:
     "What each of several processes does: only the first of them writes."
     from learner.keep.distributed import Distributed

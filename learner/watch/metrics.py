@@ -260,6 +260,7 @@ class _Measuring(Callback):
             try_out(now.running)
             self.tried = True
 
+# %% ../../nbs/watch/metrics.ipynb #5609f6a8
 def _logits(output: Any) -> Any:
     "What a model that computes its own loss puts out beside it."
     if isinstance(output, dict): return output.get("logits", output)

@@ -91,8 +91,8 @@ def make(*callbacks, seed=0, dropout=0.3, examples=46, batch_size=8, optimiser=t
 
 
 def metrics():
-    from torcheval.metrics import MulticlassAUROC, MulticlassF1Score
     import torchmetrics
+    from torcheval.metrics import MulticlassAUROC, MulticlassF1Score
     return Metrics(f1=MulticlassF1Score(num_classes=3, average="macro"), auroc=MulticlassAUROC(num_classes=3),
                    accuracy=torchmetrics.Accuracy("multiclass", num_classes=3), own=lambda p, y: (p.argmax(1) == y).double().mean())
 
