@@ -115,10 +115,10 @@ def _show_at_home(home: Connection, callbacks: list[Callback]) -> None:
     "Let the first process show and print through its parent."
     sys.stdout, sys.stderr = _Sent(home, "stdout"), _Sent(home, "stderr")  # type: ignore[assignment]
     for each in callbacks:
-        if type(each).new_view is not Progress.new_view if isinstance(each, Progress) else True: continue
+        if not isinstance(each, Progress) or type(each).new_view is not Progress.new_view: continue
         def new_view(learn: Any, epochs: int, plot: bool = each.plot) -> View:
             return _SentView(home, len(learn.history), epochs, plot)
-        each.new_view = new_view  # type: ignore[attr-defined]
+        each.new_view = new_view  # type: ignore[method-assign]
 
 def work(folder: str) -> None:
     "What a worker does: `launch` starts it."
