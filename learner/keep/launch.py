@@ -113,7 +113,7 @@ class _SentView(View):
 # %% ../../nbs/keep/launch.ipynb #632b7eb5
 def _show_at_home(home: Connection, callbacks: list[Callback]) -> None:
     "Let the first process show and print through its parent."
-    sys.stdout, sys.stderr = _Sent(home, "stdout"), _Sent(home, "stderr")  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _Sent(home, "stdout"), _Sent(home, "stderr")
     for each in callbacks:
         if not isinstance(each, Progress) or type(each).new_view is not Progress.new_view: continue
         def new_view(learn: Any, epochs: int, plot: bool = each.plot) -> View:
