@@ -57,13 +57,24 @@ class _Sum:
             self.pending = []
         self.weight = weight
 
+# %% ../../nbs/base/history.ipynb #046e8667
+class _Merging(_Sum):
+    "A sum that takes in another."
+
+    def merge(self, other: "_Sum") -> None:
+        "Take in the mean over other examples, without single values."
+        self.flush()
+        other.flush()
+        self.numbers, self.total = self.numbers + other.numbers, self.total + other.total
+        self.count += other.count
+
 # %% ../../nbs/base/history.ipynb #ded81ce1
 def _listed(kept: list[float | Tensor] | None) -> list[float]:
     blocks = (block.tolist() if isinstance(block, Tensor) else [block] for block in kept or ())
     return [value for values in blocks for value in values]
 
 # %% ../../nbs/base/history.ipynb #948dba81
-class Mean(_Sum):
+class Mean(_Merging):
     """The weighted mean of scalars; those on an accelerator stay there until it is asked for.
 
     Args:

@@ -194,6 +194,7 @@ class _Stored(Callback):
         self._last_time, self.taken = monotonic(), 0
         state, name, best = learn.state_dict(), self._name(learn), self._best.found or {}
         if self.only_trained: state = trained_only(learn, state, self._hashes)
+        if not learn.is_main: return None
         if not self.background:
             with learn.cursor.signals.held(): return self._write(name, state, best)
         self._writer.wait()
@@ -223,8 +224,17 @@ class _Remembering(_Stored):
         self.training, self.taken = str(state["training"]), int(state["taken"])
         self._best.found = None if state["best"] is None else dict(state["best"])
 
+# %% ../../nbs/keep/checkpoint.ipynb #33e091c9
+class _Opening(_Remembering):
+    "How the folder is opened when training begins."
+
+    def _open(self, learn: Learner) -> None:
+        self.check_folder(learn)
+        with learn.cursor.signals.held(): self._folder.open(self.training, self._best.found or {})
+        self.check_folder(learn)  # another training may have come first
+
 # %% ../../nbs/keep/checkpoint.ipynb #038e7c9b
-class _Saving(_Remembering):
+class _Saving(_Opening):
     "When a Checkpoint saves."
     steps: int | None
     minutes: float | None
@@ -233,15 +243,14 @@ class _Saving(_Remembering):
     def before_train(self, learn: Learner) -> None:
         self._last_time = monotonic()
         self._look_ahead(learn)
-        self.check_folder(learn)
-        with learn.cursor.signals.held(): self._folder.open(self.training, self._best.found or {})
-        self.check_folder(learn)  # another training may have come first
+        if learn.is_main: self._open(learn)
 
     def after_batch(self, learn: Learner) -> None:
         self.taken += 1
         due = self.steps is not None and self.taken >= self.steps
         if not due and self.minutes is not None:
             due = monotonic() - self._last_time >= self.minutes * 60
+            if learn.ranks is not None: due = learn.ranks.of_first(due)
         if due: self._save(learn)
 
     def after_epoch(self, learn: Learner) -> None:

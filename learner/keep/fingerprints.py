@@ -109,7 +109,7 @@ class Fingerprints(_Records):
         >>> first_difference(prints, read_fingerprints("other.jsonl"))
     """
     priority = 1000  # what others change after the batch is in it
-    watches = True
+    watches = writes = True
 
     def __init__(self, every: int = 1, file: str | os.PathLike[str] | None = None):
         self.every, self.file = check_whole("every", every), None if file is None else Path(file)

@@ -18,18 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from ..base.history import History
-from ..base.parts import accepts, check_loaders, check_parts, is_optimiser, length_of
-from ..base.parts import make_optimiser
+from ..base.parts import accepts, check_loaders, check_parts, is_optimiser, length_of, make_optimiser
 from ..base.parts import no_loss, not_scalar, place_model, set_learning_rate
 from ..base.batch import LABELS, call_model, loss_of, misfit, unpack, warn_again
 from ..base.words import PHASES, check_number, check_whole
-from .attached import LossError, Modes, asked_by, attached_modules, check_asked
+from .attached import LossError, Modes, asked_by, attached_modules, check_asked, frames
 from .attached import warn_untrained
 from .frames import users_frames
 from .passes import PASSES, Columns, Pass, Stream, passes_of, scalar
-from .stages import Callback, CancelEpochException, CancelException
+from .stages import Callback, CancelEpochException, CancelException, CancelTrainException
 from .explain import Timed
-from .stages import CancelTrainException
 from .updates import check_updates, guarded_updates, set_mode
 
 # %% ../../nbs/loop/loop.ipynb #f4dc1c51
@@ -49,6 +47,7 @@ class Prepared(Timed):
     labels_at: Any = LABELS  # the key, attribute or position of the labels in a batch; None: there are none
     inputs_at: Any = None  # those of what goes to the model; None: all but the labels
     predict_new: Callable[[Any], Any]  # a learner has it, for new data
+    ranks: Any = None  # the `Distributed` of a call that several processes make together
     _asked: tuple[str, ...] = ()  # fixtures that the loss function asks for
 
     def validation_batch(self) -> Mapping[str, Any] | None:
@@ -269,6 +268,7 @@ class Rows(Values):
         if self.batch_num < 0:
             raise ValueError(f"dataloaders[\"{self.phase}\"] yielded no batch; an iterator can be read "
                              "only once, so give a list or a DataLoader")
+        if self.ranks is not None: self.ranks.end_pass(self)
         self.columns.end(self.results, self._steps)
         column = f"{self.columns.prefix}_loss"
         if not math.isnan(self.results.get(column, 0.0)): return
@@ -359,6 +359,15 @@ class Walk(Frames):
 
     def _train_batch(self) -> None:
         __tracebackhide__ = True
+        if self.ranks is None: self._train_part()
+        else: self.ranks.each_part(self, self._train_part)
+
+    def _validation_batch(self) -> None:
+        if self.ranks is None: self._validation_part()
+        else: self.ranks.each_part(self, self._validation_part)
+
+    def _train_part(self) -> None:
+        __tracebackhide__ = True
         try:
             values = self.train_batch()
             if self.unseen_step: check_updates(self)
@@ -367,7 +376,7 @@ class Walk(Frames):
             raise
         self._end_batch(values)
 
-    def _validation_batch(self) -> None: self._end_batch(self.validation_batch())
+    def _validation_part(self) -> None: self._end_batch(self.validation_batch())
 
 # %% ../../nbs/loop/loop.ipynb #14735fec
 class Framed(Walk):
@@ -391,7 +400,7 @@ class Framed(Walk):
             try:
                 self.device = place_model(self.model, self._asked_device)
                 for module in attached: module.to(self.device)
-                yield
+                with frames(self): yield
             finally:  # also where an interrupt hit between a pass and its end
                 torch.set_grad_enabled(grad)
                 self._modes.restore()

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Hook', 'as_context', 'Scope', 'Asked', 'Resolution', 'in_order', 'with_parts', 'needs_of', 'only_watches',
-           'without_watchers', 'WithCallbacks']
+           'without_writers', 'without_watchers', 'WithCallbacks']
 
 # %% ../../nbs/loop/resolution.ipynb #5ed1c3cd
 import inspect
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import wraps
@@ -193,6 +193,13 @@ def only_watches(callback: Callback) -> bool:
     "Whether a callback, and every part of it, changes nothing that training depends on."
     return all(each.watches for each in with_parts([callback]))
 
+def without_writers(callbacks: Iterable[Callback]) -> list[Callback]:
+    "The callbacks that do not write; of one that does, those of its parts that do not."
+    found: list[Callback] = []
+    for callback in callbacks:
+        found += without_writers(callback.parts) if callback.writes else [callback]
+    return found
+
 def without_watchers(callbacks: Sequence[Callback], tree: StageTree) -> list[Callback]:
     "The callbacks that steer; of a watcher that provides what they ask for, that is left."
     own = {id(callback) for callback in callbacks if not only_watches(callback)}
@@ -274,6 +281,20 @@ class _Resolved(_Attached):
         lent = self._resolved.scope.owners if hasattr(self, "_resolved") else ()
         self._resolved = Resolution(self, added, lent)
         self._forget()
+
+    @contextmanager
+    def silenced(self) -> Iterator[None]:
+        "Go on within a `with` without the callbacks that write; parts of theirs that do not write stay."
+        before = self._resolved.added
+        quiet = without_writers(before)
+        self._set_callbacks(quiet)
+        try: yield
+        finally:
+            now = self._resolved.added
+            gone = [c for c in quiet if not any(c is each for each in now)]
+            new = [c for c in now if not any(c is each for each in quiet)]
+            kept = [c for c in before if not any(c is each for each in gone)]
+            self._set_callbacks([*kept, *new])
 
     def _forget(self) -> None:
         "Callbacks have changed, or a run has ended: what was made of them has no use any more."

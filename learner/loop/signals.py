@@ -27,7 +27,9 @@ class Holding:
     "How far a stop has got, and a time in which it waits."
 
     def __init__(self) -> None:
-        self.noted = 0  # the number of the signal
+        self.noted = 0  # the number of the signal that is answered between two batches
+        self.arrived = 0  # that of the first one that came
+        self.shared = False  # several processes have to agree before it is noted
         self.urgent = False  # it came twice
         self.holding = False  # a file is being written
 
@@ -38,7 +40,8 @@ class Holding:
         self.holding = True
         try: yield
         finally: self.holding = False
-        if self.urgent and not before: raise self.error("stopped at once, when the file was written")
+        if self.urgent and not before:
+            raise stop_error(self.arrived, "stopped at once, when the file was written")
 
     def error(self, notice: str) -> BaseException:
         "What stops the run, with what a notebook shows of it."
@@ -53,7 +56,8 @@ class Signals(Holding):
         self._before: dict[int, Any] = {}  # handlers
 
     def __enter__(self) -> "Signals":
-        self.noted, self.urgent = 0, False
+        self.noted = self.arrived = 0
+        self.urgent = self.shared = False
         if threading.current_thread() is not threading.main_thread(): return self  # no handlers there
         handlers = {number: signal.getsignal(number) for number in _DEFAULTS}
         self._before = {number: h for number, h in handlers.items() if _gives_way(number, h)}
@@ -66,12 +70,13 @@ class Signals(Holding):
         if self.noted and error is None: raise self.error("stopped when all was done")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.noted:
+        if self.arrived:
             waits = self.holding and not self.urgent
             self.urgent = True
             if waits: return
-            raise self.error("stopped at once; a batch may be half done")
-        self.noted = number
+            raise stop_error(self.arrived, "stopped at once; a batch may be half done")
+        self.arrived = number
+        if not self.shared: self.noted = number
         if number == signal.SIGINT and os.isatty(2):  # print() might have been interrupted half-way
             with suppress(OSError): os.write(2, b"\n" + STOPPING + b"\n")
 

@@ -88,7 +88,6 @@ _PASS: dict[str, Any] = {"cancel": CancelEpochException, "counts": "phase", "gro
 _BATCH: dict[str, Any] = {
     "cancel": CancelBatchException, "counts": "batch_num", "holds": "batch", "group": "any_batch",
 }
-
 STAGES = (
     Stage("train", cancel=CancelTrainException, counts="num_epochs", about="all epochs of train()"),
     Stage("epoch", "train", CancelEpochException, counts="epoch",
@@ -345,6 +344,7 @@ group and of a stage of it has both called, that of the group first.
 Attributes:
     priority: Callbacks with the lowest come first; ties stay in the order of addition. Default 0.
     watches: It changes nothing that training depends on, so that a trial does without it.
+    writes: It writes files or shows something, so that of several processes only the first has it.
     parts: Callbacks of its own, which join and leave a learner with it. Default: none.
 
 Example:
@@ -354,7 +354,7 @@ Example:
 {_reference(TREE)}
 """
     priority: int = 0
-    watches: bool = False
+    watches = writes = False
     parts: "Iterable[Callback]" = ()
 
     @users_frames

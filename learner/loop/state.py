@@ -314,6 +314,7 @@ def gather(learn: Any) -> dict[str, Any]:
     }
     callbacks = again.get("callbacks") or {
         name: callback.state_dict() for name, callback in with_state(learn.callbacks).items()}
+    if within and learn.ranks is not None: learn.ranks.whole_state(learn, loop["means"], callbacks)
     return {"callbacks": callbacks, "loop": loop}
 
 # %% ../../nbs/loop/state.ipynb #d5406456

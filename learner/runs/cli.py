@@ -163,6 +163,20 @@ def mistakes() -> Iterator[None]:
         raise UsageError(_as_line(error).partition("\n")[0]) from error
 
 # %% ../../nbs/runs/cli.ipynb #377af90f
+def _begin(
+    processes: int, config: str, run_dir: str, quiet: bool, detach: bool, options: dict[str, Any],
+) -> None:
+    "Train in this process, or in several."
+    if processes > 1:
+        from learner.keep.launch import run_elastic
+        from learner.runs.facts import command_line
+        options |= {"command": command_line()}
+        run_elastic(_train_together, processes, config, run_dir, quiet, options)
+    else:
+        from learner.runs.runs import train_run
+        train_run(config, run_dir, callbacks=_console(quiet, detach), **options)
+
+# %% ../../nbs/runs/cli.ipynb #f805bb61
 @command
 def _train(
     config: str,  # a registered name, a file of settings, module:function, or a run to train again
@@ -174,6 +188,7 @@ def _train(
     tensorboard: bool = False,  # keep event files for TensorBoard too
     fingerprints: int = 0,  # batches between hashes of weights and order, for `compare`; 0: never
     hash_data: bool = True,  # note hashes of the data
+    processes: int = 1,  # on this machine, which train together
     allow: Sequence[str] = (),  # a module that the settings of a run may name
     quiet: bool = False,  # print no rows
     detach: bool = False,  # train in the background, and survive the terminal
@@ -181,21 +196,33 @@ def _train(
 ) -> None:
     "Train from settings, and keep all about it in a new folder."
     _check_least("log_every", log_every, 1)
+    _check_least("processes", processes, 1)
     _check_least("fingerprints", fingerprints, 0, "; 0 means never")
     _search_here()
     if new_name: run_dir = str(free_name(run_dir))
     elif not overwrite and os.path.lexists(run_dir): create_run(run_dir)  # says what to do
+    if detach and processes > 1: raise UsageError("--detach trains in one process; leave out --processes")
     if detach: _detach(run_dir)
     allowed = list(allow) or None
     with _said_soon("" if quiet else f"{config}, to be kept in {run_dir}: loading PyTorch ..."):
         resolve(config, settings, allow=allowed)  # mistakes are answered before data are loaded
     with _training(run_dir):
-        from learner.runs.runs import train_run
         options: dict[str, Any] = {"fingerprints": fingerprints} if fingerprints else {}
         options |= {"log_every": log_every, "tensorboard": tensorboard, "hash_data": hash_data}
-        train_run(config, run_dir, settings, overwrite=overwrite, allow=allowed,
-                  callbacks=_console(quiet, detach), **options)
+        options |= {"overwrite": overwrite, "overrides": settings, "allow": allowed}
+        _begin(processes, config, run_dir, quiet, detach, options)
     _report(run_dir)
+
+# %% ../../nbs/runs/cli.ipynb #f8d60b79
+def _train_together(config: str, run_dir: str, quiet: bool, options: dict[str, Any]) -> None:
+    "What each of several processes does: only the first of them writes."
+    from learner.keep.distributed import Distributed
+    from learner.runs.runs import train_run
+    _search_here()
+    first = os.environ["RANK"] == "0"
+    if not first: options |= {"plots": False}
+    callbacks = [Distributed(), *_console(quiet or not first)]
+    with _ends_in_order(): train_run(config, run_dir, callbacks=callbacks, **options)
 
 # %% ../../nbs/runs/cli.ipynb #3003981c
 @command

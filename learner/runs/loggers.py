@@ -183,7 +183,7 @@ class Logger(PassLogger):
         ...     def log_row(self, row): print(row)
     """
     priority = 900  # late, when the others have logged what belongs in the row
-    watches = True
+    watches = writes = True
 
     def __init__(self, settings: Mapping[str, Any] | None = None, every: int = 50):
         super().__init__(every)

@@ -329,7 +329,7 @@ def _note_test(run: "RunFrame", learn: Learner) -> None:
 class RunFrame(StepLogger):
     "A run folder, open as long as a training lasts; `Run` explains the arguments."
     priority = 2000  # last, so that everything is there that others have logged
-    watches = True
+    watches = writes = True
     start_from: str | None = None  # the name of the checkpoint that the next training resumes from
     opened = False  # it has made the folder, or continued in it
 

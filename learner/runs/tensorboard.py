@@ -76,7 +76,7 @@ def write_graph(writer: Any, model: nn.Module, data: Any) -> None:
 class Graph(Callback):
     "Writes the graph of the model, once."
     priority = 890  # before the board ends the epoch
-    watches = True
+    watches = writes = True
 
     def __init__(self, board: "TensorBoard"):
         self.board, self.done = board, False
@@ -102,7 +102,7 @@ def _add_histogram(board: "TensorBoard", name: str, values: Tensor) -> None:
 class Histograms(Callback):
     "Writes histograms of weights and gradients every so many epochs."
     priority = 890  # before the board ends the epoch
-    watches = True
+    watches = writes = True
 
     def __init__(self, board: "TensorBoard", every: int):
         self.board, self.every = board, every
@@ -135,7 +135,7 @@ class Histograms(Callback):
 class Images(Callback):
     "Writes the first images of the validation data with the model's predictions."
     priority = 890  # before the board ends the epoch
-    watches = True
+    watches = writes = True
 
     def __init__(self, board: "TensorBoard", count: int):
         self.board, self.count = board, count

@@ -156,6 +156,10 @@ class _Counting(_WithState):
         own = hasattr(learn, "batch_size")
         return float(learn.batch_size if own else unpack(learn.batch)[3])
 
+    def own_weight(self, learn: Learner) -> float:
+        "The weight of this process's part of a batch."
+        return float(self._weigh(learn))
+
     def _go_on(self) -> None:
         "Another callback cancelled a step and left the gradients there: they still count."
         gradients = gradients_of(self._optimiser)
@@ -176,7 +180,9 @@ class _Weighted(_Counting):
         self._in_batch = True
         if self._group.divisor is not None: self._go_on()
         if self._weighed != learn.batch_num:
-            self._factor, self._weighed = self._group.add(self._weigh(learn)), learn.batch_num
+            weight = self._weigh(learn)
+            if learn.ranks is not None: weight = learn.ranks.sum(learn, float(weight))
+            self._factor, self._weighed = self._group.add(weight), learn.batch_num
         loss = learn.loss
         if not _is_one(self._factor): learn.loss = loss * self._factor
         self._losses = loss, learn.loss

@@ -33,8 +33,19 @@ def form_of(value: Any) -> str:
     if isinstance(value, Tensor): return str(tuple(value.shape))
     return "None" if value is None else f"a {type(value).__name__}"
 
+# %% ../../nbs/watch/metric_forms.ipynb #7edf51db
+class _Merging:
+    "Means that can take in those over other examples."
+    means: dict[str, Mean]
+
+    def merge_state(self, others: Iterable["_Merging"]) -> None:
+        "Take in the means over other examples, in this order."
+        for other in others:
+            for name, mean in other.means.items():
+                self.means.setdefault(name, Mean()).merge(mean)
+
 # %% ../../nbs/watch/metric_forms.ipynb #4c5305ba
-class FunctionMean:
+class FunctionMean(_Merging):
     """The mean of a function of predictions and labels over the examples of a pass.
 
     Args:

@@ -221,8 +221,8 @@ def _up_to_date(metric: Any, held: list[Tensor]) -> Any:
     return copy
 
 # %% ../../nbs/watch/metrics.ipynb #0a96a450
-class _Measuring(Callback):
-    "The hooks of `Metrics`."
+class _Opening(Callback):
+    "What `Metrics` measures, and when."
     priority = -10  # before the callbacks that read the results of a pass
     watches = True
     measures = True  # a pass beside training, as of validate() in a hook, has a copy of it
@@ -237,12 +237,20 @@ class _Measuring(Callback):
         self.under_way = None
         if learn.phase not in self.phases: return
         for other in learn.callbacks:
-            if isinstance(other, _Measuring) and other is not self and learn.phase in other.phases:
+            if isinstance(other, _Opening) and other is not self and learn.phase in other.phases:
                 for name in self.metrics.keys() & other.metrics.keys():
                     raise MetricError(f"{self} and {other} both measure {name}; rename one")
         self.under_way = PassMetrics(self.metrics, learn.device)
 
+# %% ../../nbs/watch/metrics.ipynb #d0d6fcee
+class _Measuring(_Opening):
+    "The hooks of `Metrics` in a batch."
+
     def after_any_batch(self, learn: Learner) -> None:
+        if learn.ranks is None: self.measure(learn)  # else it has been asked for each part
+
+    def measure(self, learn: Learner) -> None:
+        "Take in the batch, or the part of one, that is under way."
         now = self.under_way
         if now is None: return  # not a phase to measure, or added in mid-pass
         try: predictions, labels = learn.predictions, learn.labels

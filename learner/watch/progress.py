@@ -34,7 +34,7 @@ def new_view(first: int, epochs: int, plot: bool) -> View:
 class _Watching(Callback):
     "A view that lives as long as the stage that first wants one: all of training, or a pass alone."
     priority = 1000  # late, when the others have logged what belongs into the row
-    watches = True
+    watches = writes = True
     plot = False
     pause = 0.1  # seconds from one look to the next
     view: View | None = None  # while there is something to show

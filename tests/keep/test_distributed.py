@@ -1,0 +1,354 @@
+"""Several processes: the same bits on 1, 2 and 4, exact means, and no rank that hangs. Ranks are forks of this process."""
+import contextlib
+import io
+import itertools
+import os
+import pickle
+import signal
+import time
+from multiprocessing.connection import Pipe, wait
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from learner.base.hashing import hash_state
+from learner.base.provenance import seed_everything
+from learner.keep.checkpoint import Checkpoint
+from learner.keep.distributed import Distributed
+from learner.keep.ranks import OtherRankError, described
+from learner.keep.shards import ShardError
+from learner.loop.data import DataLoaders
+from learner.loop.learner import Learner
+from learner.loop.stages import Callback, CancelBatchException, CancelEpochException, CancelTrainException
+from learner.steer.accumulate import Accumulate
+from learner.steer.stopping import EarlyStopping
+from learner.watch.metrics import Metrics
+from learner.watch.progress import Progress
+
+torch.set_num_threads(1)  # forks of a process with a pool of threads would wait for it
+LONG = os.environ.get("LEARNER_LONG") == "1"
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forks")
+pytestmark = [needs_fork, pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+              pytest.mark.filterwarnings("ignore:.*TypedStorage.*")]
+
+
+def rank_of(function, rank, world, store, end):
+    "What a rank does, in a fork: it sends what the function returns or raises, and ends."
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LEARNER_STORE": f"file://{store}"}
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    out, began = io.StringIO(), time.monotonic()
+    with contextlib.redirect_stdout(out):
+        try: kind, value = "value", function(rank)
+        except OtherRankError as error: kind, value = "other", error.text
+        except BaseException as error: kind, value = "error", described(error)
+    end.send_bytes(pickle.dumps((kind, value, out.getvalue(), time.monotonic() - began)))
+    os._exit(0)
+
+
+def group(world, function, tmp_path, seconds=60):
+    "Run a function in ranks; the kind and the value that each has sent: None for one that was killed."
+    store, found, ends, processes = tmp_path / f"store {time.monotonic_ns()}", [None] * world, {}, []
+    for rank in range(world):
+        ours, theirs = Pipe(duplex=False)
+        process = os.fork()
+        if not process: rank_of(function, rank, world, store, theirs)
+        theirs.close()
+        processes.append(process)
+        ends[ours] = rank
+    until = time.monotonic() + seconds
+    while ends and time.monotonic() < until:
+        for end in wait(list(ends), 0.2):
+            with contextlib.suppress(EOFError): found[ends[end]] = pickle.loads(end.recv_bytes())
+            del ends[end]
+    hung = list(ends.values())
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError): os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+    assert not hung, f"ranks {hung} hang"
+    return found
+
+
+def values(world, function, tmp_path, seconds=60):
+    "What each rank has returned; an error of one is one of the test."
+    found = group(world, function, tmp_path, seconds)
+    assert all(each and each[0] == "value" for each in found), found
+    return [each[1] for each in found]
+
+
+def data(examples=46, batch_size=8, seed=1):
+    torch.manual_seed(seed)
+    images, labels = torch.randn(examples, 6), torch.randint(3, (examples,))
+    return DataLoaders.from_tensors(train=(images, labels), validation=(images[:13], labels[:13]), batch_size=batch_size)
+
+
+def make(*callbacks, seed=0, dropout=0.3, examples=46, batch_size=8, optimiser=torch.optim.AdamW, loaders=None):
+    loaders = loaders or data(examples, batch_size)
+    seed_everything(seed)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3))
+    return Learner(model, optimiser, F.cross_entropy, loaders, callbacks, device="cpu")
+
+
+def metrics():
+    import torchmetrics
+    from torcheval.metrics import MulticlassAUROC, MulticlassF1Score
+    return Metrics(f1=MulticlassF1Score(num_classes=3, average="macro"), auroc=MulticlassAUROC(num_classes=3),
+                   accuracy=torchmetrics.Accuracy("multiclass", num_classes=3), own=lambda p, y: (p.argmax(1) == y).double().mean())
+
+
+def outcome(learn):
+    "All that has to be the same: a hash of weights and optimiser, and the history to the last bit."
+    prints = learn.fingerprint()
+    return prints["model"], prints["optimiser"], prints["rng"], hash_state({"rows": learn.history.rows, "steps": learn.history.steps})
+
+
+class At(Callback):
+    "Does something in one hook, epoch and batch."
+    priority = 5
+
+    def __init__(self, hook, do, rank=None, epoch=1, batch=2):
+        self.place = {"epoch": epoch, "batch": batch}
+        self.do, self.rank, self.done = do, rank, False
+        setattr(self, hook, self.hook)
+
+    def hook(self, learn):
+        if self.done or (self.rank is not None and learn.ranks and learn.ranks.rank != self.rank): return
+        if learn.phase == "train" and (len(learn.history), learn.batch_num) < (self.place["epoch"], self.place["batch"]): return
+        self.done = True
+        self.do()
+
+
+def ctrl_c(): signal.raise_signal(signal.SIGINT)
+
+
+# ------------------------------------------------------------------------------------------------ the same bits
+
+def sharded(*callbacks, **options):
+    learn = make(Distributed(shards=4), metrics(), *callbacks, **options)
+    learn.history.keep_steps = True
+    return learn
+
+
+@pytest.fixture(scope="module")
+def straight():
+    learn = sharded()
+    learn.train(2, learning_rate=0.01)
+    return outcome(learn)
+
+
+def test_one_two_and_four_processes_have_the_same_bits_and_resume_on_each_other(tmp_path, straight):
+    stops = [*itertools.product(range(2), range(6))] if LONG else [(0, 3), (1, 5)]
+
+    def train(rank):
+        learn = sharded()
+        learn.train(2, learning_rate=0.01)
+        return outcome(learn)
+
+    def stop(world):
+        def stopped(rank):
+            for place in stops:
+                learn = sharded(Checkpoint(tmp_path / f"{world} {place}"), At("before_batch", ctrl_c, world - 1, *place))
+                with contextlib.suppress(KeyboardInterrupt): learn.train(2, learning_rate=0.01)
+                assert tuple(learn.place)[:1] + tuple(learn.place)[2:] == (place[0], place[1] + 1)
+        return stopped
+
+    def go_on(rank):
+        found = {}
+        for before, place in itertools.product((1, 2, 4), stops):
+            learn = sharded(seed=9)
+            learn.train(resume=Checkpoint.latest(tmp_path / f"{before} {place}"))
+            found[before, place] = outcome(learn)
+        return found
+
+    for world in (2, 4):
+        assert values(world, train, tmp_path) == [straight] * world
+        values(world, stop(world), tmp_path, 200)
+    stop(1)(0)
+    for after in (1, 2, 4):
+        for found in [go_on(0)] if after == 1 else values(after, go_on, tmp_path, 300):
+            for case, one in found.items(): assert one == straight, (case, after)
+
+
+def test_where_training_was_stopped_one_process_without_distributed_goes_on_with_whole_means(tmp_path):
+    learn = make(Distributed(shards=2), Checkpoint(tmp_path / "run"), At("before_batch", ctrl_c), dropout=0)
+    with pytest.raises(KeyboardInterrupt): learn.train(2, learning_rate=0.01)
+    plain, fresh = make(dropout=0), make(dropout=0, seed=5)
+    plain.train(2, learning_rate=0.01)
+    fresh.train(resume=tmp_path / "run")
+    assert fresh.history[1]["train_loss"] == pytest.approx(plain.history[1]["train_loss"], rel=1e-6)
+
+
+def test_shards_refuse_by_name_what_would_be_wrong(tmp_path):
+    for wrong, words in ((make(Distributed(shards=4), Accumulate(2)), "Accumulate"), (_with(nn.BatchNorm1d(6)), "0.0 is a BatchNorm1d"),
+                         (_with(_Counting()), "the buffer 0.0.seen")):
+        with pytest.raises(ShardError, match=words): wrong.train(1)
+    with pytest.raises(ShardError, match="power of two"): Distributed(shards=3)
+    with pytest.raises(TypeError, match="option of DDP"): Distributed(shards=4, bucket_cap_mb=1)
+    frozen = _with(nn.BatchNorm1d(6).eval())
+    frozen.train(1)
+
+
+class _Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen += len(x)
+        return x
+
+
+def _with(layer):
+    learn = make(Distributed(shards=4))
+    learn.model[0] = nn.Sequential(layer, learn.model[0])
+    return learn
+
+
+# ------------------------------------------------------------------------------------------------ exact values by DDP
+
+class Writer(Callback):
+    writes = True
+    parts = ()
+
+    def __init__(self): self.calls = 0
+
+    def after_batch(self): self.calls += 1
+
+
+def test_two_ranks_train_what_one_trains_and_measure_it_exactly(tmp_path):
+    cases = {"ragged": {}, "one example left": {"examples": 41}, "fewer examples than ranks": {"examples": 3, "batch_size": 1},
+             "group": {"more": lambda: [Accumulate(3)]}, "stopping": {"more": lambda: [EarlyStopping("train_loss", 1, min_delta=9.0)]}}
+
+    def train(rank):
+        found = {}
+        for name, case in cases.items():
+            more = case.get("more", list)()
+            sizes = {key: value for key, value in case.items() if key != "more"}
+            learn = make(Distributed(), metrics(), *more, dropout=0, seed=0 if rank is None else 10 * rank, **sizes)
+            learn.on("after_epoch", lambda learn: learn.log(beside=learn.validate()["validation_loss"]))
+            learn.train(3, learning_rate=0.01)
+            found[name] = [*learn.history.rows], torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+            assert all("forward" not in vars(module) for module in learn.model.modules()) and learn.ranks is None
+        return found
+
+    alone, ranks = train(None), values(2, train, tmp_path, 25)
+    for name, found in itertools.product(cases, ranks):
+        rows, weights = found[name]
+        assert len(rows) == len(alone[name][0]) == (2 if name == "stopping" else 3), name
+        torch.testing.assert_close(weights, alone[name][1], rtol=1e-4, atol=1e-6, msg=name)
+        for row, wanted in zip(rows, alone[name][0], strict=True): assert row == pytest.approx(wanted, rel=1e-5), name
+    for name in cases: assert ranks[0][name][0] == ranks[1][name][0]  # to the last bit
+
+
+def test_the_first_rank_alone_writes_and_shows_and_collectives_are_few(tmp_path):
+    def train(rank):
+        writer, own = Writer(), Distributed()
+        learn = make(writer, Progress(), own, Checkpoint(tmp_path / "run", minutes=1e-9), metrics())
+        learn.train(2, learning_rate=0.01)
+        counted = dict(own.group.collectives)
+        assert writer in learn.callbacks
+        return writer.calls, counted
+
+    (calls, counted), other = values(2, train, tmp_path)
+    assert (calls, other[0]) == (12, 0) and counted == other[1]
+    assert counted["sum"] == 2 * (6 + 2) + 4 + 1 and counted["add_up"] == 0  # batches, passes, the call
+    assert counted["gather"] == 4 + 1 + 12  # passes, the beginning of the call, a checkpoint a batch
+    assert Checkpoint.latest(tmp_path / "run").stem == "epoch-0002"
+
+    def unlike(rank):
+        learn = make(Distributed(), Progress())
+        if rank: learn.model.append(nn.Linear(3, 3))
+        learn.train(1)
+
+    found = group(2, unlike, tmp_path)
+    assert sorted(each[0] for each in found) == ["error", "other"]
+    assert all("the model of rank 1 is not the model of rank 0" in each[1] for each in found)
+
+    def shown(rank): make(Distributed(), Progress()).train(1)
+
+    assert ["train_loss" in each[2] for each in group(2, shown, tmp_path)] == [True, False]
+
+
+def test_in_one_process_it_does_nothing(tmp_path):
+    found = []
+    for callbacks in ([Distributed()], []):
+        learn = make(*callbacks)
+        learn.train(1, learning_rate=0.01)
+        found.append(outcome(learn))
+    assert found[0] == found[1] and learn.ranks is None and learn.is_main
+
+
+# ------------------------------------------------------------------------------------------------ no rank hangs
+
+def fail(): raise ValueError("bad data")
+def cancel(kind):
+    def cancelling(): raise kind
+    return cancelling
+def kill(): os.kill(os.getpid(), signal.SIGKILL)
+def terminate(): os.kill(os.getpid(), signal.SIGTERM)
+
+HOOKS = ["before_train", "before_epoch", "before_training", "before_batch", "before_prepare", "after_loss", "before_backward",
+         "after_backward", "before_step", "after_step", "after_batch", "after_training", "before_validation", "after_validation_batch",
+         "after_validation", "after_epoch", "after_train"]
+FAILURES = {"fail": fail, "kill": kill, "batch": cancel(CancelBatchException), "epoch": cancel(CancelEpochException),
+            "train": cancel(CancelTrainException)}
+SHORT = [("fail", "after_loss", 1, None), ("kill", "before_step", 1, 4), ("train", "after_epoch", 0, None), ("batch", "after_loss", 1, 4)]
+ALL = [*itertools.product(FAILURES, HOOKS, (0, 1), (None, 4))] if LONG else SHORT
+
+
+@pytest.mark.parametrize(("what", "hook", "bad", "shards"), ALL)
+def test_a_rank_that_fails_ends_all_with_its_error_shown_once(tmp_path, what, hook, bad, shards):
+    folder = tmp_path / "run"
+
+    def train(rank):
+        learn = make(Distributed(shards=shards, timeout=30), Checkpoint(folder, steps=2), At(hook, FAILURES[what], bad))
+        learn.train(3, learning_rate=0.01)
+
+    began = time.monotonic()
+    found = group(2, train, tmp_path, 40)
+    assert time.monotonic() - began < 25  # training takes a few, and the end at most ten
+    kinds = [each and each[0] for each in found]
+    if what == "kill":
+        assert found[bad] is None and found[1 - bad][0] == "error" and f"rank {bad}: it has ended without a word" in found[1 - bad][1]
+    elif what == "fail":
+        assert kinds[bad] == "error" and found[bad][1].startswith(f"ValueError: bad data (in At.{hook}")
+        assert kinds[1 - bad] == "other" and found[1 - bad][1].startswith(f"rank {bad}: ValueError: bad data (in At.{hook}")
+    elif kinds == ["value", "value"]: pass  # the stage ends for both where it would have ended anyway
+    else: assert sorted(kinds) == ["error", "other"], found
+    if Checkpoint.latest(folder) is None: return
+    if shards:
+        whole = make(Distributed(shards=shards))
+        whole.train(3, learning_rate=0.01)
+        rest = make(Distributed(shards=shards), seed=7)
+        rest.train(resume=Checkpoint.latest(folder))
+        assert outcome(rest) == outcome(whole)
+
+
+@pytest.mark.parametrize(("press", "shards"), [(ctrl_c, 4), (terminate, None)])
+def test_a_signal_to_one_rank_stops_all_after_the_same_batch(tmp_path, press, shards):
+    def train(rank):
+        learn = make(Distributed(shards=shards), At("before_batch", press, 1))
+        try: learn.train(3, learning_rate=0.01)
+        except (KeyboardInterrupt, SystemExit) as stop: assert not isinstance(stop, OtherRankError)
+        place = tuple(learn.place)
+        learn.train(resume=True)
+        return place, outcome(learn)
+
+    straight = make(Distributed(shards=shards))
+    found = values(2, train, tmp_path)
+    assert found[0] == found[1] and found[0][0] == (1, "train", 3)
+    if shards:
+        straight.train(3, learning_rate=0.01)
+        assert found[0][1] == outcome(straight)
+
+
+def test_what_one_rank_does_alone_is_an_error_that_says_where(tmp_path):
+    def train(rank):
+        learn = make(Distributed())
+        learn.on("after_batch", lambda batch_num: torch.rand(()) if rank and batch_num == 2 else None)
+        learn.train(1, learning_rate=0.01)
+
+    found = group(2, train, tmp_path)
+    assert sorted(each[0] for each in found) == ["error", "other"]
+    assert any("random numbers differ" in each[1] and "batch 3" in each[1] for each in found), found

@@ -1,0 +1,107 @@
+"""Training in processes that a notebook or a script starts."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from learner.base.provenance import seed_everything
+from learner.keep.distributed import Distributed
+from learner.keep.launch import launch
+from learner.keep.ranks import RankError
+from learner.loop.datasets import digits
+from learner.loop.learner import Learner
+from learner.loop.stages import Callback
+from learner.watch.progress import Progress
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="workers are talked to by a socket of the file system")
+
+
+class Seen(Callback):
+    "Without a state_dict: its plain values come home."
+
+    def __init__(self): self.losses = []
+
+    def after_epoch(self, learn): self.losses.append(learn.results["train_loss"])
+
+
+class Slow(Callback):
+    writes = True
+
+    def after_batch(self, epoch, batch_num):
+        time.sleep(0.05)
+        if (epoch, batch_num) == (0, 3): print("here", flush=True)
+
+
+class Bad(Callback):
+    def after_loss(self, learn, batch_num):
+        if learn.ranks and learn.ranks.rank == 1 and batch_num == 2: raise ZeroDivisionError("bad data")
+
+
+def make(*callbacks):
+    seed_everything(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 10))
+    return Learner(model, torch.optim.AdamW, F.cross_entropy, digits(batch_size=128), callbacks, device="cpu")
+
+
+def test_what_was_trained_in_two_processes_comes_home_also_after_ctrl_c(capsys):
+    plain, seen = make(Distributed(shards=2)), Seen()
+    plain.train(2, learning_rate=0.01)
+    wanted, rows = plain.fingerprint(), plain.history.rows
+    learn = make(Progress(), seen, Slow())
+    model = learn.model
+
+    def press():
+        while "here" not in (shown.append(capsys.readouterr().out) or "".join(shown)): time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    shown = []
+    threading.Thread(target=press, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt, match="stopped after epoch 0, batch"):
+        launch(learn, processes=2, shards=2).train(2, learning_rate=0.01)
+    assert 3 < learn.place.batch < 12 and learn.model is model
+    launch(learn, processes=2, shards=2).train(resume=True)
+    assert learn.model is model and learn.history.rows == rows
+    found = learn.fingerprint()
+    assert all(found[name] == wanted[name] for name in ("model", "optimiser", "rng"))
+    assert learn.dataloaders.train.epoch == plain.dataloaders.train.epoch == 2
+    assert seen.losses == [row["train_loss"] for row in rows]
+    assert f"{rows[1]['train_loss']:.4f}" in capsys.readouterr().out  # what the first process shows
+    with pytest.raises(ValueError, match="nothing to resume"): learn.train(resume=True)
+
+
+def test_an_error_of_a_worker_is_raised_here_once():
+    learn = make(Bad())
+    began = time.monotonic()
+    with pytest.raises(RankError, match=r"rank 1: ZeroDivisionError: bad data \(in Bad.after_loss \(epoch 0, batch 2\)") as raised:
+        launch(learn, processes=2).train(1, learning_rate=0.01)
+    assert "Traceback" in raised.value.__notes__[0] and time.monotonic() - began < 90
+    assert not learn.history.rows and learn.ranks is None
+
+
+def test_mistakes_are_answered_before_anything_starts():
+    learn = make()
+    with pytest.raises(ValueError, match="power of two"): launch(learn, processes=2, shards=3)
+    with pytest.raises(TypeError, match="is not a Learner"): launch(nn.Linear(1, 1))
+    learn.dataloaders = {"train": (batch for batch in ())}
+    with pytest.raises(TypeError, match="generator object .* cannot be sent"): launch(learn).train(1)
+
+
+@pytest.mark.long
+def test_the_command_line_trains_in_two_processes(tmp_path):
+    def train(name, *words):
+        done = subprocess.run([sys.executable, "-m", "learner", "train", "digits", str(tmp_path / name), "--epochs=1", *words],
+                              capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout, json.loads((tmp_path / name / "meta.json").read_text()), (tmp_path / name / "history.csv").read_text()
+
+    shown, meta, rows = train("two", "--processes=2")
+    assert shown.count("validation_loss") == 2 and meta["status"] == "finished" and "--processes=2" in meta["command"]
+    assert len(rows.splitlines()) == len(train("one")[2].splitlines()) == 2
