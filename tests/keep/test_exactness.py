@@ -507,7 +507,7 @@ def test_whatever_a_callback_changes_is_found(tmp_path, value, change):
     assert len(told) == 1 and told[0].startswith("Holds changes its attribute value in training and has no state_dict, so")
 
 
-@pytest.mark.parametrize("value", [[1, {2: "a"}], torch.ones(3), np.ones(3), nn.Linear(2, 2), {3, 4}, float("nan"), None, len, random.Random(1), torch.Generator(), object()],
+@pytest.mark.parametrize("value", [[1, {2: "a"}], torch.ones(3), np.ones(3), nn.Linear(2, 2).requires_grad_(False), {3, 4}, float("nan"), None, len, random.Random(1), torch.Generator(), object()],
                          ids=lambda value: type(value).__name__)
 def test_whatever_stays_as_it_is_raises_no_alarm(tmp_path, value):
     assert told_by(small(Holds(value, lambda it: None)), tmp_path) == []

@@ -1093,7 +1093,7 @@ FORGED = {
     "random numbers of a stranger": (loop(lambda loop: loop["rng"].update({"os.system": 1})), NO_MEANS),
     "random numbers of NumPy that are none": (loop(lambda loop: loop["rng"].update({"numpy.bit_generator": "Trap"})), NO_MEANS),
     "orders that are none": (put(orders=[]), SAYS_NOT),
-    "an order that is none": (put(orders={"train": 3}), NO_MEANS),
+    "an order that is none": (put(orders={"train": 3}), "the order of the train loader does not fit: TypeError("),
     "no beginning": (put(began=None), NO_MEANS + "TypeError("),
     "a beginning with a hole": (loop(lambda loop: loop["began"].pop("order")), NO_MEANS + "KeyError('order')"),
 }

@@ -167,7 +167,7 @@ def test_a_picture_that_fails_is_a_warning(tmp_path):
     learn = no_test(example_learner())
     learn.train(1)
     (tmp_path / "plots").write_text("in the way")
-    with pytest.warns(UserWarning, match="are not complete: FileExistsError"): write_plots(tmp_path / "plots", learn.history)
+    with pytest.warns(UserWarning, match="are not complete: NotADirectoryError"): write_plots(tmp_path / "plots", learn.history)
 
 
 def test_predictions_are_drawn_of_images_only(tmp_path):
@@ -664,7 +664,7 @@ def test_data_that_cannot_be_read_ends_no_training(tmp_path):
         def __iter__(self): return iter([(torch.zeros(8, 4), torch.zeros(8, 1))])
     model = nn.Linear(4, 1)
     learn = Learner(model, torch.optim.SGD(model.parameters(), lr=0.1), F.mse_loss, {"train": Skips(Pictures(32, bad=13), batch_size=8)}, device="cpu")
-    learn.train(1, callbacks=quick(tmp_path / "a"))
+    with pytest.warns(UserWarning, match="the data has no hash: FileNotFoundError: picture 13"): learn.train(1, callbacks=quick(tmp_path / "a"))
     assert read_run(tmp_path / "a").status == "finished" and read_run(tmp_path / "a").meta["data"]["train"] is None
 
 
