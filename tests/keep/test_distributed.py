@@ -106,6 +106,7 @@ def outcome(learn):
 class At(Callback):
     "Does something in one hook, epoch and batch."
     priority = 5
+    watches = True
 
     def __init__(self, hook, do, rank=None, epoch=1, batch=2):
         self.place = {"epoch": epoch, "batch": batch}
@@ -208,7 +209,7 @@ def _with(layer):
 # ------------------------------------------------------------------------------------------------ exact values by DDP
 
 class Writer(Callback):
-    writes = True
+    writes = watches = True
     parts = ()
 
     def __init__(self): self.calls = 0
