@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from pages import modules
+
 ROOT = Path(__file__).parent.parent
 FOLDERS = {
     "base": "what knows no training: nested values, files, hashes, pictures",
@@ -77,7 +79,9 @@ def page(path):
             | {"source": re.sub(r"\]\(([./\w]*examples/own_trainer)\)", r"](\1/README.md)", text)}
         )
     if module and re.fullmatch(r"[a-z]+\.[a-z]\w+", module):
-        where = f"It makes the module [`learner.{module}`](/reference/modules/{module}.md)."
+        name = f"`learner.{module}`"
+        page = f"[{name}](/reference/modules/{module}.md)" if module in modules() else name
+        where = f"It makes the module {page}."
         cells.insert(1, {"cell_type": "markdown", "id": "module", "metadata": {}, "source": where})
     return json.dumps(notebook | {"cells": cells})
 
