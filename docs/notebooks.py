@@ -6,9 +6,8 @@ import json
 import re
 from pathlib import Path
 
-from PIL import Image
-
 from pages import modules
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {
