@@ -82,7 +82,9 @@ def page(path):
         page = f"[{name}](/reference/modules/{module}.md)" if module in modules() else name
         where = f"It makes the module {page}."
         cells.insert(1, {"cell_type": "markdown", "id": "module", "metadata": {}, "source": where})
-    return json.dumps(notebook | {"cells": cells})
+    # The state of widgets would make a page load their code from another host.
+    metadata = {name: value for name, value in notebook["metadata"].items() if name != "widgets"}
+    return json.dumps(notebook | {"cells": cells, "metadata": metadata})
 
 
 def notebooks(folder):
