@@ -1,5 +1,6 @@
 """The page of errors: each class with an example, which is run to get its message."""
 
+import linecache
 import os
 import tempfile
 import warnings
@@ -169,6 +170,87 @@ def greet(name: str, /, *, twice: bool = False): ...
 split_words(Command(greet), ["you", "--thrice"])""",
         "`learner COMMAND --help` says what can be written.",
     ),
+    "PrintableError": (
+        """\
+from pathlib import Path
+from learner.loop.datasets import read_idx
+
+Path("images").write_bytes(b"not images at all")
+read_idx("images")""",
+        "The base of errors about what may come from elsewhere: nothing in a message can steer a "
+        "terminal.",
+    ),
+    "GraphError": (
+        """\
+from learner.steer.torch_update import update_function
+
+class Own(torch.optim.SGD): ...
+
+update_function(Own([nn.Parameter(torch.zeros(1))]))""",
+        "`WholeStep` takes a step that cannot be one graph without a graph, and says why; use an "
+        "optimiser of `torch.optim` for one.",
+    ),
+    "ShardError": (
+        """\
+from learner.keep.distributed import Distributed
+
+model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 10))
+Learner(model, torch.optim.SGD, F.cross_entropy, digits(), Distributed(shards=4)).train(1)""",
+        "Change what is named, or leave `shards` out.",
+    ),
+    "RankError": (
+        """\
+from learner.keep.distributed import Distributed
+
+class Own:
+    "A metric that cannot be merged."
+    def update(self, predictions, labels): ...
+    def compute(self): return 0.0
+    def reset(self): ...
+
+fresh(Metrics(own=Own()), Distributed(shards=4)).train(1)""",
+        "The message says which rank, and what all ranks have to do alike.",
+    ),
+    "InputError": (
+        """\
+learn = fresh()
+learn.train(1)
+learn.predict(torch.zeros(64, dtype=torch.uint8))""",
+        "Give inputs as in training; `read=` may prepare them.",
+    ),
+    "ExportError": (
+        """\
+from learner.use.export import export
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+    def forward(self, x):
+        x = self.layer(x.flatten(1))
+        return x if x.sum() > 0 else -x
+
+learn = Learner(Branching(), torch.optim.SGD, F.cross_entropy, digits())
+learn.train(1)
+export(learn, "exported")""",
+        "The line of the model that cannot be followed is named.",
+    ),
+    "ProgramError": (
+        """\
+from learner.use.program import operator_of
+
+operator_of("aten.from_file.default")""",
+        "Export the model again; `learner verify` checks a folder.",
+    ),
+    "WeightsError": (
+        """\
+from safetensors.torch import save_file
+from learner.use.hub import load_weights
+
+save_file({"weight": torch.zeros(2, 3)}, "model.safetensors")
+load_weights(nn.Linear(3, 2), ".")""",
+        "Take the weights of this very model, or give `prefix=`.",
+    ),
 }
 
 
@@ -182,8 +264,10 @@ def message(name, code):
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
+        source, place = BEGIN + code, f"the example of {name}"
+        linecache.cache[place] = (len(source), None, source.splitlines(keepends=True), place)
         try:
-            exec(compile(BEGIN + code, f"the example of {name}", "exec"), {"__name__": "__main__"})
+            exec(compile(source, place, "exec"), {"__name__": "__main__"})
         except kind as error:
             if type(error) is not kind:
                 raise

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+from pages import modules
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -77,9 +78,13 @@ def page(path):
             | {"source": re.sub(r"\]\(([./\w]*examples/own_trainer)\)", r"](\1/README.md)", text)}
         )
     if module and re.fullmatch(r"[a-z]+\.[a-z]\w+", module):
-        where = f"It makes the module [`learner.{module}`](/reference/modules/{module}.md)."
+        name = f"`learner.{module}`"
+        page = f"[{name}](/reference/modules/{module}.md)" if module in modules() else name
+        where = f"It makes the module {page}."
         cells.insert(1, {"cell_type": "markdown", "id": "module", "metadata": {}, "source": where})
-    return json.dumps(notebook | {"cells": cells})
+    # The state of widgets would make a page load their code from another host.
+    metadata = {name: value for name, value in notebook["metadata"].items() if name != "widgets"}
+    return json.dumps(notebook | {"cells": cells, "metadata": metadata})
 
 
 def notebooks(folder):

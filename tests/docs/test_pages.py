@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-LONG = ("trainer",)  # starts the command line seven times
+LONG = ("trainer", "several_processes")  # they start the command line seven times, and seven processes
 OTHERS = sorted(path.stem for path in (DOCS / "coming_from").glob("*.md") if path.stem != "index")
 
 
