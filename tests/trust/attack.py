@@ -120,7 +120,7 @@ def named_by_user(file):
     "Whether whoever names this file means something else: what a link leads to, or code in settings that do not say that they are of a run."
     with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
         if os.path.islink(file): return True
-        text = file.read_bytes() if file.stat().st_size < LARGE else b""  # what is larger is no settings
+        text = file.read_bytes() if file.is_file() and file.stat().st_size < LARGE else b""  # anything else is no settings
         return b"payload" in text and json.loads(text).get("format") != "learner.run"
     return False
 
@@ -171,7 +171,7 @@ def functions(evil, good):
     }
     named = {evil / "config.json": ("resolve", "read_settings"), last: ("load",), evil / "stdout.txt": ("read_idx",),
              place: ("Checkpoint.latest", "Checkpoint.best", "train(resume=, in it)", "load", "load_state", "hash_file", "data_hash", "read_json checkpoints/index.json")}
-    for path in [path for path in named if path.is_symlink() or (path.is_file() and named_by_user(path))]:
+    for path in [path for path in named if path.is_symlink() or (path.name == "config.json" and named_by_user(path))]:
         for name in named[path]:
             reading.pop(name, None)
             training.pop(name, None)
