@@ -319,7 +319,8 @@ def temporary(_: Path) -> Iterator[Case]:
         folder, name = os.path.split(place)
         for form in (f".{name}.0123456789abcdef.tmp", f".{name}.tmp", f"{name}.tmp", f".{name}.new", f".{name}.old", f"{name}~"):
             for kind in ("link", "link to a folder", "pipe", "folder"):
-                yield Case(f"{kind} in place of {folder}/{form}", lambda run, outside, path=f"{folder}/{form}", kind=kind: KINDS[kind](run / path, outside))
+                path = os.path.join(folder, form)  # without a folder it is not to begin with a slash
+                yield Case(f"{kind} in place of {path}", lambda run, outside, path=path, kind=kind: KINDS[kind](run / path, outside))
     for path in ("script-2.py", "code-2.diff", "plots/loss.png", "plots/accuracy.png", "tensorboard/x", ".config.json.0123456789abcdef.tmp/x"):
         def spoil(run: Path, outside: Path, path: str = path) -> None:
             (run / path).parent.mkdir(exist_ok=True)
