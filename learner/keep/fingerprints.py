@@ -22,6 +22,8 @@ Record = dict[str, Any]  # "epoch" and "batch", counted from 0, and a hash for e
 class FingerprintError(PrintableError):
     "Fingerprints that cannot be read or compared."
 
+_LONGEST = 2**20  # characters of a line
+
 def _place(record: Mapping[str, Any]) -> tuple[int, int]: return record["epoch"], record["batch"]
 
 def _line(record: Record) -> str: return json.dumps(record) + "\n"
@@ -66,9 +68,11 @@ def read_fingerprints(file: str | os.PathLike[str]) -> list[Record]:
     """
     records = {}
     for number, line in enumerate(_read(file).split("\n")[:-1], 1):
-        try: record = json.loads(line)
-        except (ValueError, RecursionError): fault = "is not JSON"
-        else: fault = _fault(record)
+        fault = f"has more than {_LONGEST:,} characters"
+        if len(line) <= _LONGEST:
+            try: record = json.loads(line)
+            except (ValueError, RecursionError): fault = "is not JSON"
+            else: fault = _fault(record)
         if fault:
             raise FingerprintError(f"{file}: line {number} {fault}; each line is a record of "
                                    "Fingerprints")

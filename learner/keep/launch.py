@@ -23,6 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..base.files import open_file, read_bytes, write_bytes
 from ..base.provenance import rng_state, set_rng_state
 from ..base.words import check_number, check_whole
 from .distributed import Distributed
@@ -124,9 +125,10 @@ def _show_at_home(home: Connection, callbacks: list[Callback]) -> None:
 def work(folder: str) -> None:
     "What a worker does: `launch` starts it."
     rank = int(os.environ["RANK"])
-    home = Client(str(Path(folder, "home")), authkey=Path(folder, "key").read_bytes())
+    home = Client(str(Path(folder, "home")), authkey=read_bytes(Path(folder, "key")))
     try:
-        with Path(folder, "learner").open("rb") as file: learn, call, args, kwargs, asked, rng = pickle.load(file)
+        with open_file(Path(folder, "learner"), limit=None) as file:
+            learn, call, args, kwargs, asked, rng = pickle.load(file)
         set_rng_state(rng)
         if not any(isinstance(each, Distributed) for each in learn.callbacks): learn.add(Distributed(**asked))
         guests = as_callbacks(kwargs.get("callbacks"))
@@ -150,7 +152,7 @@ class _Workers:
     def __init__(self, folder: str, processes: int):
         self.folder, self.processes = folder, processes
         key = os.urandom(32)
-        Path(folder, "key").write_bytes(key)
+        write_bytes(Path(folder, "key"), key, sync=False)
         self.listener = Listener(str(Path(folder, "home")), "AF_UNIX", backlog=processes, authkey=key)
         self.running: list[subprocess.Popen[bytes]] = []
 
@@ -193,7 +195,9 @@ class _Started(_Workers):
         "Raise RankError for a worker that has ended without a word."
         for rank, process in enumerate(self.running):
             if process.poll() in (None, 0): continue
-            said = Path(self.folder, f"output {rank}").read_text(errors="replace").strip()[-2000:]
+            with open_file(Path(self.folder, f"output {rank}"), limit=None) as output:
+                output.seek(max(0, output.seek(0, os.SEEK_END) - 10_000))
+                said = output.read().decode(errors="replace").strip()[-2000:]
             raise RankError(f"rank {rank}: its process has ended with status {process.returncode}"
                             f"{': ' + said if said else ' without a word (killed, or out of memory)'}")
 
@@ -274,7 +278,8 @@ class Launched:
         self.learn.check_idle("launch")
         guests = as_callbacks(kwargs.get("callbacks"))
         with tempfile.TemporaryDirectory(prefix="learner") as folder:
-            Path(folder, "learner").write_bytes(_packed(self.learn, call, args, kwargs, self.asked, rng_state()))
+            packed = _packed(self.learn, call, args, kwargs, self.asked, rng_state())
+            write_bytes(Path(folder, "learner"), packed, sync=False)
             workers, seconds = _Started(folder, self.processes), 0.0
             try:
                 home = _Hearing(workers).listen()

@@ -388,8 +388,10 @@ def fitting_optimiser(learn: Any, state: Mapping[str, Any]) -> Any:
     saved, optimiser = state.get("optimiser"), learn.optimiser
     if saved is None: return optimiser
     if not is_optimiser(optimiser):
-        groups = saved.get("param_groups") or [{}]
-        optimiser = make_optimiser(optimiser, learn.trained(), groups[0].get("lr"))
+        groups = saved.get("param_groups")
+        first = groups[0] if isinstance(groups, list) and groups else None
+        rate = first.get("lr") if isinstance(first, Mapping) else None
+        optimiser = make_optimiser(optimiser, learn.trained(), rate)
     kind, own = state["loop"]["optimiser"], type(optimiser).__name__
     if kind != own: raise ResumeError(f"the state is of {kind}, and the optimiser is {own}; use {kind}")
     check_optimiser_state(optimiser, saved)

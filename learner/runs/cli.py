@@ -22,7 +22,7 @@ from ..base.words import PrintableError, did_you_mean, flatten
 from .command import Command, UsageError, help_parser, say, split_words
 from .config import from_record, registered, resolve
 from .registry import import_named
-from .rundir import RunError, create_run, is_locked, is_run
+from .rundir import RunError, check_layout, create_run, is_locked, is_run, run_path
 from .runfiles import RunFiles, read_run
 from .rundir import new_name as free_name
 
@@ -199,6 +199,7 @@ def _train(
     _check_least("processes", processes, 1)
     _check_least("fingerprints", fingerprints, 0, "; 0 means never")
     _search_here()
+    run_path(run_dir)  # it must not be empty
     if new_name: run_dir = str(free_name(run_dir))
     elif not overwrite and os.path.lexists(run_dir): create_run(run_dir)  # says what to do
     if detach and processes > 1: raise UsageError("--detach trains in one process; leave out --processes")
@@ -241,6 +242,7 @@ def _resume(
     if files.status == "finished" and done and (epochs is None or epochs <= done):
         more = f"{_resume_line(run_dir)} --epochs={done + 1}"
         return say(f"{run_dir}: finished after {_epochs(done)}; for more: {more}")
+    check_layout(files.folder)
     if detach: _detach(run_dir)
     if not quiet: say(f"{run_dir}, {_epochs(done)} done: loading PyTorch ...")
     with _training(run_dir):

@@ -169,12 +169,12 @@ class Watcher(_Looking):
         "Show what is new; returns whether the run is in training."
         running = is_locked(self.folder)  # first, so that what is read after it is all there is
         moment = Moment.of(self.folder / "progress.json")
-        rows = RunFiles(self.folder).rows
+        rows = [{printable(name): printable(value) if isinstance(value, str) else value
+                 for name, value in row.items()} for row in RunFiles(self.folder).rows]
         if self.view is None or len(rows) < self.shown: self._join(rows, moment)
         self._show_rows(rows)
         if moment and moment.epoch == len(rows) and moment != self.moment: self._show_pass(moment)
         return running
-
 
 # %% ../../nbs/runs/live.ipynb #e17292d6
 def outcome(folder: AnyPath) -> str:

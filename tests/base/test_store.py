@@ -28,6 +28,7 @@ from torch import nn
 
 from learner.base import nested as nested_values
 from learner.base import store
+from learner.base.checkpoints import checkpoint_name, checkpoint_place, list_checkpoints
 from learner.base.files import FileError
 from learner.base.hashing import sparse_parts, tensor_bytes
 from learner.base.nested import snapshot
@@ -35,9 +36,6 @@ from learner.base.provenance import kept_rng, rng_state, set_rng_state
 from learner.base.store import (
     DamagedError,
     check_state,
-    checkpoint_name,
-    checkpoint_place,
-    list_checkpoints,
     load_state,
     newest_checkpoint,
     read_checkpoint,
@@ -76,7 +74,7 @@ def whole(state):
 # ---------------------------------------------------------------------------------------------------- what comes back
 
 VALUES = {
-    "plain": [None, True, False, 0, -1, 2**53, -(2**53) + 1, 2**64, -(2**200), 1 << 20_000, "", "é\0\n$", "\ud800", "x" * 10_000],
+    "plain": [None, True, False, 0, -1, 2**53, -(2**53) + 1, 2**64, -(2**200), 2**8192 - 1, 1 - 2**8192, "", "é\0\n$", "\ud800", "x" * 10_000],
     "floats": [0.0, -0.0, 0.1, 1e-320, 1.7976931348623157e308, math.inf, -math.inf, math.nan, math.pi, 5.0],
     "nested": ((), [], {}, ((1,), [2, (3, [])]), {"a": {"b": ({},)}}),
     "keys": {0: "int", "0": "text", -5: 1, 2**70: 2, "": 3, "$tuple": [1], "a.b": {"c": 4}, "a": {"b.c": 5}, "__metadata__": 6},
@@ -333,6 +331,8 @@ REFUSED = [
     ({"a": np.ma.zeros(2)}, "state['a'] is a MaskedArray; a checkpoint"),
     ({"a": np.zeros(2, dtype=[("x", "f4")])}, "state['a'] is an array of [('x', '<f4')]; convert it"),
     ({"a": torch.ones(2, device="meta")}, "state['a'] is a tensor that is quantized, nested or without values"),
+    ({"a": [2**8192]}, "state['a'][0] is a whole number of 8,193 bits; at most 8,192 are kept"),
+    ({"a": -(1 << 20_000)}, "state['a'] is a whole number of 20,001 bits; at most 8,192 are kept"),
     ({"a": t.as_subclass(Special)}, "state['a'] is a Special, a special tensor; save plain ones"),
     ({"a": nn.UninitializedParameter()}, "state['a'] is a UninitializedParameter, a special tensor; save plain ones"),
     ({"a": {(1, 2): 3}}, "state['a'] has the key (1, 2), a tuple; keys must be str or int"),
@@ -851,6 +851,7 @@ FORGED = {
     "deep tags": (dict(state='{"a": ' + '{"$tuple": [' * 120 + "]}" * 120 + "}"), "is nested more than 100 levels deep"),
     "huge int": (dict(state='{"a": ' + "9" * 1_000_000 + "}"), "has a number of 1000000 digits"),
     "flood": (dict(state='{"a": [' + "[]," * 5_000_000 + "1]}"), "has more than 2,000,000 values"),
+    "large int tag": (dict(state=json.dumps({"a": {"$int": "0x1" + "0" * 2048}})), "means nothing"),
     "int tag of nonsense": (dict(state='{"a": {"$int": "0x1_0"}}'), "means nothing"),
     "int tag of a number": (dict(state='{"a": {"$int": 5}}'), "means nothing"),
     "float tag of code": (dict(state='{"a": {"$float": "1e5"}}'), "means nothing"),
@@ -1058,6 +1059,7 @@ def test_reading_imports_and_executes_nothing(tmp_path):
     code = f"""
 import sys, torch, numpy
 from learner.base import store
+from learner.base.checkpoints import checkpoint_name, checkpoint_place, list_checkpoints
 store.load_state({str(tmp_path / "good")!r})
 try: store.load_state({str(tmp_path / "0")!r})
 except store.DamagedError: pass
@@ -1082,6 +1084,7 @@ def test_a_file_does_not_make_the_reader_take_more_memory_than_it_has_bytes(tmp_
     code = f"""
 import resource, torch
 from learner.base import store
+from learner.base.checkpoints import checkpoint_name, checkpoint_place, list_checkpoints
 have = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (have + 600 * 2**20, resource.RLIM_INFINITY))
 for i in range({len(FORGED)}):
@@ -1097,6 +1100,7 @@ def test_saving_takes_no_second_copy_of_the_tensors(tmp_path):
     code = f"""
 import resource, torch
 from learner.base import store
+from learner.base.checkpoints import checkpoint_name, checkpoint_place, list_checkpoints
 state = {{"model": {{"a": torch.ones(15_000_000), "b": torch.ones(15_000_000)}}}}
 store.save_state({str(tmp_path / "w")!r}, {{"model": torch.ones(3_000_000)}})
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -164,7 +164,7 @@ def test_nothing_in_common_is_an_error_and_not_agreement(one, other):
     ("[]\n", "line 1 is not an object"), ("{\n", "line 1 is not JSON"), ('{"epoch": 0}\n', "line 1 has no batch"),
     ('{"epoch": true, "batch": 0}\n', "line 1 has True for epoch"), ('{"epoch": 0, "batch": "1"}\n', "line 1 has '1' for batch"),
     ('{"epoch": 0, "batch": 0}\n{"epoch": 0, "batch": 1, "rng": [1]}\n', "line 2 has no text for 'rng'"),
-    ("[" * 100000 + "\n", "line 1 is not JSON"), ('{"epoch": 0, "batch": 1e999}\n', "line 1 has inf for batch"),
+    ("[" + "[]," * 500_000 + "[]]\n", "line 1 has more than 1,048,576 characters"), ("[" * 100000 + "\n", "line 1 is not JSON"), ('{"epoch": 0, "batch": 1e999}\n', "line 1 has inf for batch"),
 ])
 def test_a_damaged_file_is_named_with_its_line(tmp_path, text, message):
     (tmp_path / "prints.jsonl").write_text(text)

@@ -43,7 +43,7 @@ from learner.runs.runs import Run, checkpoint_of, evaluate_run, load_run, rerun,
 from learner.runs.scores import scores
 
 SECONDS, HANGS, MEMORY = 3, 60, 1 << 30  # that one call may take of a processor and of time, and of memory beyond what there is
-IN_OPEN, IN_ALL = 0x20, 0xFFF
+IN_OPEN, IN_ALL, LARGE = 0x20, 0xFFF, 1 << 26
 
 
 # ---- what a run is made of here: as small as can be ----
@@ -119,7 +119,9 @@ def audit(event, arguments):
 def named_by_user(file):
     "Whether whoever names this file means something else: what a link leads to, or code in settings that do not say that they are of a run."
     with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
-        return os.path.islink(file) or (b"payload" in file.read_bytes() and json.loads(file.read_bytes()).get("format") != "learner.run")
+        if os.path.islink(file): return True
+        text = file.read_bytes() if file.is_file() and file.stat().st_size < LARGE else b""  # anything else is no settings
+        return b"payload" in text and json.loads(text).get("format") != "learner.run"
     return False
 
 
@@ -169,7 +171,7 @@ def functions(evil, good):
     }
     named = {evil / "config.json": ("resolve", "read_settings"), last: ("load",), evil / "stdout.txt": ("read_idx",),
              place: ("Checkpoint.latest", "Checkpoint.best", "train(resume=, in it)", "load", "load_state", "hash_file", "data_hash", "read_json checkpoints/index.json")}
-    for path in [path for path in named if path.is_symlink() or (path.is_file() and named_by_user(path))]:
+    for path in [path for path in named if path.is_symlink() or (path.name == "config.json" and named_by_user(path))]:
         for name in named[path]:
             reading.pop(name, None)
             training.pop(name, None)
@@ -298,6 +300,7 @@ class Attack:
         finally:
             for timer in (signal.ITIMER_REAL, signal.ITIMER_PROF): signal.setitimer(timer, 0)
             self.calls.append((round(time.process_time() - begun, 2), self.case.name, what))
+            if seen := self.watch.events(): self.fail(what, f"touches what is outside: {sorted(seen)[:4]}")
             if imported or started: self.fail(what, f"imported {imported}, started {started}")
             imported.clear()
             started.clear()
@@ -345,7 +348,6 @@ def main():
         if "plot" in case.name: run_module.write_plots, runs_module.write_predictions = drawing
         attack.run(number, case)
         run_module.write_plots = runs_module.write_predictions = lambda *_: None
-    slow = sorted(attack.calls, reverse=True)[:15]
     slow = sorted(attack.calls, reverse=True)[:15]
     by_name = {}
     for seconds, _, what in attack.calls: by_name[what] = by_name.get(what, 0) + seconds

@@ -16,8 +16,8 @@ FUNCTIONS = {  # by module
     "io": {"open", "open_code", "FileIO"}, "gzip": {"open"}, "bz2": {"open"}, "lzma": {"open"}, "zipfile": None, "tarfile": None, "urllib": None, "codecs": {"open"},
     "torch": {"load", "save", "from_file", "jit", "hub"}, "np": {"load", "save", "savez", "fromfile", "memmap", "loadtxt", "savetxt"}, "numpy": {"load", "save", "savez"},
     "runpy": None, "builtins": {"open"}, "csv": set(), "yaml": {"unsafe_load", "full_load"}}
-SAFE = {  # methods of the same names on what is not a path: a tree, the plan of a pass, TensorBoard's writer, a bar
-    "ast.walk", "plan.open", "self.open", "board.open", "self.board.open", "self._folder.open"}
+SAFE = {  # methods of the same names on what is not a path: a tree, the plan of a pass, TensorBoard's writer, a bar, sums of a batch
+    "ast.walk", "plan.open", "self.open", "board.open", "self.board.open", "self._folder.open", "self.tally.open", "self._sums.open"}
 
 # What is not in the room, and why that is right. Each entry has to be found, so that none outlives its reason.
 ALLOWED = {
@@ -28,6 +28,17 @@ ALLOWED = {
     ("runs/rundir.py", "path.mkdir(parents=True)"): "makes the new folder that the user has named, or fails if anything is there",
     ("runs/rundir.py", "path.rename(aside)"): "moves the folder that the user has named, which is no link, beside itself",
     ("runs/rundir.py", "os.walk(folder)"): "looks for the names of runs, and follows no links",
+    ("runs/background.py", "os.open(os.devnull"): "the terminal has gone, and nothing is read from it or written to it",
+    ("runs/background.py", "os.listdir(f'/proc/{process}/fd')"): "whether a process holds the lock, which the kernel knows",
+    ("keep/launch.py", "tempfile.TemporaryDirectory("): "a new folder with a name that nobody can guess, which only this user may enter; it goes with the call",
+    ("keep/launch.py", "subprocess.Popen([sys.executable"): "the processes that the user has asked for; the learner is theirs",
+    ("keep/launch.py", "Path(self.folder, f'output {rank}').open('wb')"): "in that folder: an open file has to be handed to a process",
+    ("keep/launch.py", "pickle.dumps(message)"): "from one process of this user to another, over a socket in that folder, with a key",
+    ("keep/launch.py", "pickle.loads(end.recv_bytes())"): "what was sent so, once the key was proved",
+    ("keep/launch.py", "pickle.load(file)"): "the learner that the parent has put in that folder",
+    ("use/export.py", "torch.export.save(exported, file)"): "to memory",
+    ("use/export.py", "torch.export.load(BytesIO"): "from memory, what has just been saved",
+    ("use/inputs.py", "Image.open(BytesIO"): "from memory, what the room has read",
     ("check/rules.py", "torch.save(state, file)"): "to memory, to see what a state becomes",
     ("check/rules.py", "torch.load(io.BytesIO"): "from memory, what has just been saved",
 }
