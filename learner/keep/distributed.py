@@ -424,6 +424,7 @@ class _Framed(_Calling):
         self.gradients.begin(learn)
 
     def cancelled_any_batch(self, learn: Any) -> None:
+        if learn.ranks is None: return  # one process without shards
         self.cancelled = type(sys.exception()).__name__
         if not self.agreed: self.agree(learn, "a cancelled batch")
 

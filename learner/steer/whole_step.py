@@ -280,6 +280,7 @@ class _Running(_Gathering):
             learn.batches_stepped = learn.batch_num + 1
             if inputs.sums is not None: learn.optimiser.zero_grad()
         around.done(learn, values, stepped)
+        learn.unseen_step = False  # SortedHooks has found a place for each hook on the step
 
 # %% ../../nbs/steer/whole_step.ipynb #7459baac
 class _Computing(_Running):
@@ -341,7 +342,7 @@ class _Telling(_Computing):
         self.graphs.expected = set(state["graphs"])
 
     def cleanup_train(self) -> None:
-        self.graphs.expected, self._around = set(), None
+        self._around = None
         if self._step is None or not self._step.parameters[0].is_cuda: return
         self._step.release()
         self._step = None  # the recording is of tensors that have moved
