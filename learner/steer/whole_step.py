@@ -47,11 +47,18 @@ def too_short(num_batches: int | None, num_tensors: int) -> str:
 Form = tuple[Any, ...]
 
 def form_of(data: Any, labels: Any) -> Form:
-    "The shapes and dtypes of a batch."
+    "The shapes and dtypes of a batch; raises CallbackError for one that is an object of its own."
     if isinstance(data, Tensor) and isinstance(labels, Tensor):
         return data.shape, data.dtype, labels.shape, labels.dtype
-    return tuple(part for leaf in tree_leaves((data, labels))
-                 for part in ((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else (leaf,)))
+    form: list[Any] = []
+    for leaf in tree_leaves((data, labels)):
+        if isinstance(leaf, Tensor): form += [leaf.shape, leaf.dtype]
+        elif leaf is None or isinstance(leaf, bool | int | float | str): form.append(leaf)
+        else:
+            raise CallbackError("WholeStep cannot take in a batch with an object of the class "
+                                f"{type(leaf).__name__}; use tensors in tuples, lists and dicts, "
+                                "or leave WholeStep out")
+    return tuple(form)
 
 def form_in_words(form: Form) -> str:
     "A form as text: for the state, and to be shown."
@@ -290,9 +297,9 @@ class _Computing(_Running):
         self, learn: Learner, step: Step, inputs: Inputs,
     ) -> tuple[Any, Tensor, list[Any]]:
         "Predictions, loss and the values of callbacks."
+        form = form_of(inputs.data, inputs.labels)
         calls = step.update.current()
         if not step.update.is_born: return step.plain(learn, inputs)  # which makes the state
-        form = form_of(inputs.data, inputs.labels)
         if inputs.sums is not None and inputs.divisor is None: form = (*form, WITHOUT_STEP)
         with torch.no_grad():
             if form in self.graphs.compiled:
