@@ -352,6 +352,7 @@ class _Stated(_Merging):
 class _Calling(_Stated):
     "How a call begins, and fails."
     gradients: Any = None
+    options: dict[str, Any]
 
     def begin_call(self, learn: Any) -> None:
         "Take over the weights and the random numbers of the first rank."
@@ -390,7 +391,6 @@ class _Framed(_Calling):
     "The frame of a call."
     timeout: float
     asked: int | None  # the number of shards
-    options: dict[str, Any]
 
     @contextmanager
     def frame(self, learn: Any) -> Iterator[None]:
@@ -424,6 +424,7 @@ class _Framed(_Calling):
         self.gradients.begin(learn)
 
     def cancelled_any_batch(self, learn: Any) -> None:
+        if learn.ranks is None: return  # one process without shards
         self.cancelled = type(sys.exception()).__name__
         if not self.agreed: self.agree(learn, "a cancelled batch")
 

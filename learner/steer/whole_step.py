@@ -47,11 +47,18 @@ def too_short(num_batches: int | None, num_tensors: int) -> str:
 Form = tuple[Any, ...]
 
 def form_of(data: Any, labels: Any) -> Form:
-    "The shapes and dtypes of a batch."
+    "The shapes and dtypes of a batch; raises CallbackError for one that is an object of its own."
     if isinstance(data, Tensor) and isinstance(labels, Tensor):
         return data.shape, data.dtype, labels.shape, labels.dtype
-    return tuple(part for leaf in tree_leaves((data, labels))
-                 for part in ((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else (leaf,)))
+    form: list[Any] = []
+    for leaf in tree_leaves((data, labels)):
+        if isinstance(leaf, Tensor): form += [leaf.shape, leaf.dtype]
+        elif leaf is None or isinstance(leaf, bool | int | float | str): form.append(leaf)
+        else:
+            raise CallbackError("WholeStep cannot take in a batch with an object of the class "
+                                f"{type(leaf).__name__}; use tensors in tuples, lists and dicts, "
+                                "or leave WholeStep out")
+    return tuple(form)
 
 def form_in_words(form: Form) -> str:
     "A form as text: for the state, and to be shown."
@@ -280,6 +287,7 @@ class _Running(_Gathering):
             learn.batches_stepped = learn.batch_num + 1
             if inputs.sums is not None: learn.optimiser.zero_grad()
         around.done(learn, values, stepped)
+        learn.unseen_step = False  # SortedHooks has found a place for each hook on the step
 
 # %% ../../nbs/steer/whole_step.ipynb #7459baac
 class _Computing(_Running):
@@ -289,9 +297,9 @@ class _Computing(_Running):
         self, learn: Learner, step: Step, inputs: Inputs,
     ) -> tuple[Any, Tensor, list[Any]]:
         "Predictions, loss and the values of callbacks."
+        form = form_of(inputs.data, inputs.labels)
         calls = step.update.current()
         if not step.update.is_born: return step.plain(learn, inputs)  # which makes the state
-        form = form_of(inputs.data, inputs.labels)
         if inputs.sums is not None and inputs.divisor is None: form = (*form, WITHOUT_STEP)
         with torch.no_grad():
             if form in self.graphs.compiled:
@@ -341,7 +349,7 @@ class _Telling(_Computing):
         self.graphs.expected = set(state["graphs"])
 
     def cleanup_train(self) -> None:
-        self.graphs.expected, self._around = set(), None
+        self._around = None
         if self._step is None or not self._step.parameters[0].is_cuda: return
         self._step.release()
         self._step = None  # the recording is of tensors that have moved

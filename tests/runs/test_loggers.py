@@ -20,6 +20,7 @@ from learner.check.bench import example_learner
 from learner.loop.data import DataLoaders
 from learner.loop.learner import Learner
 from learner.loop.stages import Callback, CancelBatchException, CancelEpochException, CancelTrainException
+from learner.runs.live import ProgressReport
 from learner.runs.loggers import (
     BestSoFar,
     ConsoleTable,
@@ -98,13 +99,32 @@ def test_losses_are_those_of_the_batches_in_blocks():
     assert [row["loss"] for block in keep.all("steps") for row in block] == learn.history.steps["train_loss"]
 
 
-def test_nothing_is_read_from_the_device_within_a_pass(elsewhere, waits):
+def test_nothing_is_read_from_the_device_within_a_pass(elsewhere, waits, tmp_path):
     learn, found = no_test(example_learner(batches=9)), []
     plain = learn.loss_func
     learn.loss_func = lambda predictions, labels: elsewhere(plain(predictions, labels))
     learn.on("after_batch", lambda: found.append(len(waits)), priority=5000)
-    learn.train(1, callbacks=[Keep(every=1), JSONLinesLogger(os.devnull, every=1)])
+    learn.train(1, callbacks=[Keep(every=1), JSONLinesLogger(tmp_path / "log.jsonl", every=1)])
     assert found == [0] * 9 and len(waits) >= 4  # after the passes
+
+
+@pytest.mark.parametrize("step, most", [(0.0, 0), (0.1, 2), (0.5, 10), (1.0, 20), (3.0, 20)])  # of 20 batches, so many seconds apart
+def test_the_file_of_progress_reads_from_the_device_at_most_once_a_second(elsewhere, waits, monkeypatch, tmp_path, step, most):
+    class Tick(Callback):
+        def before_training(self): self.start = len(waits)
+        def before_batch(self): clock[0] += step
+        def after_training(self): reads.append(len(waits) - self.start)
+    clock, reads, learn = [1000.0], [], no_test(example_learner(batches=10))
+    monkeypatch.setattr("learner.watch.progress.monotonic", lambda: clock[0])
+    plain = learn.loss_func
+    learn.loss_func = lambda predictions, labels: elsewhere(plain(predictions, labels))
+    def trained(*callbacks):
+        reads.clear()
+        learn.train(2, callbacks=[Tick(), *callbacks])
+        return sum(reads)
+    without = trained()
+    found = trained(ProgressReport(tmp_path / "progress.json")) - without
+    assert found <= most and (found > 0) == (step > 0)
 
 
 @pytest.mark.parametrize("optimiser, extra", [("plain", {}), ("tensor", {})])
