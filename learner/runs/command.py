@@ -134,7 +134,7 @@ def help_parser(command: Command) -> Any:
     for name, option in command.form.settings.items():
         kinds = {"type": option.hint, "default": option.default, "metavar": "VALUE"}
         help = option.help
-        if option.hint is bool: kinds = {"action": "store_true"}
+        if option.hint is bool and not option.default: kinds = {"action": "store_true"}
         if get_origin(option.hint) is Sequence:
             kinds |= {"type": str, "default": None}
             help += "; may be repeated"
