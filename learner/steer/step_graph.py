@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Contexts', 'Outputs', 'Guarded', 'check_hooks', 'check_optimiser_hooks', 'differentiated', 'probe', 'Inputs',
-           'StepFunction', 'ChangedStep', 'mark_static', 'replayed', 'Recompiled', 'reason', 'guarded', 'Compiled',
-           'check_scalars', 'check_asked', 'Step']
+           'StepFunction', 'ChangedStep', 'mark_static', 'replayed', 'Recompiled', 'reason', 'cache_hits', 'guarded',
+           'Compiled', 'check_scalars', 'check_asked', 'Step']
 
 # %% ../../nbs/steer/step_graph.ipynb #33060d54
 import warnings
@@ -222,6 +222,11 @@ def reason(error: BaseException) -> str:
     return lines[0] + (f" ({places[-1]})" if places else "")
 
 # %% ../../nbs/steer/step_graph.ipynb #659dc40e
+def cache_hits() -> int:
+    "How many graphs the compiler has taken from its cache on the disk in this process."
+    from torch._dynamo.utils import counters
+    return counters["inductor"]["fxgraph_cache_hit"]
+
 Guarded = tuple[Any, Callable[..., Any]]  # guards, and code that is right where they hold
 
 def guarded(function: Any) -> list[Guarded]:
