@@ -287,7 +287,7 @@ class Compiled:
                 if self.records: mark_static(*args)
                 found = replayed(self.call, *args) if self.records else self.call(*args)
         except torch._dynamo.exc.TorchDynamoException as error:
-            raise GraphError(f"the compiler cannot make one graph: {reason(error)}") from error
+            raise GraphError(f"the compiler says: {reason(error)}") from error
         finally: self.may_compile = False
         self.guarded = guarded(self.plain)
         return found

@@ -332,12 +332,15 @@ class _Computing(_Running):
         print(f"WholeStep compiles a graph for {form_in_words(form)} ...", end="", flush=True)
         before, loaded, start = step.compiled.graphs, cache_hits(), time.perf_counter()
         try:
-            with _refusing(): return step.compiled.compile(inputs, calls)
-        finally:
-            seconds, cached = time.perf_counter() - start, cache_hits() - loaded
-            print(f" {format_seconds(seconds)}{' from the cache' if cached else ''}", flush=True)
-            made = step.compiled.graphs - before
-            self.graphs.note(form, made, cached, seconds, learn.epoch > 0)
+            with _refusing(): found = step.compiled.compile(inputs, calls)
+        except CallbackError:
+            print(" in vain", flush=True)
+            raise
+        seconds, cached = time.perf_counter() - start, cache_hits() - loaded
+        print(f" {format_seconds(seconds)}{' from the cache' if cached else ''}", flush=True)
+        made = step.compiled.graphs - before
+        self.graphs.note(form, made, cached, seconds, learn.epoch > 0)
+        return found
 
     def _plain(self, learn: Learner, step: Step, inputs: Inputs) -> tuple[Any, Tensor, list[Any]]:
         self.graphs.uncompiled += 1

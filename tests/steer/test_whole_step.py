@@ -529,7 +529,7 @@ REFUSALS = {
     "Wrapping.around_backward": lambda: learner(Wrapping()), "Gentler": lambda: learner(Gentler()),
     "OwnLoss.compute_loss": lambda: learner(kind=OwnLoss), "float16": lambda: learner(MixedPrecision("float16")),
     "Mixup.loss": lambda: learner(Mixup()), "LBFGS": lambda: learner(optimiser=lambda model: torch.optim.LBFGS(model.parameters())),
-    "one graph": lambda: learner(optimiser=lambda model: torch.optim.Adafactor(model.parameters())),
+    "the compiler says": lambda: learner(optimiser=lambda model: torch.optim.Adafactor(model.parameters())),
     "compiled by itself": lambda: learner(Compile(backend="eager"), model=net()),
     "asks for epoch": lambda: learner(loss=lambda predictions, labels, epoch: F.cross_entropy(predictions, labels)),
 }
@@ -547,6 +547,7 @@ def test_what_cannot_be_taken_in_is_refused_by_name_before_the_first_step(what):
     assert all(map(torch.equal, before.values(), learn.model.state_dict().values()))
     assert "train_batch" not in vars(learn)
     assert not any(state["step"].item() for state in learn.optimiser.state.values())
+    assert not made(learn) and not whole_of(learn).graphs.compiled
 
 
 def test_a_hook_on_the_optimiser_is_refused():
