@@ -3342,6 +3342,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'learner/steer/step_graph.py'),
                                           'learner.steer.step_graph.mark_static': ( 'steer/step_graph.html#mark_static',
                                                                                     'learner/steer/step_graph.py'),
+                                          'learner.steer.step_graph.not_recorded': ( 'steer/step_graph.html#not_recorded',
+                                                                                     'learner/steer/step_graph.py'),
                                           'learner.steer.step_graph.probe': ('steer/step_graph.html#probe', 'learner/steer/step_graph.py'),
                                           'learner.steer.step_graph.reason': ( 'steer/step_graph.html#reason',
                                                                                'learner/steer/step_graph.py'),

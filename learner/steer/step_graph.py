@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Contexts', 'Outputs', 'Guarded', 'check_hooks', 'check_optimiser_hooks', 'differentiated', 'probe', 'Inputs',
-           'StepFunction', 'ChangedStep', 'mark_static', 'replayed', 'Recompiled', 'reason', 'cache_hits', 'guarded',
-           'Compiled', 'check_scalars', 'check_asked', 'Step']
+           'StepFunction', 'ChangedStep', 'mark_static', 'replayed', 'Recompiled', 'reason', 'cache_hits',
+           'not_recorded', 'guarded', 'Compiled', 'check_scalars', 'check_asked', 'Step']
 
 # %% ../../nbs/steer/step_graph.ipynb #33060d54
 import warnings
@@ -227,6 +227,11 @@ def cache_hits() -> int:
     from torch._dynamo.utils import counters
     return counters["inductor"]["fxgraph_cache_hit"]
 
+def not_recorded() -> int:
+    "How many graphs torch has not recorded as CUDA graphs in this process, though it was asked to."
+    from torch._dynamo.utils import counters
+    return counters["inductor"]["cudagraph_skips"]
+
 Guarded = tuple[Any, Callable[..., Any]]  # guards, and code that is right where they hold
 
 def guarded(function: Any) -> list[Guarded]:
@@ -253,7 +258,7 @@ class Compiled:
         if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
             raise GraphError("the compiler of this version of torch takes no gradients into a "
                              "graph; install a newer one")
-        self.backend, self.graphs, self.may_compile = backend, 0, False
+        self.backend, self.graphs, self.skipped, self.may_compile = backend, 0, 0, False
         self.records = on_gpu and backend == "inductor"
         self.function, self.plain, self.guarded = function, call, list[Guarded]()
         self.compiled = torch.compile(call, backend=self._compile, fullgraph=True)
@@ -285,7 +290,9 @@ class Compiled:
                     warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 if self.records: mark_static(*args)
+                before = not_recorded()
                 found = replayed(self.call, *args) if self.records else self.call(*args)
+                if self.records: self.skipped += not_recorded() - before
         except torch._dynamo.exc.TorchDynamoException as error:
             raise GraphError(f"the compiler says: {reason(error)}") from error
         finally: self.may_compile = False

@@ -232,7 +232,8 @@ class _Prepared(Callback):
         with _refusing():
             used = probe(learn, [part.forward for part in self._around.parts if part.forward])
             self._step = Step(learn, self._around.parts, used, self._compiler)
-        self._sums, self.graphs = Sums(self._step.used_parameters), self.graphs.afresh()
+        self.graphs = self.graphs.afresh()
+        self._sums = Sums(self._step.used_parameters) if self._around.weighing else None
         return self._step
 
 # %% ../../nbs/steer/whole_step.ipynb #8542fb4e
@@ -303,6 +304,8 @@ class _Running(_Gathering):
         learn.unseen_step = False  # SortedHooks has found a place for each hook on the step
 
 # %% ../../nbs/steer/whole_step.ipynb #7459baac
+_NOT_RECORDED = ("WholeStep: torch has not recorded this step as a CUDA graph; it is compiled, but its "
+                 "kernels are launched one by one")
 _CHANGES = f"something it depends on has changed {MOST_GRAPHS} times, each time for another graph"
 
 class _Computing(_Running):
@@ -340,6 +343,7 @@ class _Computing(_Running):
         print(f" {format_seconds(seconds)}{' from the cache' if cached else ''}", flush=True)
         made = step.compiled.graphs - before
         self.graphs.note(form, made, cached, seconds, learn.epoch > 0)
+        if step.compiled.skipped: print(_NOT_RECORDED, flush=True)
         return found
 
     def _plain(self, learn: Learner, step: Step, inputs: Inputs) -> tuple[Any, Tensor, list[Any]]:
@@ -384,23 +388,24 @@ class _Telling(_Computing):
 class WholeStep(_Telling):
     """Computes forward pass, loss, gradients and update in one compiled graph.
 
-    What other callbacks do in between is taken into the graph (ClipGradients, Accumulate,
-    MixedPrecision in bfloat16), called before or after it, or refused by name before the first
-    step. `learn.explain()` shows which.
+    What other callbacks do in between becomes part of the graph (ClipGradients, Accumulate,
+    MixedPrecision in bfloat16), is called before or after it, or is refused by name before the
+    first step. `learn.explain()` shows which.
 
     Args:
-        backend: Of torch.compile, such as "inductor"; "auto" is inductor where the training is
-            long enough to be worth it.
+        backend: A backend of torch.compile, such as "inductor". Default: "auto", which is inductor
+            if the training is long enough to be worth the time that the graph takes to make.
 
     Raises:
+        TypeError: For a backend that is not a string.
         CallbackError: In `train`, for a hook, a method of the learner, an optimiser or a model
-            that cannot be taken in.
+            that cannot become part of a graph.
         ValueError: In `train`, for a backend that torch does not know.
 
     Example:
         >>> learn = Learner(model, optimiser, loss_func, dataloaders, WholeStep())
     """
-    priority = 10_000  # about a pass when everything else is set up
+    priority = 10_000  # it comes around a pass when everything else is set up
 
     def __init__(self, backend: str = "auto"):
         if not isinstance(backend, str):
