@@ -23,7 +23,7 @@ from ..base.hashing import hash_state
 from ..base.history import Mean, pack_rows, unpack_rows
 from ..base.parts import generators_of, is_optimiser, make_optimiser, samplers_of
 from ..base.provenance import kept_rng, rng_state, set_rng_state
-from ..base.tree import to_device
+from ..base.tree import copy_tree, to_device
 from ..base.words import PHASES, PrintableError, did_you_mean
 from .attached import attached_modules, by_class
 from .hidden import check_hidden, hidden_state, put_hidden
@@ -333,7 +333,7 @@ def put(learn: Any, state: Mapping[str, Any]) -> None:
     try:
         for name, callback in with_state(learn.callbacks).items():
             if name not in given: continue
-            undo.append((callback, deepcopy(callback.state_dict())))
+            undo.append((callback, copy_tree(callback.state_dict())))
             try: callback.load_state_dict(given[name])
             except Exception as error:
                 raise ResumeError(f"the state of {name} does not fit: {error}") from error
