@@ -46,7 +46,7 @@ class FileError(PrintableError):
 class LockedError(FileError):
     "A lock that another process holds."
 
-# %% ../../nbs/base/files.ipynb #c6b2a5a7
+# %% ../../nbs/base/files.ipynb #d959b0c8
 class _Waiting:
     "The presses of Ctrl-C that wait, and the handler that they wait for."
 
@@ -127,8 +127,11 @@ def _open(path: AnyPath, flags: int, inside: AnyPath | None, mode: str = "rb") -
     with _place(path, inside) as (folder, name):
         file = os.open(name, flags | _FLAGS, 0o666, dir_fd=folder)
         try:
-            kind = os.fstat(file).st_mode
-            if not stat.S_ISREG(kind): raise FileError(path, f"is {_kind(kind)}")
+            info = os.fstat(file)
+            if not stat.S_ISREG(info.st_mode): raise FileError(path, f"is {_kind(info.st_mode)}")
+            if flags & os.O_APPEND and info.st_nlink > 1:
+                raise FileError(path, "has another name somewhere else (a hard link), so nothing is "
+                                      "added to it; put a copy in its place")
             return io.FileIO(file, mode)
         except BaseException:
             os.close(file)

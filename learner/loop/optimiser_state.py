@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['groups_of', 'set_groups', 'check_optimiser_state', 'check_gradients']
 
-# %% ../../nbs/loop/optimiser_state.ipynb #862cf1c9
+# %% ../../nbs/loop/optimiser_state.ipynb #0827c686
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any
@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from ..base.words import as_number
 
-# %% ../../nbs/loop/optimiser_state.ipynb #62f40e33
+# %% ../../nbs/loop/optimiser_state.ipynb #94ecbdfe
 def groups_of(optimiser: Any) -> list[dict[str, Any]]:
     "The groups of an optimiser, or of its state; of several optimisers all."
     if isinstance(optimiser, Mapping) and "param_groups" not in optimiser:
@@ -27,7 +27,7 @@ def set_groups(optimiser: Any, saved: Iterable[Mapping[str, Any]]) -> None:
     "Set the hyperparameters of all groups."
     for group, values in zip(groups_of(optimiser), saved, strict=False): group.update(deepcopy(values))
 
-# %% ../../nbs/loop/optimiser_state.ipynb #4769d7b5
+# %% ../../nbs/loop/optimiser_state.ipynb #908d34c7
 def check_optimiser_state(optimiser: Any, state: Any) -> None:
     "Raise ValueError unless a state has the groups and the shapes of an optimiser."
     if isinstance(optimiser, Mapping):
@@ -54,7 +54,7 @@ def check_optimiser_state(optimiser: Any, state: Any) -> None:
     if kind.__module__.startswith("torch.optim") and kind.__name__ not in other_shapes:
         _check_moments(optimiser, values)
 
-# %% ../../nbs/loop/optimiser_state.ipynb #4f86cc4e
+# %% ../../nbs/loop/optimiser_state.ipynb #b26f9e9e
 def _same_kind(own: Any, found: Any) -> bool:
     "Whether a hyperparameter can take the place of another."
     if isinstance(own, list | tuple):
@@ -65,7 +65,7 @@ def _same_kind(own: Any, found: Any) -> bool:
     if not isinstance(own, int | float | Tensor | None): return True
     if own is None and isinstance(found, bool | list | tuple): return True
     number = as_number(found) if not isinstance(found, Tensor) or found.numel() == 1 else None
-    return type(number) in (int, float) and abs(number) < 1e300
+    return number is not None and not isinstance(number, bool) and abs(number) < 1e300
 
 def _check_alike(index: int, entries: Mapping[str, Any], first: Mapping[str, Any]) -> None:
     "Raise ValueError unless a parameter has the entries that the first of its group has."
@@ -95,14 +95,15 @@ def _check_moments(optimiser: Any, values: Mapping[Any, Any]) -> None:
         _check_alike(index, entries, first.setdefault(names[id(parameters[index])], entries))
         if is_lazy(parameters[index]): continue  # a forward pass will tell
         step = entries.get("step", 0)
-        if as_number(step) is None or not 0 <= as_number(step) < 2**53:
+        count = as_number(step)
+        if count is None or not 0 <= count < 2**53:
             raise ValueError(f"step of parameter {index} in the state of the optimiser is {step!r:.40}")
         for name, value in entries.items():
             if isinstance(value, Tensor) and value.ndim and value.shape != parameters[index].shape:
                 raise ValueError(f"{name} of parameter {index} is {_form(value)} in the state of the "
                                   f"optimiser, and the parameter is {_form(parameters[index])}")
 
-# %% ../../nbs/loop/optimiser_state.ipynb #f1f81f8e
+# %% ../../nbs/loop/optimiser_state.ipynb #f6d2d98c
 def check_gradients(optimiser: Any, gradients: Any) -> None:
     "Raise ValueError unless gradients are those of an optimiser's parameters."
     if gradients is None: return

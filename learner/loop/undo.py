@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Undo', 'all_or_nothing', 'lent']
 
-# %% ../../nbs/loop/undo.ipynb #775cad22
+# %% ../../nbs/loop/undo.ipynb #2176d578
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import copy, deepcopy
@@ -23,7 +23,7 @@ from .optimiser_state import groups_of
 from .state import has_state, loaders_of, modules_beside, order_state
 from .state import set_order_state, with_state
 
-# %% ../../nbs/loop/undo.ipynb #f24e9538
+# %% ../../nbs/loop/undo.ipynb #f44f6a51
 def _weights_of(module: nn.Module) -> Callable[[], None]:
     "What puts the tensors of a module back, bit for bit."
     own = module.state_dict()
@@ -64,11 +64,12 @@ def _optimiser_of(learn: Any) -> Callable[[], None]:
         for parameter, gradient in gradients: parameter.grad = gradient
     return put_back
 
-# %% ../../nbs/loop/undo.ipynb #1876072c
-def _loaders_of(learn: Any, state: Mapping[str, Any]) -> list[Callable[[], None]]:
+# %% ../../nbs/loop/undo.ipynb #1474f48a
+def _loaders_of(learn: Any, state: Mapping[str, Any]) -> list[Callable[[], Any]]:
     "What puts the orders of the loaders back, and the state of one that has its own."
     loader, loop = learn.dataloaders.get("train"), state["loop"]
-    orders = [partial(set_order_state, each, order_state(each)) for each in loaders_of(learn).values()]
+    orders: list[Callable[[], Any]] = [partial(set_order_state, each, order_state(each))
+                                       for each in loaders_of(learn).values()]
     owns = [loop.get("loader"), (loop.get("stream") or {}).get("loader")]
     if any(own is not None for own in owns) and has_state(loader):
         with suppress(Exception):  # one that has none before it has begun
@@ -76,7 +77,7 @@ def _loaders_of(learn: Any, state: Mapping[str, Any]) -> list[Callable[[], None]
             return [partial(loader.load_state_dict, before), *orders]
     return orders
 
-def _hidden_of(learn: Any) -> Iterator[Callable[[], None]]:
+def _hidden_of(learn: Any) -> Iterator[Callable[[], Any]]:
     "What puts generators, and buffers that no state_dict has, back."
     for generator in generators_in(learn).values():
         yield partial(generator.set_state, generator.get_state())
@@ -86,14 +87,14 @@ def _hidden_of(learn: Any) -> Iterator[Callable[[], None]]:
             kept = None if buffer is None else buffer.detach().clone()
             yield partial(module._buffers.__setitem__, name, kept)
 
-# %% ../../nbs/loop/undo.ipynb #efde7e9b
+# %% ../../nbs/loop/undo.ipynb #a1812666
 _PLACE = ("results", "_steps", "epoch", "num_epochs", "batch_num", "batches_done", "batches_stepped")
 
 class Undo:
     "What a learner had before a state was put in, until the first batch can come."
 
     def __init__(self, learn: Any):
-        self.actions = [_attributes_of(learn.cursor)]
+        self.actions: list[Callable[[], Any]] = [_attributes_of(learn.cursor)]
         self.noted = False
 
     def note(self, learn: Any, state: Mapping[str, Any]) -> None:
@@ -117,7 +118,7 @@ class Undo:
             for action in self.actions:
                 with suppress(Exception): action()
 
-# %% ../../nbs/loop/undo.ipynb #1f576b28
+# %% ../../nbs/loop/undo.ipynb #f7abbb5e
 @contextmanager
 def all_or_nothing(learn: Any, state: Mapping[str, Any] | None) -> Iterator[None]:
     "If the `with` raises before a batch can come, the learner is as it was before the state."
