@@ -32,7 +32,7 @@ from ..base.batch import LABELS
 from ..base.parts import is_optimiser, kept_order
 from ..base.provenance import kept_rng, rng_state
 from ..base.store import read_checkpoint, save_state
-from ..base.tree import map_tensors
+from ..base.tree import uncopied
 from ..base.words import check_number, did_you_mean
 from .attached import attached_modules
 from .frames import users_frames
@@ -242,8 +242,8 @@ class Guarded(Beside):
     def _guard(self) -> Iterator[None]:
         "What a call needs around it: signals wait for the end of a batch; what a failed call left is let go."
         if self._failed: self.release()
+        for loader in loaders_of(self).values(): renew_workers(loader, self._failed)
         self._failed = True
-        for loader in loaders_of(self).values(): renew_workers(loader)
         with self.cursor.signals:
             try: yield
             finally: self.cursor.arriving = None
@@ -338,17 +338,8 @@ def computed_tensors(learn: Loop) -> dict[int, Any]:
     "Copies of the tensors in modules and callbacks that were computed, by the identity of the original."
     holders: list[Any] = [*learn.model.modules(), *learn.callbacks]
     for module in attached_modules(learn).values(): holders += module.modules()
-    found: dict[int, Any] = {}
-
-    def note(leaf: Tensor) -> Tensor:
-        if not isinstance(leaf, Tensor): return leaf
-        plain = leaf.layout in (torch.strided, torch.sparse_coo)  # of the others deepcopy knows nothing
-        if not (leaf.is_leaf and plain): found[id(leaf)] = leaf.detach().clone()
-        return leaf
-    for holder in holders:
-        for value in vars(holder).values():
-            if isinstance(value, Tensor | list | tuple | dict): map_tensors(note, value)
-    return found
+    values = [value for holder in holders for value in vars(holder).values()]
+    return uncopied([value for value in values if isinstance(value, Tensor | list | tuple | dict)])
 
 def copied(learn: Any, shared: dict[int, Any]) -> Any:
     "A deep copy, or an error that names what cannot be copied."
@@ -428,11 +419,14 @@ def check_rate(state: Mapping[str, Any] | None, learning_rate: float | None) -> 
     return rate
 
 # %% ../../nbs/loop/learner.ipynb #24861c83
-def renew_workers(loader: Any) -> None:
-    "Let a loader start new workers where those that persist have died, as Ctrl-C in a terminal does to them."
+def renew_workers(loader: Any, failed: bool) -> None:
+    """Let a loader start new workers in place of those that persist and have died.
+
+    Ctrl-C in a terminal reaches them too; after a call that has failed they may still be about to die.
+    """
     persisting = getattr(loader, "_iterator", None)
     workers = getattr(persisting, "_workers", None) or []
-    if workers and not all(worker.is_alive() for worker in workers): loader._iterator = None
+    if workers and (failed or not all(worker.is_alive() for worker in workers)): loader._iterator = None
 
 # %% ../../nbs/loop/learner.ipynb #7a758e18
 def clear_traceback(error: BaseException | None) -> None:

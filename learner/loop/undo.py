@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from ..base.parts import is_optimiser
 from ..base.provenance import rng_state, set_rng_state
+from ..base.tree import copy_tree
 from .hidden import generators_in, modules_of
 from .optimiser_state import groups_of
 from .state import has_state, loaders_of, modules_beside, order_state
@@ -73,7 +74,7 @@ def _loaders_of(learn: Any, state: Mapping[str, Any]) -> list[Callable[[], Any]]
     owns = [loop.get("loader"), (loop.get("stream") or {}).get("loader")]
     if any(own is not None for own in owns) and has_state(loader):
         with suppress(Exception):  # one that has none before it has begun
-            before = deepcopy(loader.state_dict())  # which may draw random numbers
+            before = copy_tree(loader.state_dict())  # which may draw random numbers
             return [partial(loader.load_state_dict, before), *orders]
     return orders
 
@@ -109,7 +110,7 @@ class Undo:
                          *_loaders_of(learn, state), *_hidden_of(learn)]
         for name, callback in with_state(learn.callbacks).items():
             if name not in state["callbacks"]: continue
-            self.actions.append(partial(callback.load_state_dict, deepcopy(callback.state_dict())))
+            self.actions.append(partial(callback.load_state_dict, copy_tree(callback.state_dict())))
         self.actions.append(partial(set_rng_state, random))
 
     def put_back(self) -> None:
@@ -134,5 +135,5 @@ def all_or_nothing(learn: Any, state: Mapping[str, Any] | None) -> Iterator[None
 
 def lent(state: Mapping[str, Any]) -> dict[str, Any]:
     "A state of the user's, whose tensors training does not change: weights are copied anyway."
-    return {name: part if name in ("model", "modules") else deepcopy(part)
+    return {name: part if name in ("model", "modules") else copy_tree(part)
             for name, part in state.items()}
