@@ -221,8 +221,13 @@ class _Remembering(_Stored):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Go on with the folder of an earlier process."
-        self.training, self.taken = str(state["training"]), int(state["taken"])
-        self._best.found = None if state["best"] is None else dict(state["best"])
+        best = state["best"]
+        match best:
+            case None | {"checkpoint": str(), "monitor": str(), "value": float() | int(), "mode": str()}: pass
+            case _: raise ValueError("the state does not say which checkpoint is the best")
+        if not isinstance(state["training"], str): raise ValueError("the state does not name its training")
+        self.training, self.taken = state["training"], check_whole("taken", state["taken"], 0)
+        self._best.found = None if best is None else dict(best)
 
 # %% ../../nbs/keep/checkpoint.ipynb #33e091c9
 class _Opening(_Remembering):
