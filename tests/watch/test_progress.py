@@ -296,6 +296,8 @@ def cells():
         "import matplotlib.pyplot\nprint(matplotlib.pyplot.get_fignums())",
         "class Stream:\n    def __iter__(self): return iter(batches)\n"
         "learn.dataloaders = {'train': Stream()}\nlearn.train(102)",
+        "learn.dataloaders = {'validation': batches}\nlearn.validate();",
+        "found = learn.validate()\nfound['validation_loss']",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
     with pytest.MonkeyPatch.context() as patch:
@@ -338,6 +340,13 @@ def test_notebook_shows_the_result_of_a_validation_once(cells):
     bar, result = cells[3]
     assert bar.data == {"text/html": "", "text/plain": ""}  # it is gone
     assert re.fullmatch(r"\{'validation_loss': 0\.\d+\}", result.data["text/plain"])
+
+
+@pytest.mark.parametrize("number, others", [(6, []), (7, ["execute_result"])])
+def test_notebook_shows_the_result_of_a_validation_that_the_cell_does_not_show(cells, number, others):
+    line, *rest = cells[number]
+    assert re.search(r"<p[^>]*>validation_loss \d\.\d{4}</p>", line.data["text/html"])
+    assert [output.output_type for output in rest] == others
 
 
 def test_notebook_leaves_no_figure_open(cells):
