@@ -17,6 +17,7 @@ from typing import Any
 from ..base.files import AnyPath, FileError
 from ..base.history import History
 from ..base.words import as_number, printable
+from ..loop.frames import users_frames
 from ..loop.learner import Learner
 from .loggers import StarredRows, StarredTerminal
 from .rundir import RunError, is_locked
@@ -185,6 +186,7 @@ def outcome(folder: AnyPath) -> str:
     text = f"{folder}: {files.status}, {count} epoch{'s' * (count != 1)}"
     return printable(f"{text} ({error})" if error else text)
 
+@users_frames
 def watch_run(folder: AnyPath, plot: bool = True, every: float = 0.5) -> None:
     """Show the training of a run that another process trains, until it ends.
 

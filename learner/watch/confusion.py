@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..base.show import colour_bar, new_axes
 from ..base.words import check_whole
+from ..loop.frames import users_frames
 from ..loop.learner import Learner
 from .outputs import loader_to_look_at, predictions as predictions_of
 from .look import check_names, class_names, form_of
@@ -81,6 +82,7 @@ def _predicted(predictions: Any) -> tuple[Tensor, int | None]:
 # %% ../../nbs/watch/confusion.ipynb #23de8123
 _CELLS = 25  # classes: with more there is no room for numbers
 
+@users_frames
 def plot_confusion(
     matrix: Tensor,
     classes: Sequence[str] | None = None,
@@ -145,6 +147,7 @@ def _write_numbers(ax: Any, counts: Tensor, shares: Tensor, normalise: bool) -> 
         ax.text(j, i, text, ha="center", va="center", size=points, color=colour)
 
 # %% ../../nbs/watch/confusion.ipynb #17bdd5fd
+@users_frames
 def confusion_matrix(
     learn: Learner,
     phase: str = "validation",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..base.show import show_images
 from ..base.words import check_whole
+from ..loop.frames import users_frames
 from ..loop.learner import Learner
 from ..loop.stages import Callback, CancelEpochException, CancelTrainException
 from .outputs import Predictions, are_scores, class_names, flat, leaves_of
@@ -87,6 +88,7 @@ class _FirstBatch(Callback):
         self.before_predict(learn)
 
 # %% ../../nbs/watch/look.ipynb #3bc6c2a8
+@users_frames
 def show_batch(
     learn: Learner,
     phase: str = "train",
@@ -164,6 +166,7 @@ def _guesses(
     return titles, ["green" if ok else "red" for ok in right] if scored else None
 
 # %% ../../nbs/watch/look.ipynb #ad208001
+@users_frames
 def show_predictions(
     learn: Learner,
     phase: str = "validation",
@@ -194,6 +197,7 @@ def show_predictions(
     return _draw(rows, names, False, ax)
 
 # %% ../../nbs/watch/look.ipynb #8cceea4a
+@users_frames
 def show_top_losses(
     learn: Learner,
     phase: str = "validation",

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..base.batch import size_of, unpack
 from ..base.tree import map_tensors
 from ..base.words import PHASES, did_you_mean
+from ..loop.frames import users_frames
 from ..loop.learner import Learner
 from ..loop.passes import Pass
 from ..loop.stages import Callback
@@ -348,6 +349,7 @@ class Metrics(_Logging):
         >>> [Metrics(accuracy=MulticlassAccuracy(), of="kind"), Metrics(error=F.l1_loss, of="size")]
     """
 
+    @users_frames
     def __init__(
         self, *metrics: Any, phases: str | Iterable[str] = PHASES, of: Any = None, **named: Any
     ):

@@ -44,7 +44,8 @@ class LossCurves:
         from learner.base.show import legend, plot_curves
         named = {name: self.curves[name] for name in ("train_loss", "validation_loss")}
         shown = {name: curve for name, curve in named.items() if curve[0]}
-        plot_curves(shown or {"train_loss": []}, ax, xlabel="epochs trained", ylabel="loss")
+        none: dict[str, Any] = {"_": []}  # which no legend names
+        plot_curves(shown or none, ax, xlabel="epochs trained", ylabel="loss")
         for line in ax.lines: line.set(marker="o", markersize=4, markevery=None, clip_on=False)
         xs, ys = self.curves["batches"]
         if len(xs) > 2 * len(self.curves["train_loss"][0]):  # enough of them to say something
@@ -64,15 +65,14 @@ class LossGraph(LossCurves):
         self.next_draw = 0.0
         self.handle = display(HTML(""), display_id=True)
 
-    @property
-    def empty(self) -> bool:
-        "Whether there is nothing to draw yet."
-        return not any(xs for xs, _ in self.curves.values())
+    def has(self, points: int) -> bool:
+        "Whether there are so many points, on all curves together."
+        return sum(len(xs) for xs, _ in self.curves.values()) >= points
 
     def redraw(self) -> None:
-        "Draw anew, in no more than a twentieth of the time."
+        "Draw anew, in no more than a twentieth of the time; a single point is no picture yet."
         start = monotonic()
-        if start < self.next_draw or self.empty: return
+        if start < self.next_draw or not self.has(2): return
         self.show()
         self.next_draw = monotonic() + 20 * (monotonic() - start)
 
@@ -80,7 +80,7 @@ class LossGraph(LossCurves):
         "Draw what there is, as far as training got."
         furthest = max((x for xs, _ in self.curves.values() for x in xs), default=0.0)
         self.last = math.ceil(max(self.first + 1, furthest))
-        if not self.empty: self.show()
+        if self.has(1): self.show()
 
     def show(self) -> None:
         "Replace the picture; pyplot knows nothing of its figure, so none is shown twice."
@@ -173,7 +173,7 @@ class _NotebookPage(_Page):
         self.add_row(row, f"{seconds:.1f}")
         if self.graph: self.graph.add_row(self.first + self.done, row)
 
-# %% ../../nbs/watch/notebook_view.ipynb #d4de23ad
+# %% ../../nbs/watch/notebook_view.ipynb #3d0f1945
 def unless_shown(results: Mapping[str, Any], show: Callable[[], None]) -> None:
     "Call `show` when the cell has run, unless the cell itself shows the results."
     from IPython import get_ipython

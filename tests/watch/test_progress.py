@@ -783,7 +783,14 @@ def test_the_graph_is_never_empty(monkeypatch):
     assert shown == []  # an error before the first batch
     graph.add("batches", 0.1, 2.0)
     graph.redraw()
+    assert shown == []  # a point is no curve
+    graph.add("batches", 0.2, 1.5)
+    graph.redraw()
     assert len(shown) == 1
+    alone = LossGraph(0, 1)
+    alone.add("batches", 1.0, 2.0)
+    alone.end()
+    assert len(shown) == 2  # an epoch of one batch has no more
 
 
 def test_a_view_of_ones_own_needs_no_more_than_it_shows(capsys):
