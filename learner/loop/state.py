@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..base.hashing import hash_state
-from ..base.history import Mean
+from ..base.history import Mean, pack_rows, unpack_rows
 from ..base.parts import generators_of, is_optimiser, make_optimiser, samplers_of
 from ..base.provenance import kept_rng, rng_state, set_rng_state
 from ..base.tree import to_device
@@ -228,7 +228,7 @@ def check_loop_state(loop: Any) -> None:
     "Raise ResumeError unless a value says where a training stands."
     match loop:
         case {"place": [int(), str(), int()] as place, "under_way": bool(), "num_epochs": int(),
-              "validation_epochs": int(), "first_row": int(), "rows": list(rows), "results": dict(),
+              "validation_epochs": int(), "first_row": int(), "rows": dict(rows), "results": dict(),
               "steps": dict(), "keep_steps": bool(), "row_steps": dict(),
               "means": dict(means), "rng": dict(rng), "orders": dict(), "optimiser": str()}: pass
         case _: raise ResumeError("the state does not say where training stands; save() makes whole ones")
@@ -242,8 +242,8 @@ def check_loop_state(loop: Any) -> None:
     counts = (place[0], place[2], *(loop[name] for name in ("num_epochs", "first_row")))
     if place[1] not in ("", *PHASES) or not all(0 <= count < 2**53 for count in counts):
         raise ResumeError(f"the state has an impossible place {place!r:.80}")
-    if not all(isinstance(row, dict) for row in rows):
-        raise ResumeError("the state has a row of the history that is not a mapping")
+    try: unpack_rows(rows)
+    except ValueError as error: raise ResumeError(f"the state is damaged: {error}") from None
     try:
         for mean in means.values(): Mean().load_state_dict(mean)
         for steps in (*loop["steps"].values(), *loop["row_steps"].values()): steps.double()
@@ -301,7 +301,7 @@ def gather(learn: Any) -> dict[str, Any]:
         "place": list(place), "under_way": learn.is_running and cursor.under_way,
         "num_epochs": learn.num_epochs, "validation_epochs": cursor.validation_epochs,
         "first_row": cursor.first_row, "learning_rate": cursor.learning_rate, "epoch": learn.epoch,
-        "rows": deepcopy(history.rows), "results": dict(learn.results),
+        "rows": pack_rows(history.rows), "results": dict(learn.results),
         "steps": packed(history.steps), "keep_steps": history.keep_steps, "row_steps": packed(learn._steps),
         "means": {name: mean.state_dict() for name, mean in means.items()} if within else {},
         "rng": again["rng"] if again else rng_state(), "orders": orders,
@@ -359,7 +359,7 @@ def _check_hidden(learn: Any, hidden: Any) -> None:
 def _put_loop(learn: Any, loop: Mapping[str, Any]) -> None:
     history, cursor = learn.history, learn.cursor
     if "hidden" in loop: put_hidden(learn, loop["hidden"])
-    history.rows, history.keep_steps = deepcopy(loop["rows"]), loop["keep_steps"]
+    history.rows, history.keep_steps = unpack_rows(loop["rows"]), loop["keep_steps"]
     history.steps = {name: values.tolist() for name, values in loop["steps"].items()}
     cursor.place, cursor.first_row = Place(*loop["place"]), loop["first_row"]
     if cursor.place.phase: learn.results = dict(loop["results"])
