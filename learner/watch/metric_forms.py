@@ -9,7 +9,6 @@ __all__ = ['Pair', 'MetricError', 'form_of', 'FunctionMean', 'metric_name', 'nam
 # %% ../../nbs/watch/metric_forms.ipynb #5a8399f6
 import inspect
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from functools import partial
@@ -22,6 +21,7 @@ from ..base.batch import size_of
 from ..base.history import Mean
 from ..base.tree import map_tensors
 from ..base.parts import accepts
+from ..base.warned import quiet
 from ..base.words import as_number, did_you_mean
 
 # %% ../../nbs/watch/metric_forms.ipynb #c1af9fe1
@@ -280,8 +280,7 @@ def compute(name: str, metric: Any) -> dict[str, float]:
 
 def try_out(metrics: Mapping[str, Any]) -> None:
     "Raise an error for a metric that has seen a batch and cannot give numbers; it is not changed."
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one batch may have too few examples for it
+    with quiet():  # one batch may have too few examples for it
         for name, metric in metrics.items():
             try: compute(name, deepcopy(metric))
             except (MetricError, TypeError, LookupError, AttributeError, NameError): raise
