@@ -23,8 +23,8 @@ from ..base.hashing import hash_state
 from ..base.history import Mean, pack_rows, unpack_rows
 from ..base.parts import generators_of, is_optimiser, make_optimiser, samplers_of
 from ..base.provenance import kept_rng, rng_state, set_rng_state
-from ..base.tree import to_device
-from ..base.words import PHASES, PrintableError, did_you_mean
+from ..base.tree import copy_tree, to_device
+from ..base.words import PHASES, did_you_mean, kind_of, PrintableError
 from .attached import attached_modules, by_class
 from .hidden import check_hidden, hidden_state, put_hidden
 from .passes import passes_of
@@ -116,7 +116,7 @@ def check_model_state(model: nn.Module, state: Any, kind: str = "model") -> None
     "Raise ResumeError unless a state has the names, shapes and dtypes of a module."
     other = f"it is of another {kind}"
     if not isinstance(state, Mapping):
-        raise ResumeError(f"the {kind}'s state is a {type(state).__name__}, not a mapping of tensors")
+        raise ResumeError(f"the {kind}'s state is {kind_of(state)}, not a mapping of tensors")
     own = state_of(model)
     for name in own.keys() - state.keys():
         raise ResumeError(f"the state has no {name}, which the {kind} has; {other}")
@@ -127,7 +127,7 @@ def check_model_state(model: nn.Module, state: Any, kind: str = "model") -> None
         if not isinstance(tensor, Tensor) or is_lazy(tensor): continue
         found = state[name]
         if not isinstance(found, Tensor):
-            raise ResumeError(f"{name} is a {type(found).__name__} in the state, not a tensor; {other}")
+            raise ResumeError(f"{name} is {kind_of(found)} in the state, not a tensor; {other}")
         if (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
             raise ResumeError(f"{name} is {_form(found)} in the state, and {_form(tensor)} in the "
                               f"{kind}; {other}")
@@ -167,8 +167,8 @@ def _check_moments(optimiser: Any, values: Mapping[Any, Any]) -> None:
             raise ResumeError(f"the state of the optimiser names a parameter {index!r:.40}, "
                               f"and there are {len(parameters)}")
         if not isinstance(entries, Mapping):
-            raise ResumeError(f"the entry for parameter {index} in the state of the optimiser is a "
-                              f"{type(entries).__name__}, not a mapping")
+            raise ResumeError(f"the entry for parameter {index} in the state of the optimiser is "
+                              f"{kind_of(entries)}, not a mapping")
         if is_lazy(parameters[index]): continue  # a forward pass will tell
         for name, value in entries.items():
             if isinstance(value, Tensor) and value.ndim and value.shape != parameters[index].shape:
@@ -333,7 +333,7 @@ def put(learn: Any, state: Mapping[str, Any]) -> None:
     try:
         for name, callback in with_state(learn.callbacks).items():
             if name not in given: continue
-            undo.append((callback, deepcopy(callback.state_dict())))
+            undo.append((callback, copy_tree(callback.state_dict())))
             try: callback.load_state_dict(given[name])
             except Exception as error:
                 raise ResumeError(f"the state of {name} does not fit: {error}") from error

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..base.show import show_images
-from ..base.words import check_whole
+from ..base.words import check_whole, kind_of
 from ..loop.frames import users_frames
 from ..loop.learner import Learner
 from ..loop.stages import Callback, CancelEpochException, CancelTrainException
@@ -47,7 +47,7 @@ def form_of(value: Any) -> str:
     "Shape and dtype of a tensor, or the type of anything else, for messages."
     if isinstance(value, Tensor):
         return f"of shape {tuple(value.shape)} and {value.dtype}".replace("torch.", "")
-    return f"in a {type(value).__name__}"
+    return f"in {kind_of(value)}"
 
 # %% ../../nbs/watch/look.ipynb #b3123e93
 def _images(inputs: Any, advice: str) -> Tensor:
@@ -57,7 +57,7 @@ def _images(inputs: Any, advice: str) -> Tensor:
         if not leaf.numel() or leaf.is_complex(): continue
         coloured = leaf.ndim == 4 and (leaf.shape[1] in (1, 3) or leaf.shape[3] == 3)
         if leaf.ndim == 3 or coloured: return leaf
-    shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves) or f"a {type(inputs).__name__}"
+    shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves) or f"{kind_of(inputs)}"
     raise TypeError(f"the inputs are not images: their shape is {shapes} and not Nx1xHxW, Nx3xHxW, "
                     f"NxHxWx3 or NxHxW; {advice}")
 

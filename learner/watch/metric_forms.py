@@ -22,7 +22,7 @@ from ..base.history import Mean
 from ..base.tree import map_tensors
 from ..base.parts import accepts
 from ..base.warned import quiet
-from ..base.words import as_number, did_you_mean
+from ..base.words import as_number, did_you_mean, kind_of
 
 # %% ../../nbs/watch/metric_forms.ipynb #c1af9fe1
 class MetricError(ValueError):
@@ -31,7 +31,7 @@ class MetricError(ValueError):
 def form_of(value: Any) -> str:
     "A value in a message: a tensor's shape, else its type."
     if isinstance(value, Tensor): return str(tuple(value.shape))
-    return "None" if value is None else f"a {type(value).__name__}"
+    return "None" if value is None else f"{kind_of(value)}"
 
 # %% ../../nbs/watch/metric_forms.ipynb #7edf51db
 class _Merging:
