@@ -345,9 +345,8 @@ class Metrics(_Logging):
     """
 
     @users_frames
-    def __init__(
-        self, *metrics: Any, phases: str | Iterable[str] = PHASES, of: Any = None, **named: Any
-    ):
+    def __init__(self, *metrics: Any, phases: str | Iterable[str] = PHASES, of: Any = None,
+                 **named: Any):
         if not metrics and not named:
             raise ValueError("Metrics() measures nothing; "
                              "give it a metric, as in Metrics(accuracy=...)")
