@@ -98,7 +98,7 @@ class _Looking(_Watching):
         if self.view is None: return
         loss = getattr(learn, "loss", None)  # a routine may leave none
         self.view.values = {}
-        for callback in learn.callbacks:
+        for callback in learn.callbacks if batches > self.view.skipped else ():
             if isinstance(callback, Metrics): self.view.values |= callback.glance()
         self.view.update(batches, None if loss is None else loss.item())
         self.next_look = monotonic() + self.pause

@@ -793,6 +793,18 @@ def test_the_graph_is_never_empty(monkeypatch):
     assert len(shown) == 2  # an epoch of one batch has no more
 
 
+def test_no_metric_is_shown_before_a_batch_has_been_seen(monkeypatch):
+    told = []
+
+    class Told(View):
+        live = True
+        def update(self, batches, loss=None): told.append((batches, set(self.values)))
+    monkeypatch.setattr(progress, "new_view", lambda first, epochs, plot: Told(first, epochs))
+    monkeypatch.setattr(Progress, "pause", 0.0)
+    learner(Metrics(size=lambda predictions, labels: predictions.mean()), Progress()).train(1, learning_rate=0.1)
+    assert told[0] == (0, set()) and told[1] == (1, {"size"})
+
+
 def test_a_view_of_ones_own_needs_no_more_than_it_shows(capsys):
     class Rows(View):
         def row(self, row): print(row["epoch"])
