@@ -55,7 +55,7 @@ def once_by_workers() -> Iterator[None]:
     if isinstance(warnings.showwarning, _Once):  # a call within a call
         yield
         return
-    once = _Once()
+    once: Any = _Once()
     warnings.showwarning = once
     try: yield
     finally:

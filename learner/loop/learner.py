@@ -42,7 +42,7 @@ from .loop import Loop
 from .passes import passes_of
 from .resume import Cursor, begin, lengths, set_steps, state_to_resume
 from .stages import Callback
-from .state import Place, check_state, gather, loaders_of, modules_beside, order_state, put
+from .state import Place, check_state, gather, loaders_of, modules_beside, order_state, put, recipes
 from .state import set_groups, state_of
 
 # %% ../../nbs/loop/learner.ipynb #518d6797
@@ -78,7 +78,7 @@ class Resumable(Placed):
         if "groups" in beside: set_groups(optimiser, beside["groups"])  # as they were when training stopped
         modules = {name: state_of(module) for name, module in modules_beside(self).items()}
         return {"model": state_of(self.model), "modules": modules, "optimiser": optimiser,
-                "callbacks": beside["callbacks"], "loop": beside["loop"]}
+                "callbacks": beside["callbacks"], "loop": beside["loop"], "made": recipes(self)}
 
     def _name_losses(self, loop: Mapping[str, Any]) -> None:
         "Warn of what a state does not hold."

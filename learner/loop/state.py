@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from ..base.hashing import hash_state
 from ..base.history import Mean, pack_rows, unpack_rows
+from ..base.made import kept_argument, recipe_of
 from ..base.parts import generators_of, is_optimiser, make_optimiser, samplers_of
 from ..base.provenance import kept_rng, rng_state, set_rng_state
 from ..base.tree import copy_tree, to_device
@@ -28,6 +29,7 @@ from ..base.words import PHASES, did_you_mean, kind_of, PrintableError
 from .attached import attached_modules, by_class
 from .hidden import check_hidden, hidden_state, put_hidden
 from .passes import passes_of
+from .resolution import only_watches
 from .stages import Callback
 
 # %% ../../nbs/loop/state.ipynb #d6929a95
@@ -286,6 +288,18 @@ def gradients_left(learn: Any) -> list[Any] | None:
     found = [p.grad for group in groups_of(learn.optimiser) for p in group["params"]]
     if all(gradient is None for gradient in found): return None
     return [None if gradient is None else gradient.detach().clone() for gradient in found]
+
+# %% ../../nbs/loop/state.ipynb #2fbadedf
+def recipes(learn: Any) -> dict[str, Any]:
+    "How the parts of a learner were made, as far as it is known; see `made`."
+    names = ("model", "optimiser", "loss_func", "dataloaders")
+    at: dict[str, Any] = {"labels": learn.labels_at, "inputs": learn.inputs_at}
+    for name, value in at.items():
+        try: at[name] = kept_argument(name, value)
+        except TypeError: at[name] = {"type": repr(value)}
+    parts = {name: recipe_of(getattr(learn, name)) for name in names}
+    callbacks = [{**(recipe_of(each) or {}), "watches": only_watches(each)} for each in learn._resolved.added]
+    return {**parts, **at, "callbacks": callbacks}
 
 # %% ../../nbs/loop/state.ipynb #7f294a71
 def gather(learn: Any) -> dict[str, Any]:
