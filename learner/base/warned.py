@@ -55,8 +55,8 @@ def once_by_workers() -> Iterator[None]:
     if isinstance(warnings.showwarning, _Once):  # a call within a call
         yield
         return
-    once: Any = _Once()
-    warnings.showwarning = once
+    once, before = _Once(), warnings.showwarning
+    warnings.showwarning = cast(Any, once)
     try: yield
     finally:
-        if warnings.showwarning is once: warnings.showwarning = once.show
+        if cast(Any, warnings.showwarning) is once: warnings.showwarning = before

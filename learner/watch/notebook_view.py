@@ -177,7 +177,7 @@ class _NotebookPage(_Page):
 def unless_shown(results: Mapping[str, Any], show: Callable[[], None]) -> None:
     "Call `show` when the cell has run, unless the cell itself shows the results."
     from IPython import get_ipython
-    events = get_ipython().events  # type: ignore[no-untyped-call]
+    events = get_ipython().events
 
     def cell_has_run(execution: Any) -> None:
         events.unregister("post_run_cell", cell_has_run)
