@@ -324,7 +324,8 @@ class Checkpoint(_Found, _Saving):
 
     Args:
         folder: For the checkpoints of one training; it is made when training begins.
-        every: "epoch"; None: at the end of an epoch only if it is the best so far.
+        every: "epoch"; or None, to save at the end of an epoch only if it is the best so far, which
+            needs `steps` or `minutes` too.
         steps: Save also after so many batches.
         minutes: Save also after so many minutes, when a batch ends.
         keep: How many of the newest stay, besides the best; None: all.

@@ -33,6 +33,7 @@ from ..base.parts import is_optimiser, kept_order
 from ..base.provenance import kept_rng, rng_state
 from ..base.store import read_checkpoint, save_state
 from ..base.tree import uncopied
+from ..base.warned import once_by_workers
 from ..base.words import check_number, did_you_mean
 from .attached import attached_modules
 from .frames import users_frames
@@ -244,7 +245,7 @@ class Guarded(Beside):
         if self._failed: self.release()
         for loader in loaders_of(self).values(): renew_workers(loader, self._failed)
         self._failed = True
-        with self.cursor.signals:
+        with self.cursor.signals, once_by_workers():
             try: yield
             finally: self.cursor.arriving = None
         self._failed = False

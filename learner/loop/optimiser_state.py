@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from ..base.words import as_number
+from ..base.words import as_number, kind_of
 
 # %% ../../nbs/loop/optimiser_state.ipynb #94ecbdfe
 def groups_of(optimiser: Any) -> list[dict[str, Any]]:
@@ -90,8 +90,8 @@ def _check_moments(optimiser: Any, values: Mapping[Any, Any]) -> None:
             raise ValueError(f"the state of the optimiser names a parameter {index!r:.40}, "
                               f"and there are {len(parameters)}")
         if not isinstance(entries, Mapping):
-            raise ValueError(f"the entry for parameter {index} in the state of the optimiser is a "
-                              f"{type(entries).__name__}, not a mapping")
+            raise ValueError(f"the entry for parameter {index} in the state of the optimiser is "
+                             f"{kind_of(entries)}, not a mapping")
         _check_alike(index, entries, first.setdefault(names[id(parameters[index])], entries))
         if is_lazy(parameters[index]): continue  # a forward pass will tell
         step = entries.get("step", 0)

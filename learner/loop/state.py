@@ -24,7 +24,7 @@ from ..base.made import kept_argument, recipe_of
 from ..base.parts import generators_of, is_optimiser, make_optimiser, samplers_of
 from ..base.provenance import kept_rng, rng_state, set_rng_state
 from ..base.tree import to_device
-from ..base.words import PHASES, PrintableError, did_you_mean
+from ..base.words import PHASES, PrintableError, did_you_mean, kind_of
 from .attached import attached_modules, by_class
 from .hidden import changed_flags, check_hidden, hidden_state, put_hidden
 from .optimiser_state import check_gradients, check_optimiser_state, groups_of
@@ -122,7 +122,7 @@ def check_model_state(model: nn.Module, state: Any, kind: str = "model") -> None
     "Raise ResumeError unless a state has the names, shapes and dtypes of a module."
     other = f"it is of another {kind}"
     if not isinstance(state, Mapping):
-        raise ResumeError(f"the {kind}'s state is a {type(state).__name__}, not a mapping of tensors")
+        raise ResumeError(f"the {kind}'s state is {kind_of(state)}, not a mapping of tensors")
     own = state_of(model)
     for name in own.keys() - state.keys():
         raise ResumeError(f"the state has no {name}, which the {kind} has; {other}")
@@ -133,7 +133,7 @@ def check_model_state(model: nn.Module, state: Any, kind: str = "model") -> None
         if not isinstance(tensor, Tensor) or is_lazy(tensor): continue
         found = state[name]
         if not isinstance(found, Tensor):
-            raise ResumeError(f"{name} is a {type(found).__name__} in the state, not a tensor; {other}")
+            raise ResumeError(f"{name} is {kind_of(found)} in the state, not a tensor; {other}")
         if (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
             raise ResumeError(f"{name} is {_form(found)} in the state, and {_form(tensor)} in the "
                               f"{kind}; {other}")

@@ -9,7 +9,6 @@ __all__ = ['Pair', 'MetricError', 'form_of', 'FunctionMean', 'metric_name', 'nam
 # %% ../../nbs/watch/metric_forms.ipynb #5a8399f6
 import inspect
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from functools import partial
@@ -22,7 +21,8 @@ from ..base.batch import size_of
 from ..base.history import Mean
 from ..base.tree import map_tensors
 from ..base.parts import accepts
-from ..base.words import as_number, did_you_mean
+from ..base.warned import quiet
+from ..base.words import as_number, did_you_mean, kind_of
 
 # %% ../../nbs/watch/metric_forms.ipynb #c1af9fe1
 class MetricError(ValueError):
@@ -31,7 +31,7 @@ class MetricError(ValueError):
 def form_of(value: Any) -> str:
     "A value in a message: a tensor's shape, else its type."
     if isinstance(value, Tensor): return str(tuple(value.shape))
-    return "None" if value is None else f"a {type(value).__name__}"
+    return "None" if value is None else f"{kind_of(value)}"
 
 # %% ../../nbs/watch/metric_forms.ipynb #7edf51db
 class _Merging:
@@ -280,8 +280,7 @@ def compute(name: str, metric: Any) -> dict[str, float]:
 
 def try_out(metrics: Mapping[str, Any]) -> None:
     "Raise an error for a metric that has seen a batch and cannot give numbers; it is not changed."
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one batch may have too few examples for it
+    with quiet():  # one batch may have too few examples for it
         for name, metric in metrics.items():
             try: compute(name, deepcopy(metric))
             except (MetricError, TypeError, LookupError, AttributeError, NameError): raise
