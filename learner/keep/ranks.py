@@ -95,7 +95,18 @@ class _Meeting(Alone):
         self.dist, self.rank, self.world = dist, dist.get_rank(), dist.get_world_size()
         self.control = dist.new_group(backend="gloo", timeout=limit)
         self.ended = ""  # why there is nothing more to do together
+        self.meshes: dict[str, Any] = {}  # by kind of device
+        self.timeout, self.announced = timeout, 0  # collectives that were compared before they were made
         self.collectives = {"sum": 0, "gather": 0, "add_up": 0, "share": 0}
+
+    def __deepcopy__(self, memo: Any) -> "_Meeting": return self  # there is one in a process
+
+    def mesh(self, device: str) -> Any:
+        "All ranks in a row, with one kind of device each, for what torch shares out among them."
+        from torch.distributed.device_mesh import init_device_mesh
+
+        if device not in self.meshes: self.meshes[device] = init_device_mesh(device, (self.world,))
+        return self.meshes[device]
 
     def part(self) -> None:
         "Leave the group."
