@@ -112,6 +112,25 @@ class _SentView(View):
     def end(self, results: Any, interrupted: bool, why: str = "") -> None:
         self._send("end", dict(results), interrupted, why)
 
+# %% ../../nbs/keep/launch.ipynb #61ec19e4
+def _packed_error(error: BaseException) -> bytes | None:
+    "An exception as bytes; None for one that cannot be sent, and for one that would end the parent."
+    if not isinstance(error, Exception): return None
+    vars(error).pop("blamed", None)  # it holds the stages that were open
+    try:
+        from cloudpickle import dumps
+        return bytes(dumps(error))
+    except Exception: return None
+
+def _unpacked_error(rank: int, text: str, trace: str, packed: bytes | None) -> Exception:
+    "The error of a worker, as it is raised in the parent."
+    try:
+        error = pickle.loads(packed or b"")
+        if not isinstance(error, Exception) or described(error) != text: raise ValueError
+    except Exception: error = RankError(f"rank {rank}: {text}")
+    error.add_note(f"rank {rank} has failed, and the others have ended with it; its traceback:\n{trace}")
+    return error
+
 # %% ../../nbs/keep/launch.ipynb #632b7eb5
 def _show_at_home(home: Connection, callbacks: list[Callback]) -> None:
     "Let the first process show and print through its parent."
@@ -142,7 +161,7 @@ def work(folder: str) -> None:
         _send(home, ("home", _home(learn, guests, value) if rank == 0 else None))
     except OtherRankError: raise
     except BaseException as error:
-        _send(home, ("error", f"rank {rank}: {described(error)}", traceback.format_exc()))
+        _send(home, ("error", rank, described(error), traceback.format_exc(), _packed_error(error)))
         raise SystemExit(1) from None
 
 # %% ../../nbs/keep/launch.ipynb #9d1f8d19
@@ -213,10 +232,7 @@ class _Showing:
         if kind == "write": getattr(sys, rest[0]).write(rest[1])
         elif kind == "view": self.show(*rest)
         elif kind == "home": self.home = rest[0] or self.home
-        else:
-            error = RankError(rest[0])
-            error.add_note(rest[1])
-            raise error
+        else: raise _unpacked_error(*rest)
 
     def show(self, state: tuple[int, dict[str, float]], words: tuple[Any, ...]) -> None:
         "Show progress here."
@@ -284,7 +300,7 @@ class Launched:
             try:
                 home = _Hearing(workers).listen()
                 seconds = 10.0
-            except RankError:
+            except Exception:
                 seconds = 10.0  # the others find out by themselves
                 raise
             finally: workers.end(seconds)
@@ -349,7 +365,8 @@ def launch(learn: Learner, processes: int = 2, shards: int | None = None, timeou
         An object with `train`, `validate` and `test`, which take the arguments of the learner's.
 
     Raises:
-        RankError: By a call, if a process has failed; with the traceback of that one as a note.
+        Exception: By a call, what a process has raised, with its rank and its traceback as a note.
+        RankError: By a call, if a process was killed, or has raised what cannot be sent here.
         TypeError: By a call, for a learner that cannot be sent.
 
     Example:

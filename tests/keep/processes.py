@@ -9,6 +9,8 @@ from multiprocessing.connection import Pipe, wait
 
 import pytest
 import torch
+import torch._dynamo
+import torch.distributed.fsdp  # once here, and not in each fork
 import torch.nn.functional as F
 from torch import nn
 

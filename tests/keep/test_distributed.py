@@ -266,3 +266,55 @@ def test_what_one_rank_does_alone_is_an_error_that_says_where(tmp_path):
     found = group(2, train, tmp_path)
     assert sorted(each[0] for each in found) == ["error", "other"]
     assert any("random numbers differ" in each[1] and "batch 3" in each[1] for each in found), found
+
+
+# ------------------------------------------------------------------------------------------------ the debug mode
+
+class Alone(Callback):
+    "Makes a collective on one rank only."
+
+    def __init__(self, hook, rank, make):
+        self.rank, self.make = rank, make
+        setattr(self, hook, self.on_one_rank)
+
+    def on_one_rank(self, learn):
+        if learn.ranks.rank == self.rank and learn.batch_num == 2: self.make(learn)
+
+
+def all_reduce(learn): torch.distributed.all_reduce(torch.zeros(3))
+def barrier(learn): torch.distributed.barrier()
+def gather(learn): learn.ranks.group.gather(1)
+
+
+@pytest.mark.parametrize(("hook", "rank", "make_it", "options"), [
+    ("after_batch", 0, all_reduce, {}), ("after_loss", 1, gather, {"shards": 4}), ("after_training", 1, barrier, {"shard": True}),
+    ("before_step", 0, gather, {})])
+def test_a_collective_on_one_rank_only_is_an_error_that_names_the_hook_and_the_rank(tmp_path, hook, rank, make_it, options):
+    def train(_):
+        learn = make(Distributed(debug=True, timeout=20, **options), Alone(hook, rank, make_it), examples=24)
+        learn.train(1, learning_rate=0.01)
+
+    began = time.monotonic()
+    found = group(2, train, tmp_path, 40)
+    assert time.monotonic() - began < 15
+    assert sorted(each[0] for each in found) in (["error", "other"], ["other", "other"]), found
+    name = {all_reduce: "allreduce", gather: "allgather", barrier: "barrier"}[make_it]
+    for each in found: assert f"rank {rank} makes {name} in Alone.{hook} (" in each[1], found
+
+
+def test_a_function_is_named_too_and_without_a_mistake_the_debug_mode_changes_no_bit(tmp_path):
+    def named(rank):
+        learn = make(Distributed(debug=True))
+        learn.on("after_epoch", lambda learn: learn.ranks.rank or gather(learn))
+        learn.train(1)
+
+    assert all("rank 0 makes allgather in FunctionCallback.after_epoch" in each[1] or "lambda" in each[1] for each in group(2, named, tmp_path))
+    for options in ({}, {"shards": 4}, {"shard": True}):
+        def train(rank, options=options):
+            ends = []
+            for debug in (False, True):
+                learn = make(Distributed(debug=debug, **options), metrics(), EarlyStopping("train_loss", 3), Checkpoint(tmp_path / f"{debug} {options}"))
+                learn.train(1, learning_rate=0.01)
+                ends.append(outcome(learn)[:2])
+            return ends
+        for ends in values(2, train, tmp_path): assert ends[0] == ends[1]

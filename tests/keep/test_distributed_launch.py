@@ -40,9 +40,21 @@ class Slow(Callback):
         if (epoch, batch_num) == (0, 3): print("here", flush=True)
 
 
+class DataError(ValueError):
+    "The user's own."
+
+
+class OddError(ValueError):
+    def __init__(self, place, what): super().__init__(f"{place}: {what}")  # pickle cannot make it again
+
+
 class Bad(Callback):
+    def __init__(self, error): self.error = error
+
     def after_loss(self, learn, batch_num):
-        if learn.ranks and learn.ranks.rank == 1 and batch_num == 2: raise ZeroDivisionError("bad data")
+        if learn.ranks and learn.ranks.rank == 1 and batch_num == 2:
+            if self.error is None: os.kill(os.getpid(), signal.SIGKILL)
+            raise self.error()
 
 
 def make(*callbacks):
@@ -77,13 +89,28 @@ def test_what_was_trained_in_two_processes_comes_home_also_after_ctrl_c(capsys):
     with pytest.raises(ValueError, match="nothing to resume"): learn.train(resume=True)
 
 
-def test_an_error_of_a_worker_is_raised_here_once():
-    learn = make(Bad())
+@pytest.mark.parametrize(("error", "kind", "words"), [
+    (lambda: DataError("bad data"), DataError, "^bad data\n"),
+    (lambda: OddError("here", "bad data"), RankError, r"rank 1: OddError: here: bad data \(in Bad.after_loss \(epoch 0, batch 2\)"),
+    (None, RankError, "rank 1: it has ended without a word")])
+def test_an_error_of_a_worker_is_raised_here_once_as_it_is(error, kind, words):
+    learn = make(Bad(error))
     began = time.monotonic()
-    with pytest.raises(RankError, match=r"rank 1: ZeroDivisionError: bad data \(in Bad.after_loss \(epoch 0, batch 2\)") as raised:
-        launch(learn, processes=2).train(1, learning_rate=0.01)
-    assert "Traceback" in raised.value.__notes__[0] and time.monotonic() - began < 90
+    with pytest.raises(kind, match=words) as raised: launch(learn, processes=2).train(1, learning_rate=0.01)
+    assert type(raised.value) is kind and time.monotonic() - began < 90
+    notes = "\n".join(raised.value.__notes__)
+    if error: assert "rank 1 has failed" in notes and "in Bad.after_loss (epoch 0, batch 2)" in notes and "Traceback" in notes
     assert not learn.history.rows and learn.ranks is None
+
+
+def test_weights_in_parts_come_home_whole():
+    plain, learn = make(), make()
+    plain.model[3].p = learn.model[3].p = 0.0
+    plain.train(1, learning_rate=0.01)
+    launch(learn, processes=2, shard=True).train(1, learning_rate=0.01)
+    for one, other in zip(plain.model.parameters(), learn.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    assert learn.validate()["validation_loss"] == pytest.approx(learn.history[0]["validation_loss"], rel=1e-5)
 
 
 def test_mistakes_are_answered_before_anything_starts():
