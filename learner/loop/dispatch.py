@@ -57,7 +57,7 @@ class OpenStage:
         self.hooked = any(hooks.values()) or bool(providers)
         if stage.action:
             replacing = _replacement(learn, stage, hooks.get("action", ()))
-            self.action = replacing or getattr(learn, stage.action)
+            self.action = replacing or learn._action(stage.action)
 
     def __enter__(self) -> None:
         if not self.before: return
@@ -271,6 +271,10 @@ class Compiled(dict[tuple[str, ...], Callable[[], Any]]):
 class _Opening(_Blaming):
     "Opening stages, and doing actions in theirs."
     _compiled: Compiled
+
+    def _action(self, name: str) -> Callable[[], None]:
+        "The method that does the work of a stage; asked for once, when the stage is first opened."
+        return getattr(self, name)
 
     def stage(self, name: str) -> OpenStage:
         """Run a stage's hooks around the body of a `with`.

@@ -233,8 +233,8 @@ class Guarded(Beside):
     def _guard(self) -> Iterator[None]:
         "What a call needs around it: signals wait for the end of a batch; what a failed call left is let go."
         if self._failed: self.release()
+        for loader in loaders_of(self).values(): renew_workers(loader, self._failed)
         self._failed = True
-        for loader in loaders_of(self).values(): renew_workers(loader)
         with self.cursor.signals:
             try: yield
             finally: self.cursor.arriving = None
@@ -418,11 +418,14 @@ def check_rate(state: Mapping[str, Any] | None, learning_rate: float | None) -> 
     return rate
 
 # %% ../../nbs/loop/learner.ipynb #24861c83
-def renew_workers(loader: Any) -> None:
-    "Let a loader start new workers where those that persist have died, as Ctrl-C in a terminal does to them."
+def renew_workers(loader: Any, failed: bool) -> None:
+    """Let a loader start new workers in place of those that persist and have died.
+
+    Ctrl-C in a terminal reaches them too; after a call that has failed they may still be about to die.
+    """
     persisting = getattr(loader, "_iterator", None)
     workers = getattr(persisting, "_workers", None) or []
-    if workers and not all(worker.is_alive() for worker in workers): loader._iterator = None
+    if workers and (failed or not all(worker.is_alive() for worker in workers)): loader._iterator = None
 
 # %% ../../nbs/loop/learner.ipynb #7a758e18
 def clear_traceback(error: BaseException | None) -> None:
