@@ -196,20 +196,21 @@ class _Agreeing:
 class _Deciding(_Agreeing):
     "Values that all ranks share."
 
-    def of_first(self, value: Any) -> Any:
-        "What the first rank has decided."
-        return self.group.share(value)
-
-    def sum(self, learn: Any, weight: float) -> float:
-        "A sum over all ranks, where all of them ask for one."
+    def sum(self, learn: Any, weight: float = 0.0, point: str = "a sum") -> float:
+        "A sum over all ranks, where all of them ask for one; raises RankError if they do not."
         agreed = self.agreed
-        total = self.agree(learn, "a sum", weight)
+        total = self.agree(learn, point, weight)
         self.agreed = agreed
         return total
+
+    def of_first(self, learn: Any, value: bool) -> bool:
+        "What the first rank has decided."
+        return self.sum(learn, float(value and self.rank == 0), "a decision of the first process") > 0
 
 # %% ../../nbs/keep/distributed.ipynb #31096cf0
 class _Begun(_Deciding):
     "Where a batch in parts stands."
+    gradients: Gradients
     mine: range  # shards that this process computes
     shards: int  # of a batch, those of all processes
     shard = 0  # that is computed now
@@ -312,6 +313,7 @@ class _Merging(_Ending):
     def end_pass(self, learn: Any) -> None:
         "Make the means and metrics of this pass those of all ranks."
         self.agree(learn, f"the end of {learn.phase}")
+        self.gradients.end_pass(learn)
         if self.tally is None or self.tally.whole is not learn.columns: self.begin_pass(learn)
         sums, states = self.together()
         for name, mean in added_up([*sums.values()]).items(): learn.columns.means[name] = mean
@@ -326,6 +328,7 @@ class _Stated(_Merging):
     def whole_state(self, learn: Any, means: dict[str, Any], callbacks: dict[str, Any]) -> None:
         "Put the means and the metrics of all ranks into a state that is being gathered."
         if self.tally is None or not self.in_step(learn): return
+        self.sum(learn, point="the state")
         sums, states = self.together()
         means.clear()
         means |= {name: mean.state_dict() for name, mean in added_up([*sums.values()]).items()}
@@ -354,9 +357,7 @@ class _Stated(_Merging):
         error = sys.exception()
         if not self.in_step(learn) and not isinstance(error, CancelException):
             raise RankError(f"the state is in parts, and cannot be put together while {type(error).__name__} ends this rank")
-        agreed = self.agreed
-        self.agree(learn, "the whole state")
-        self.agreed = agreed
+        self.sum(learn, point="the whole state")
 
     def state_dict(self) -> dict[str, Any]:
         "Nothing between two passes; within one, `whole_state` puts the parts in."
@@ -369,7 +370,6 @@ class _Stated(_Merging):
 # %% ../../nbs/keep/distributed.ipynb #b87acf2e
 class _Calling(_Stated):
     "How a call begins, and fails."
-    gradients: Any = None
     options: dict[str, Any]
 
     def begin_call(self, learn: Any) -> None:
@@ -381,6 +381,7 @@ class _Calling(_Stated):
             if is_lazy(tensor):
                 raise ShardError(f"{name} has no shape yet; call the model with one batch before you train it")
         if self.group.world == 1: return
+        self.agree(learn, f"the beginning of {learn.call}")
         forms = self.group.gather([(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors])
         for rank, form in enumerate(forms):
             if form != forms[0]: raise RankError(f"the model of rank {rank} is not the model of rank 0")

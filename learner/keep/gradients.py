@@ -32,6 +32,9 @@ class Gradients(Callback):
     def begin(self, learn: Any) -> None:
         "A batch begins."
 
+    def end_pass(self, learn: Any) -> None:
+        "All ranks have come to the end of a pass."
+
     def end_call(self) -> None:
         "All ranks have come to the end of the call."
 
@@ -69,7 +72,7 @@ class MeanGradients(Gradients):
         total = self.owner.agree(learn, "a backward pass", weight)
         return 1.0 if self.owner.whole or not total else weight / total * self.owner.group.world
 
-# %% ../../nbs/keep/gradients.ipynb #f3eae265
+# %% ../../nbs/keep/gradients.ipynb #5ebfda23
 class Detour:
     "A module's forward that leads through something else until `undo`; subclasses say through what."
 
@@ -104,14 +107,16 @@ class _ThroughDDP(Detour):
     def __init__(self, owner: Any, learn: Any, options: dict[str, Any]):
         from torch.nn.parallel import DistributedDataParallel
 
-        self.owner, self.forwards, self.trained = owner, 0, trained_flags(learn)
+        self.owner, self.learn, self.forwards, self.trained = owner, learn, 0, trained_flags(learn)
         others = [each for each in attached_modules(learn).values() if any(True for _ in each.parameters())]
         self.ddp = DistributedDataParallel(Body(learn.model, others), **options)
+        self.sends_buffers = self.ddp.broadcast_buffers and any(True for _ in learn.model.buffers())
         super().__init__(learn.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.owner.whole or not torch.is_grad_enabled(): return self.plain(*args, **kwargs)
         self.forwards += 1
+        if self.sends_buffers: self.owner.sum(self.learn, point="a forward pass")  # in it ranks wait for the first
         return self.ddp(*args, **kwargs)
 
 def trained_flags(learn: Any) -> list[bool]:
@@ -119,7 +124,7 @@ def trained_flags(learn: Any) -> list[bool]:
     modules = (learn.model, *attached_modules(learn).values())
     return [parameter.requires_grad for module in modules for parameter in module.parameters()]
 
-# %% ../../nbs/keep/gradients.ipynb #be98a109
+# %% ../../nbs/keep/gradients.ipynb #1b87b8e0
 class DDPGradients(MeanGradients):
     "Gradients come together in torch's DDP."
     through: Any = None
@@ -129,8 +134,14 @@ class DDPGradients(MeanGradients):
         now = self.through
         if now is None or now.module is not learn.model or now.trained != trained_flags(learn):
             self.end_call()
+            self.owner.sum(learn, point="the making of DDP")
             self.through = _ThroughDDP(self.owner, learn, self.owner.options)
         self.through.forwards = 0
+
+    def end_pass(self, learn: Any) -> None:
+        "Give every rank the buffers of the first, with which all of them validate."
+        if learn.evaluating or self.through is None or not self.through.sends_buffers: return
+        for buffer in learn.model.buffers(): self.owner.group.dist.broadcast(buffer, src=0)
 
     def end_call(self) -> None:
         if self.through is not None: self.through.undo()
@@ -141,7 +152,7 @@ class DDPGradients(MeanGradients):
         raise RankError("the routine of the batch never calls the model as a whole, so DDP cannot bring its "
                         "gradients together; Distributed(shards=2) does that at the step")
 
-# %% ../../nbs/keep/gradients.ipynb #d62ffd2e
+# %% ../../nbs/keep/gradients.ipynb #5b637143
 class Buffers:
     "Watches that the forward pass changes no buffer, which each process would do with its own part of the batch."
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_can_share', 'whole', 'part_of', 'PartsOptimiser', 'check_kinds', 'Shared', 'SharedGradients']
 
-# %% ../../nbs/keep/sharded.ipynb #97d5850d
+# %% ../../nbs/keep/sharded.ipynb #6da5994b
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -20,7 +20,7 @@ from .shards import ShardError
 from ..loop.attached import attached_modules
 from ..loop.state import groups_of
 
-# %% ../../nbs/keep/sharded.ipynb #7c635a81
+# %% ../../nbs/keep/sharded.ipynb #02c61740
 _WHOLE = "it reads whole weights on the first process, where only a part of them is"
 _CANNOT = {  # callbacks, by the name of their class
     "Accumulate": "it keeps gradients from batch to batch; take larger batches",
@@ -50,7 +50,7 @@ def check_can_share(learn: Any) -> None:
         raise ShardError("the optimiser trains a parameter that is not one of the model's, and Distributed(shard=True) "
                          "shares out those of the model alone; use Distributed()")
 
-# %% ../../nbs/keep/sharded.ipynb #186c74c5
+# %% ../../nbs/keep/sharded.ipynb #29d841a0
 def whole(value: Any) -> Any:
     "What is in parts as a whole on every rank, all of which have to ask; anything else as it is."
     from torch.distributed.tensor import DTensor
@@ -80,7 +80,7 @@ def part_of(value: Any, like: Tensor, name: str = "a tensor") -> Any:
     whole_value = value.detach().to(like.device)
     return distribute_tensor(whole_value, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore
 
-# %% ../../nbs/keep/sharded.ipynb #52f6e3dc
+# %% ../../nbs/keep/sharded.ipynb #28f1da1b
 class PartsOptimiser:
     """An optimiser whose parameters are exchanged for those in parts, until `undo`.
 
@@ -119,22 +119,24 @@ class PartsOptimiser:
         for hook in self.hooks: hook.remove()
         self._exchange(self.plain, lambda parameter, name, value: whole(value))
 
-# %% ../../nbs/keep/sharded.ipynb #41781513
+# %% ../../nbs/keep/sharded.ipynb #a48d7f6f
 class _ThroughUnit(Detour):
     "A module's forward that leads through a shell whose parameters are in parts."
 
-    def __init__(self, module: nn.Module, units: Iterable["_ThroughUnit"], mesh: Any):
+    def __init__(self, module: nn.Module, units: Iterable["_ThroughUnit"], mesh: Any, ready: Callable[[], Any] | None):
         from torch.distributed.fsdp import fully_shard
 
         within = set(module.modules())
         inner = [unit.shell for unit in units if unit.module in within]
         done: set[nn.Parameter] = {parameter for shell in inner for parameter in shell.parameters()}
-        self.shell = Body(module, inner)
+        self.shell, self.ready = Body(module, inner), ready
         # Outside of a forward or a backward pass every parameter in the module is in parts.
         fully_shard(self.shell, mesh=mesh, reshard_after_forward=True, ignored_params=done)
         super().__init__(module)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any: return self.shell(*args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.ready: self.ready()  # or this rank would wait for weights of one that is elsewhere
+        return self.shell(*args, **kwargs)
 
 def check_kinds(shard: Any) -> tuple[type[nn.Module], ...]:
     "The classes of layers that are units; raises TypeError."
@@ -153,7 +155,7 @@ def _units_of(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[nn.M
         raise ShardError(f"shard is {kinds[0].__name__}, and the model has no layer of that class{near}")
     return [*reversed(found), model]
 
-# %% ../../nbs/keep/sharded.ipynb #0cb88b40
+# %% ../../nbs/keep/sharded.ipynb #72035de2
 class Shared:
     """A model and its optimiser in parts, until `undo`.
 
@@ -162,14 +164,17 @@ class Shared:
         kinds: Classes of layers that are units.
         mesh: The ranks, as torch's DeviceMesh.
         ready: Called before something is made whole: raises an error unless all ranks ask for it.
+        forward: Called before a forward pass of the model, with the same purpose.
     """
 
-    def __init__(self, learn: Any, kinds: tuple[type[nn.Module], ...], mesh: Any, ready: Callable[[], None]):
+    def __init__(self, learn: Any, kinds: tuple[type[nn.Module], ...], mesh: Any,
+                 ready: Callable[[], Any], forward: Callable[[], Any]):
         self.model, self.ready = learn.model, ready
         self.places = [(module, name, parameter) for module in self.model.modules()
                        for name, parameter in module._parameters.items() if parameter is not None]
         self.units: list[_ThroughUnit] = []
-        for module in _units_of(self.model, kinds): self.units.append(_ThroughUnit(module, self.units, mesh))
+        for module in _units_of(self.model, kinds):
+            self.units.append(_ThroughUnit(module, self.units, mesh, forward if module is self.model else None))
         self.parts = {plain: module._parameters[name] for module, name, plain in self.places}
         for plain, part in self.parts.items():
             if plain.grad is not None: part.grad = part_of(plain.grad, part)
@@ -209,7 +214,7 @@ class Shared:
         for module, name, plain in self.places: module._parameters[name] = plain
         for each in self.optimisers: each.undo()
 
-# %% ../../nbs/keep/sharded.ipynb #2e882856
+# %% ../../nbs/keep/sharded.ipynb #34bb8829
 class _Lost(Detour):
     "The forward of a model of which only a part is left."
 
@@ -221,7 +226,7 @@ class _Lost(Detour):
         raise ShardError("this process holds only a part of the weights, since the ranks have come apart; build the "
                          "learner again and go on from the last checkpoint: train(resume=folder)")
 
-# %% ../../nbs/keep/sharded.ipynb #3b9edfff
+# %% ../../nbs/keep/sharded.ipynb #d642b426
 class SharedGradients(MeanGradients):
     "Gradients come together where the weights are: in parts, by torch's FSDP2."
     shared: Shared | None = None
@@ -235,8 +240,10 @@ class SharedGradients(MeanGradients):
         if learn.evaluating or self.shared is not None: return
         check_can_share(learn)
         self.buffers = Buffers(learn.model)
-        mesh = self.owner.group.mesh(learn.device.type)
-        self.shared = Shared(learn, self.kinds, mesh, lambda: self.owner.ready(learn))
+        owner = self.owner
+        owner.sum(learn, point="the sharing of weights")
+        self.shared = Shared(learn, self.kinds, owner.group.mesh(learn.device.type), partial(owner.ready, learn),
+                             partial(owner.sum, learn, point="a forward pass"))
 
     def before_step(self, learn: Any) -> None:
         if self.shared and self.shared.model is not learn.model:

@@ -1,5 +1,6 @@
 """Several processes: the same bits on 1, 2 and 4, exact means, and no rank that hangs. Ranks are forks of this process."""
 import contextlib
+import functools
 import itertools
 import os
 import signal
@@ -152,7 +153,8 @@ def test_the_first_rank_alone_writes_and_shows_and_collectives_are_few(tmp_path)
 
     (calls, counted), other = values(2, train, tmp_path)
     assert (calls, other[0]) == (12, 0) and counted == other[1]
-    assert counted["sum"] == 2 * (6 + 2) + 4 + 1 and counted["add_up"] == 0  # batches, passes, the call
+    assert counted["sum"] == 2 * (6 + 2) + 4 + 2 + 1 + 12 * 3 + 2 and counted["add_up"] == 0
+    # batches, passes, the call's two ends, DDP; a batch's checkpoint (whether, all here, its means), and an epoch's
     assert counted["gather"] == 4 + 1 + 12  # passes, the beginning of the call, a checkpoint a batch
     assert Checkpoint.latest(tmp_path / "run").stem == "epoch-0002"
 
@@ -188,21 +190,42 @@ def cancel(kind):
 def kill(): os.kill(os.getpid(), signal.SIGKILL)
 def terminate(): os.kill(os.getpid(), signal.SIGTERM)
 
-HOOKS = ["before_train", "before_epoch", "before_training", "before_batch", "before_prepare", "after_loss", "before_backward",
+HOOKS = ["before_train", "before_epoch", "before_training", "before_batch", "before_prepare", "before_predict", "after_loss", "before_backward",
          "after_backward", "before_step", "after_step", "after_batch", "after_training", "before_validation", "after_validation_batch",
          "after_validation", "after_epoch", "after_train"]
-FAILURES = {"fail": fail, "kill": kill, "batch": cancel(CancelBatchException), "epoch": cancel(CancelEpochException),
-            "train": cancel(CancelTrainException)}
-SHORT = [("fail", "after_loss", 1, None), ("kill", "before_step", 1, 4), ("train", "after_epoch", 0, None), ("batch", "after_loss", 1, 4)]
-ALL = [*itertools.product(FAILURES, HOOKS, (0, 1), (None, 4))] if LONG else SHORT
+FAILURES = {"fail": fail, "kill": kill, "ctrl_c": ctrl_c, "terminate": terminate, "batch": cancel(CancelBatchException),
+            "epoch": cancel(CancelEpochException), "train": cancel(CancelTrainException)}
+MODES = [{"shards": 4}, {}, {"shard": True}]
+EVERY = [(what, hook, bad, MODES[number % 3]) for number, (what, hook, bad) in enumerate(itertools.product(FAILURES, HOOKS, (0, 1)))]
+SHORT = [("fail", "after_loss", 1, {}), ("kill", "before_step", 1, MODES[0]), ("train", "after_epoch", 0, {}), ("batch", "after_loss", 1, MODES[0]),
+         ("fail", "before_train", 0, MODES[2]), ("kill", "after_validation_batch", 0, {}), ("ctrl_c", "before_predict", 1, MODES[2]),
+         ("terminate", "after_epoch", 0, MODES[0]), ("batch", "after_batch", 0, MODES[0]), ("train", "before_epoch", 1, {}),
+         ("epoch", "before_predict", 0, MODES[2]), ("train", "before_validation", 0, MODES[0])]
 
 
-@pytest.mark.parametrize(("what", "hook", "bad", "shards"), ALL)
-def test_a_rank_that_fails_ends_all_with_its_error_shown_once(tmp_path, what, hook, bad, shards):
+@functools.cache
+def end_of_whole(shards):
+    "Where a training ends that nothing stops, in one process that computes the same parts."
+    learn = make(Distributed(shards=shards))
+    learn.train(3, learning_rate=0.01)
+    return outcome(learn), [parameter.detach() for parameter in learn.model.parameters()]
+
+
+def check_goes_on(folder, shards):
+    "From the last checkpoint, one process with as many parts comes to the same end; with shards, to the last bit."
+    rest = make(Distributed(shards=shards or 2), seed=7)
+    rest.train(resume=Checkpoint.latest(folder))
+    bits, weights = end_of_whole(shards or 2)
+    if shards: assert outcome(rest) == bits
+    for one, other in zip(rest.model.parameters(), weights, strict=True): torch.testing.assert_close(one.detach(), other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("what", "hook", "bad", "options"), EVERY if LONG else SHORT)
+def test_a_rank_that_fails_ends_all_with_its_error_shown_once(tmp_path, what, hook, bad, options):
     folder = tmp_path / "run"
 
     def train(rank):
-        learn = make(Distributed(shards=shards, timeout=30), Checkpoint(folder, steps=2), At(hook, FAILURES[what], bad))
+        learn = make(Distributed(timeout=60, **options), Checkpoint(folder, steps=2), At(hook, FAILURES[what], bad))
         learn.train(3, learning_rate=0.01)
 
     began = time.monotonic()
@@ -214,15 +237,12 @@ def test_a_rank_that_fails_ends_all_with_its_error_shown_once(tmp_path, what, ho
     elif what == "fail":
         assert kinds[bad] == "error" and found[bad][1].startswith(f"ValueError: bad data (in At.{hook}")
         assert kinds[1 - bad] == "other" and found[1 - bad][1].startswith(f"rank {bad}: ValueError: bad data (in At.{hook}")
+    elif what in ("ctrl_c", "terminate"):
+        stop = "KeyboardInterrupt" if what == "ctrl_c" else "SystemExit: 143"
+        assert kinds == ["error", "error"] and all(each[1].startswith(stop) for each in found), found
     elif kinds == ["value", "value"]: pass  # the stage ends for both where it would have ended anyway
     else: assert sorted(kinds) == ["error", "other"], found
-    if Checkpoint.latest(folder) is None: return
-    if shards:
-        whole = make(Distributed(shards=shards))
-        whole.train(3, learning_rate=0.01)
-        rest = make(Distributed(shards=shards), seed=7)
-        rest.train(resume=Checkpoint.latest(folder))
-        assert outcome(rest) == outcome(whole)
+    if Checkpoint.latest(folder) is not None: check_goes_on(folder, options.get("shards"))
 
 
 @pytest.mark.parametrize(("press", "shards"), [(ctrl_c, 4), (terminate, None)])
