@@ -169,6 +169,11 @@ class _Agreeing:
         "The number of this process, from 0."
         return self.group.rank
 
+    @property
+    def world(self) -> int:
+        "How many processes train together."
+        return self.group.world
+
     def agree(self, learn: Any, point: str, weight: float = 0.0) -> float:
         "Say where this rank is; returns the sum of the weights. Raises RankError if ranks are apart."
         self.agreed = True
@@ -416,8 +421,8 @@ class _Framed(_Calling):
 
     @contextmanager
     def frame(self, learn: Any) -> Iterator[None]:
-        "All ranks make a call together, for a `with`. A trial, or a pass beside training, each makes by itself."
-        if not self.acts() or learn.is_trial or self.under_way:
+        "All ranks make a call together, for a `with`. A trial, and a pass beside training, each makes by itself."
+        if not self.acts() or learn.is_trial or self.under_way or learn.ranks is not None:
             yield
             return
         group = self.group = meet(self.timeout) if world_size() > 1 else Alone()
@@ -454,7 +459,7 @@ class _Framed(_Calling):
         self.gradients.begin(learn)
 
     def cancelled_any_batch(self, learn: Any) -> None:
-        if learn.ranks is None: return  # one process without shards
+        if learn.ranks is not self: return
         self.cancelled = type(sys.exception()).__name__
         if not self.agreed: self.agree(learn, "a cancelled batch")
 

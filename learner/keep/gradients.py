@@ -47,13 +47,19 @@ class Gradients(Callback):
         return 1.0
 
     def around_backward(self, learn: Any) -> Iterator[None]:
-        if learn.ranks is None:  # a trial
+        if learn.ranks is not self.owner:  # a trial
             yield
             return
         loss, factor = learn.loss, self.factor(learn, weight_of(learn))
         if factor != 1: learn.loss = loss * factor
         yield
         learn.loss = loss
+
+    def before_step(self, learn: Any) -> None:
+        if learn.ranks is self.owner: self.bring_together(learn)
+
+    def bring_together(self, learn: Any) -> None:
+        "A step is about to be taken, or left out."
 
     def after_step(self) -> None: self.owner.steps += 1
 
@@ -72,7 +78,7 @@ class MeanGradients(Gradients):
         total = self.owner.agree(learn, "a backward pass", weight)
         return 1.0 if self.owner.whole or not total else weight / total * self.owner.group.world
 
-# %% ../../nbs/keep/gradients.ipynb #5ebfda23
+# %% ../../nbs/keep/gradients.ipynb #0cab2921
 class Detour:
     "A module's forward that leads through something else until `undo`; subclasses say through what."
 
@@ -124,7 +130,7 @@ def trained_flags(learn: Any) -> list[bool]:
     modules = (learn.model, *attached_modules(learn).values())
     return [parameter.requires_grad for module in modules for parameter in module.parameters()]
 
-# %% ../../nbs/keep/gradients.ipynb #1b87b8e0
+# %% ../../nbs/keep/gradients.ipynb #abb540f1
 class DDPGradients(MeanGradients):
     "Gradients come together in torch's DDP."
     through: Any = None
@@ -147,12 +153,12 @@ class DDPGradients(MeanGradients):
         if self.through is not None: self.through.undo()
         self.through = None
 
-    def before_step(self) -> None:
+    def bring_together(self, learn: Any) -> None:
         if self.through.forwards or self.owner.whole: return
         raise RankError("the routine of the batch never calls the model as a whole, so DDP cannot bring its "
                         "gradients together; Distributed(shards=2) does that at the step")
 
-# %% ../../nbs/keep/gradients.ipynb #5b637143
+# %% ../../nbs/keep/gradients.ipynb #8274dfd3
 class Buffers:
     "Watches that the forward pass changes no buffer, which each process would do with its own part of the batch."
 
@@ -206,7 +212,7 @@ class TreeGradients(_Checked):
         if self.owner.whole: return 1.0
         return weight / self.owner.size
 
-    def before_step(self, learn: Any) -> None:
+    def bring_together(self, learn: Any) -> None:
         if self.buffers is not None: self.buffers.check(learn.model)
         owner, self.buffers = self.owner, None
         if owner.whole: owner.agree(learn, "a step")

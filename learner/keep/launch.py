@@ -6,6 +6,7 @@
 __all__ = ['work', 'Launched', 'run_elastic', 'launch']
 
 # %% ../../nbs/keep/launch.ipynb #9e8f6bcb
+import logging
 import os
 import pickle
 import secrets
@@ -27,7 +28,7 @@ from ..base.files import open_file, read_bytes, write_bytes
 from ..base.provenance import rng_state, set_rng_state
 from ..base.words import check_number, check_whole
 from .distributed import Distributed
-from .ranks import OtherRankError, RankError, described
+from .ranks import OtherRankError, RankError, described, wait_for_all
 from .shards import shards_of
 from ..loop.learner import Learner
 from ..loop.resume import set_random
@@ -112,7 +113,7 @@ class _SentView(View):
     def end(self, results: Any, interrupted: bool, why: str = "") -> None:
         self._send("end", dict(results), interrupted, why)
 
-# %% ../../nbs/keep/launch.ipynb #61ec19e4
+# %% ../../nbs/keep/launch.ipynb #ee9edfb1
 def _packed_error(error: BaseException) -> bytes | None:
     "An exception as bytes; None for one that cannot be sent, and for one that would end the parent."
     if not isinstance(error, Exception): return None
@@ -323,6 +324,21 @@ def _packed(learn: Learner, *rest: Any) -> bytes:
                 raise TypeError(f"launch: {part!r:.80} cannot be sent to another process ({own})") from error
         raise
 
+# %% ../../nbs/keep/launch.ipynb #461c8869
+_STOPPED = {128 + number: number for number in (signal.SIGINT, signal.SIGTERM)}  # by exit status
+
+def _in_order(function: Callable[..., None], *args: Any) -> None:
+    "What a process of the agent does; where all have stopped on a signal, they end together, with its status."
+    os.setsid()  # Ctrl-C in the terminal reaches the agent, which passes it on once
+    status: Any = 128 + signal.SIGINT
+    try: return function(*args)
+    except KeyboardInterrupt: pass
+    except SystemExit as stop:
+        if stop.code not in _STOPPED: raise
+        status = stop.code
+    wait_for_all(20.0)  # the first one may still write
+    raise SystemExit(status)
+
 # %% ../../nbs/keep/launch.ipynb #b0e141e7
 def run_elastic(function: Callable[..., None], processes: int, *args: Any) -> None:
     """Call a function of a module in several processes on this machine, with torch's elastic agent.
@@ -334,16 +350,23 @@ def run_elastic(function: Callable[..., None], processes: int, *args: Any) -> No
 
     Raises:
         RankError: One of them has failed; what it has said is on the terminal.
+        KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM has stopped all of them after the same batch.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d",
                           rdzv_endpoint="localhost:0", run_id=secrets.token_hex(4), max_restarts=0,
                           monitor_interval=0.2, start_method="spawn")
-    try: elastic_launch(config, function)(*args)
+    for name in logging.root.manager.loggerDict:  # what goes wrong is raised below
+        if name.startswith("torch.distributed.elastic"): logging.getLogger(name).setLevel(logging.CRITICAL)
+    stopped = f"stopped {processes} processes"
+    try: elastic_launch(config, _in_order)(function, *args)
+    except SignalException as error: raise stop_error(int(error.sigval), stopped) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if failure.exitcode in _STOPPED: raise stop_error(_STOPPED[failure.exitcode], stopped) from None
         raise RankError(f"rank {rank} has ended with status {failure.exitcode}; its error is above") from None
 
 # %% ../../nbs/keep/launch.ipynb #9907bb43

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_can_share', 'whole', 'part_of', 'PartsOptimiser', 'check_kinds', 'Shared', 'SharedGradients']
 
-# %% ../../nbs/keep/sharded.ipynb #6da5994b
+# %% ../../nbs/keep/sharded.ipynb #af7bc4b0
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -20,7 +20,7 @@ from .shards import ShardError
 from ..loop.attached import attached_modules
 from ..loop.state import groups_of
 
-# %% ../../nbs/keep/sharded.ipynb #02c61740
+# %% ../../nbs/keep/sharded.ipynb #1c2185fd
 _WHOLE = "it reads whole weights on the first process, where only a part of them is"
 _CANNOT = {  # callbacks, by the name of their class
     "Accumulate": "it keeps gradients from batch to batch; take larger batches",
@@ -50,7 +50,7 @@ def check_can_share(learn: Any) -> None:
         raise ShardError("the optimiser trains a parameter that is not one of the model's, and Distributed(shard=True) "
                          "shares out those of the model alone; use Distributed()")
 
-# %% ../../nbs/keep/sharded.ipynb #29d841a0
+# %% ../../nbs/keep/sharded.ipynb #0a5639e1
 def whole(value: Any) -> Any:
     "What is in parts as a whole on every rank, all of which have to ask; anything else as it is."
     from torch.distributed.tensor import DTensor
@@ -80,7 +80,7 @@ def part_of(value: Any, like: Tensor, name: str = "a tensor") -> Any:
     whole_value = value.detach().to(like.device)
     return distribute_tensor(whole_value, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore
 
-# %% ../../nbs/keep/sharded.ipynb #28f1da1b
+# %% ../../nbs/keep/sharded.ipynb #ec0dbad9
 class PartsOptimiser:
     """An optimiser whose parameters are exchanged for those in parts, until `undo`.
 
@@ -119,7 +119,7 @@ class PartsOptimiser:
         for hook in self.hooks: hook.remove()
         self._exchange(self.plain, lambda parameter, name, value: whole(value))
 
-# %% ../../nbs/keep/sharded.ipynb #a48d7f6f
+# %% ../../nbs/keep/sharded.ipynb #5e6528a9
 class _ThroughUnit(Detour):
     "A module's forward that leads through a shell whose parameters are in parts."
 
@@ -155,7 +155,7 @@ def _units_of(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[nn.M
         raise ShardError(f"shard is {kinds[0].__name__}, and the model has no layer of that class{near}")
     return [*reversed(found), model]
 
-# %% ../../nbs/keep/sharded.ipynb #72035de2
+# %% ../../nbs/keep/sharded.ipynb #bb286722
 class Shared:
     """A model and its optimiser in parts, until `undo`.
 
@@ -214,7 +214,7 @@ class Shared:
         for module, name, plain in self.places: module._parameters[name] = plain
         for each in self.optimisers: each.undo()
 
-# %% ../../nbs/keep/sharded.ipynb #34bb8829
+# %% ../../nbs/keep/sharded.ipynb #f6e4f6fb
 class _Lost(Detour):
     "The forward of a model of which only a part is left."
 
@@ -226,7 +226,7 @@ class _Lost(Detour):
         raise ShardError("this process holds only a part of the weights, since the ranks have come apart; build the "
                          "learner again and go on from the last checkpoint: train(resume=folder)")
 
-# %% ../../nbs/keep/sharded.ipynb #d642b426
+# %% ../../nbs/keep/sharded.ipynb #5b046c8e
 class SharedGradients(MeanGradients):
     "Gradients come together where the weights are: in parts, by torch's FSDP2."
     shared: Shared | None = None
@@ -245,14 +245,15 @@ class SharedGradients(MeanGradients):
         self.shared = Shared(learn, self.kinds, owner.group.mesh(learn.device.type), partial(owner.ready, learn),
                              partial(owner.sum, learn, point="a forward pass"))
 
-    def before_step(self, learn: Any) -> None:
+    def bring_together(self, learn: Any) -> None:
         if self.shared and self.shared.model is not learn.model:
             raise ShardError("learn.model was replaced during the call, and its weights are not in parts; with "
                              "Distributed(shard=True) replace it before the call")
         if self.buffers is not None: self.buffers.check(learn.model)
         self.buffers = None
 
-    def cancelled_step(self) -> None:
+    def cancelled_step(self, learn: Any) -> None:
+        if learn.ranks is not self.owner: return
         raise ShardError("a step was left out, and Distributed(shard=True) does not keep gradients for the next one; "
                          "raise CancelBatchException instead") from None
 
