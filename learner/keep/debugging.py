@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['hook_codes', 'running_hook', 'first_writer', 'Announcing', 'announced']
 
-# %% ../../nbs/keep/debugging.ipynb #54ae9d76
+# %% ../../nbs/keep/debugging.ipynb #eddc0f18
 import inspect
 import sys
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .ranks import Alone, OtherRankError, RankError, Ranks
 from ..loop.stages import Callback
 
-# %% ../../nbs/keep/debugging.ipynb #3fd8825f
+# %% ../../nbs/keep/debugging.ipynb #4f841812
 def _frames() -> Iterator[FrameType]:
     "The frames of this call, the innermost first."
     frame: FrameType | None = sys._getframe(1)
@@ -37,7 +37,7 @@ def running_hook(codes: dict[Any, str]) -> str:
     "The label of the innermost hook that calls this; `the loop` if there is none."
     return next((codes[frame.f_code] for frame in _frames() if frame.f_code in codes), "the loop")
 
-# %% ../../nbs/keep/debugging.ipynb #f6288b5a
+# %% ../../nbs/keep/debugging.ipynb #fd650ab2
 def first_writer() -> str:
     "The innermost callback with `writes = True` that calls this, with its method; empty if there is none."
     for frame in _frames():
@@ -45,7 +45,7 @@ def first_writer() -> str:
         if isinstance(caller, Callback) and caller.writes: return f"{type(caller).__name__}.{frame.f_code.co_name}"
     return ""
 
-# %% ../../nbs/keep/debugging.ipynb #ac869671
+# %% ../../nbs/keep/debugging.ipynb #b605f5d6
 class Announcing(TorchDispatchMode):
     """Within a `with`, says to the other ranks which collective comes next, and compares.
 
@@ -56,7 +56,9 @@ class Announcing(TorchDispatchMode):
 
     def __init__(self, learn: Any, ranks: Ranks):
         super().__init__()
-        self.learn, self.ranks, self.codes, self.resolution = learn, ranks, {}, None
+        self.learn, self.ranks = learn, ranks
+        self.resolution: Any = None
+        self.codes: dict[Any, str] = {}  # the labels of hooks, in that resolution
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
@@ -89,7 +91,7 @@ class Announcing(TorchDispatchMode):
             sleep(0.001)
         return str(ranks.store.get(key).decode())
 
-# %% ../../nbs/keep/debugging.ipynb #7e1ed3ef
+# %% ../../nbs/keep/debugging.ipynb #05278d82
 @contextmanager
 def announced(learn: Any, ranks: Alone) -> Iterator[None]:
     "Compare all collectives within a `with`, where there are several ranks."

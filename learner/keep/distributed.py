@@ -501,7 +501,7 @@ class Distributed(_Framed, Callback):
                  **options: Any):
         self.asked = None if shards is None else check_whole("shards", shards)
         self.timeout, self.debug, self.options = check_number("timeout", timeout), debug, options
-        self.shard = shard
+        self.units = shard
         if shards is not None: shards_of(0, world_size(), shards)
         if shards is not None and shard:
             raise TypeError("shards cuts batches, and shard cuts weights, whose sums have other bits; leave one out")
@@ -524,4 +524,4 @@ class Distributed(_Framed, Callback):
 
     def __repr__(self) -> str:
         if self.asked: return f"Distributed(shards={self.asked})"
-        return f"Distributed(shard={getattr(self.shard, '__name__', self.shard)})" if self.shard else "Distributed()"
+        return f"Distributed(shard={getattr(self.units, '__name__', self.units)})" if self.units else "Distributed()"

@@ -113,13 +113,13 @@ class _SentView(View):
     def end(self, results: Any, interrupted: bool, why: str = "") -> None:
         self._send("end", dict(results), interrupted, why)
 
-# %% ../../nbs/keep/launch.ipynb #ee9edfb1
+# %% ../../nbs/keep/launch.ipynb #b7a7fe75
 def _packed_error(error: BaseException) -> bytes | None:
     "An exception as bytes; None for one that cannot be sent, and for one that would end the parent."
     if not isinstance(error, Exception): return None
     vars(error).pop("blamed", None)  # it holds the stages that were open
     try:
-        from cloudpickle import dumps
+        from cloudpickle import dumps  # type: ignore[import-untyped,unused-ignore]
         return bytes(dumps(error))
     except Exception: return None
 
@@ -324,7 +324,7 @@ def _packed(learn: Learner, *rest: Any) -> bytes:
                 raise TypeError(f"launch: {part!r:.80} cannot be sent to another process ({own})") from error
         raise
 
-# %% ../../nbs/keep/launch.ipynb #461c8869
+# %% ../../nbs/keep/launch.ipynb #1e48cae4
 _STOPPED = {128 + number: number for number in (signal.SIGINT, signal.SIGTERM)}  # by exit status
 
 def _in_order(function: Callable[..., None], *args: Any) -> None:

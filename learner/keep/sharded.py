@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_can_share', 'whole', 'part_of', 'PartsOptimiser', 'check_kinds', 'Shared', 'SharedGradients']
 
-# %% ../../nbs/keep/sharded.ipynb #af7bc4b0
+# %% ../../nbs/keep/sharded.ipynb #2a4d9fb5
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -20,7 +20,7 @@ from .shards import ShardError
 from ..loop.attached import attached_modules
 from ..loop.state import groups_of
 
-# %% ../../nbs/keep/sharded.ipynb #1c2185fd
+# %% ../../nbs/keep/sharded.ipynb #120f1034
 _WHOLE = "it reads whole weights on the first process, where only a part of them is"
 _CANNOT = {  # callbacks, by the name of their class
     "Accumulate": "it keeps gradients from batch to batch; take larger batches",
@@ -50,12 +50,12 @@ def check_can_share(learn: Any) -> None:
         raise ShardError("the optimiser trains a parameter that is not one of the model's, and Distributed(shard=True) "
                          "shares out those of the model alone; use Distributed()")
 
-# %% ../../nbs/keep/sharded.ipynb #0a5639e1
+# %% ../../nbs/keep/sharded.ipynb #08eb9fed
 def whole(value: Any) -> Any:
     "What is in parts as a whole on every rank, all of which have to ask; anything else as it is."
     from torch.distributed.tensor import DTensor
 
-    if isinstance(value, DTensor): return value.detach().full_tensor()
+    if isinstance(value, DTensor): return value.detach().full_tensor()  # type: ignore[attr-defined]
     if isinstance(value, Mapping): return {key: whole(each) for key, each in value.items()}
     if type(value) in (list, tuple): return type(value)(map(whole, value))
     return value
@@ -80,7 +80,7 @@ def part_of(value: Any, like: Tensor, name: str = "a tensor") -> Any:
     whole_value = value.detach().to(like.device)
     return distribute_tensor(whole_value, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore
 
-# %% ../../nbs/keep/sharded.ipynb #ec0dbad9
+# %% ../../nbs/keep/sharded.ipynb #b20b2d8c
 class PartsOptimiser:
     """An optimiser whose parameters are exchanged for those in parts, until `undo`.
 
@@ -119,7 +119,7 @@ class PartsOptimiser:
         for hook in self.hooks: hook.remove()
         self._exchange(self.plain, lambda parameter, name, value: whole(value))
 
-# %% ../../nbs/keep/sharded.ipynb #5e6528a9
+# %% ../../nbs/keep/sharded.ipynb #0c1e74f6
 class _ThroughUnit(Detour):
     "A module's forward that leads through a shell whose parameters are in parts."
 
@@ -129,7 +129,8 @@ class _ThroughUnit(Detour):
         within = set(module.modules())
         inner = [unit.shell for unit in units if unit.module in within]
         done: set[nn.Parameter] = {parameter for shell in inner for parameter in shell.parameters()}
-        self.shell, self.ready = Body(module, inner), ready
+        self.shell: Body = Body(module, inner)
+        self.ready = ready
         # Outside of a forward or a backward pass every parameter in the module is in parts.
         fully_shard(self.shell, mesh=mesh, reshard_after_forward=True, ignored_params=done)
         super().__init__(module)
@@ -155,7 +156,7 @@ def _units_of(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[nn.M
         raise ShardError(f"shard is {kinds[0].__name__}, and the model has no layer of that class{near}")
     return [*reversed(found), model]
 
-# %% ../../nbs/keep/sharded.ipynb #bb286722
+# %% ../../nbs/keep/sharded.ipynb #a0a5d797
 class Shared:
     """A model and its optimiser in parts, until `undo`.
 
@@ -214,7 +215,7 @@ class Shared:
         for module, name, plain in self.places: module._parameters[name] = plain
         for each in self.optimisers: each.undo()
 
-# %% ../../nbs/keep/sharded.ipynb #f6e4f6fb
+# %% ../../nbs/keep/sharded.ipynb #b86337d2
 class _Lost(Detour):
     "The forward of a model of which only a part is left."
 
@@ -226,7 +227,7 @@ class _Lost(Detour):
         raise ShardError("this process holds only a part of the weights, since the ranks have come apart; build the "
                          "learner again and go on from the last checkpoint: train(resume=folder)")
 
-# %% ../../nbs/keep/sharded.ipynb #5b046c8e
+# %% ../../nbs/keep/sharded.ipynb #08d88945
 class SharedGradients(MeanGradients):
     "Gradients come together where the weights are: in parts, by torch's FSDP2."
     shared: Shared | None = None

@@ -132,3 +132,47 @@ def test_the_command_line_trains_in_two_processes(tmp_path):
     shown, meta, rows = train("two", "--processes=2")
     assert shown.count("validation_loss") == 2 and meta["status"] == "finished" and "--processes=2" in meta["command"]
     assert len(rows.splitlines()) == len(train("one")[2].splitlines()) == 2
+
+
+@pytest.mark.long
+def test_a_run_of_two_processes_is_stopped_resumed_and_run_again_by_two(tmp_path):
+    def command(*words): return [sys.executable, "-m", "learner", *words]
+    def learner(*words): return subprocess.run(command(*words), capture_output=True, text=True, timeout=200)
+
+    run, again = str(tmp_path / "run"), str(tmp_path / "again")
+    process = subprocess.Popen(command("train", "digits", run, "--epochs=500", "--processes=2", "--quiet"), start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    until = time.monotonic() + 120
+    while not (tmp_path / "run" / "history.csv").exists() and time.monotonic() < until: time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal: to all of them
+    shown = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and f"stopped; to go on: learner resume {run}" in shown
+    meta = json.loads((tmp_path / "run" / "meta.json").read_text())
+    assert (meta["status"], meta["facts"]["processes"]) == ("stopped", 2)
+    epochs = meta["epochs_done"] + 1
+    assert learner("resume", run, f"--epochs={epochs}").returncode == 0
+    done = learner("rerun", run, again)
+    assert done.returncode == 0 and "the history is identical" in done.stdout, done
+    new = json.loads((tmp_path / "again" / "meta.json").read_text())
+    assert new["facts"]["processes"] == 2 and new["command"][:2] == ["learner", "rerun"]
+    assert learner("resume", run, f"--epochs={epochs + 1}", "--processes=1").returncode == 0
+
+
+@pytest.mark.parametrize(("had", "words", "answer"), [
+    (2, ("--detach",), "was trained by 2 processes, and --detach trains in one process; add --processes=1"),
+    (2, ("--detach", "--processes=2"), "--detach trains in one process; leave out --processes"),
+    (10**9, (), "say how many: --processes=2"), ("many", (), "say how many: --processes=2"),
+    (2, ("--processes=0",), "it must be a whole number of at least 1")])
+def test_a_number_of_processes_that_cannot_be_is_answered_in_one_line(tmp_path, monkeypatch, capsys, had, words, answer):
+    from learner.runs import cli
+    from learner.runs.runs import train_run
+    monkeypatch.chdir(tmp_path)
+    train_run("digits", "run", {"epochs": 1}, plots=False)
+    path = tmp_path / "run" / "meta.json"
+    meta = json.loads(path.read_text())
+    meta["facts"]["processes"] = had
+    path.write_text(json.dumps(meta))
+    capsys.readouterr()
+    assert cli.main(["resume", "run", "--epochs=2", *words]) == 2
+    shown = capsys.readouterr().err
+    assert answer in shown and shown.count("\n") == 1
