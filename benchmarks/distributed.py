@@ -113,7 +113,7 @@ def main():
         print(f"{name:24}{median(wall):8.2f}{ratios[0]:7.2f}{median(processor):11.2f}{ratios[1]:7.2f}{count:13.1f}{sent:12,.0f}")
     size = sum(p.numel() * p.element_size() for p in net().parameters())
     print(f"\nThe gradients have {size:,} bytes. On paper, for more ranks: bytes that a rank sends in a step, rounds of messages")
-    print("that wait for each other, and their time at 1.25 GB/s (10 Gb/s) and 50 us a round, none of it hidden by the backward pass")
+    print("that wait for each other, their time at 1.25 GB/s (10 Gb/s) and 50 us a round, none of it hidden by the backward pass")
     print("ranks   DDP: bytes  rounds     ms   shards: bytes  rounds     ms   agreeing: rounds     ms")
     for ranks in (2, 8, 64, 256, 1024):
         moved = 2 * size * (ranks - 1) / ranks  # ring all-reduce; all-to-all and all-gather
