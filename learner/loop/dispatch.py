@@ -272,10 +272,6 @@ class _Opening(_Blaming):
     "Opening stages, and doing actions in theirs."
     _compiled: Compiled
 
-    def _action(self, name: str) -> Callable[[], None]:
-        "The method that does the work of a stage; asked for once, when the stage is first opened."
-        return getattr(self, name)
-
     def stage(self, name: str) -> OpenStage:
         """Run a stage's hooks around the body of a `with`.
 
@@ -420,6 +416,9 @@ class Staged(_Framed):
     def __init__(self, callbacks: Callback | Iterable[Callback] | None = None):
         self._frame = Frame()
         self._set_callbacks(as_callbacks(callbacks))
+    def _action(self, name: str) -> Callable[[], None]:
+        "The method that does the work of a stage; asked for when the stage is first opened."
+        return getattr(self, name)
 
     def __getstate__(self) -> dict[str, Any]:
         # What was made for this very object stays with it; a copy makes its own.

@@ -32,7 +32,7 @@ from ..base.batch import LABELS
 from ..base.parts import is_optimiser, kept_order
 from ..base.provenance import kept_rng, rng_state
 from ..base.store import read_checkpoint, save_state
-from ..base.tree import map_tensors
+from ..base.tree import uncopied
 from ..base.words import check_number, did_you_mean
 from .attached import attached_modules
 from .frames import users_frames
@@ -41,7 +41,7 @@ from .loop import Loop
 from .passes import passes_of
 from .resume import Cursor, begin, lengths, set_steps, state_to_resume
 from .stages import Callback
-from .state import Place, check_state, gather, loaders_of, modules_beside, order_state, put
+from .state import Place, check_state, gather, loaders_of, modules_beside, order_state, put, recipes
 from .state import set_groups, state_of
 
 # %% ../../nbs/loop/learner.ipynb #518d6797
@@ -77,7 +77,7 @@ class Resumable(Placed):
         if "groups" in beside: set_groups(optimiser, beside["groups"])  # as they were when training stopped
         modules = {name: state_of(module) for name, module in modules_beside(self).items()}
         return {"model": state_of(self.model), "modules": modules, "optimiser": optimiser,
-                "callbacks": beside["callbacks"], "loop": beside["loop"]}
+                "callbacks": beside["callbacks"], "loop": beside["loop"], "made": recipes(self)}
 
     def _name_losses(self, loop: Mapping[str, Any]) -> None:
         "Warn of what a state does not hold."
@@ -328,17 +328,8 @@ def computed_tensors(learn: Loop) -> dict[int, Any]:
     "Copies of the tensors in modules and callbacks that were computed, by the identity of the original."
     holders: list[Any] = [*learn.model.modules(), *learn.callbacks]
     for module in attached_modules(learn).values(): holders += module.modules()
-    found: dict[int, Any] = {}
-
-    def note(leaf: Tensor) -> Tensor:
-        if not isinstance(leaf, Tensor): return leaf
-        plain = leaf.layout in (torch.strided, torch.sparse_coo)  # of the others deepcopy knows nothing
-        if not (leaf.is_leaf and plain): found[id(leaf)] = leaf.detach().clone()
-        return leaf
-    for holder in holders:
-        for value in vars(holder).values():
-            if isinstance(value, Tensor | list | tuple | dict): map_tensors(note, value)
-    return found
+    values = [value for holder in holders for value in vars(holder).values()]
+    return uncopied([value for value in values if isinstance(value, Tensor | list | tuple | dict)])
 
 def copied(learn: Any, shared: dict[int, Any]) -> Any:
     "A deep copy, or an error that names what cannot be copied."

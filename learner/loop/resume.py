@@ -23,7 +23,7 @@ from ..base.parts import is_optimiser, length_of, with_epochs
 from ..base.provenance import rng_state, set_rng_state
 from ..base.nested import snapshot
 from ..base.store import read_checkpoint
-from ..base.tree import to_device
+from ..base.tree import copy_tree, to_device
 from ..base.words import PHASES, check_whole, split_column
 from .hidden import Note, hidden_state, sentences, unready_loaders
 from .loop import Plan
@@ -93,7 +93,7 @@ class Arriving(Naming):
         if self.arriving: self.arrive(learn)
         passes = passes_of(learn.dataloaders, phase)
         orders = {each.prefix: order_state(loader) for each, loader in passes.items()}
-        states = {name: deepcopy(each.state_dict()) for name, each in with_state(learn.callbacks).items()}
+        states = {name: copy_tree(each.state_dict()) for name, each in with_state(learn.callbacks).items()}
         hidden = hidden_state(learn, self.note)
         self.began = {"rng": rng_state(), "orders": orders, "callbacks": states, "hidden": hidden}
 

@@ -20,14 +20,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..base.hashing import hash_state
-from ..base.history import Mean
+from ..base.history import Mean, pack_rows, unpack_rows
+from ..base.made import kept_argument, recipe_of
 from ..base.parts import generators_of, is_optimiser, make_optimiser, samplers_of
 from ..base.provenance import kept_rng, rng_state, set_rng_state
-from ..base.tree import to_device
+from ..base.tree import copy_tree, to_device
 from ..base.words import PHASES, PrintableError, did_you_mean
 from .attached import attached_modules, by_class
 from .hidden import check_hidden, hidden_state, put_hidden
 from .passes import passes_of
+from .resolution import only_watches
 from .stages import Callback
 
 # %% ../../nbs/loop/state.ipynb #d6929a95
@@ -228,7 +230,7 @@ def check_loop_state(loop: Any) -> None:
     "Raise ResumeError unless a value says where a training stands."
     match loop:
         case {"place": [int(), str(), int()] as place, "under_way": bool(), "num_epochs": int(),
-              "validation_epochs": int(), "first_row": int(), "rows": list(rows), "results": dict(),
+              "validation_epochs": int(), "first_row": int(), "rows": dict(rows), "results": dict(),
               "steps": dict(), "keep_steps": bool(), "row_steps": dict(),
               "means": dict(means), "rng": dict(rng), "orders": dict(), "optimiser": str()}: pass
         case _: raise ResumeError("the state does not say where training stands; save() makes whole ones")
@@ -242,8 +244,8 @@ def check_loop_state(loop: Any) -> None:
     counts = (place[0], place[2], *(loop[name] for name in ("num_epochs", "first_row")))
     if place[1] not in ("", *PHASES) or not all(0 <= count < 2**53 for count in counts):
         raise ResumeError(f"the state has an impossible place {place!r:.80}")
-    if not all(isinstance(row, dict) for row in rows):
-        raise ResumeError("the state has a row of the history that is not a mapping")
+    try: unpack_rows(rows)
+    except ValueError as error: raise ResumeError(f"the state is damaged: {error}") from None
     try:
         for mean in means.values(): Mean().load_state_dict(mean)
         for steps in (*loop["steps"].values(), *loop["row_steps"].values()): steps.double()
@@ -287,6 +289,18 @@ def gradients_left(learn: Any) -> list[Any] | None:
     if all(gradient is None for gradient in found): return None
     return [None if gradient is None else gradient.detach().clone() for gradient in found]
 
+# %% ../../nbs/loop/state.ipynb #2fbadedf
+def recipes(learn: Any) -> dict[str, Any]:
+    "How the parts of a learner were made, as far as it is known; see `made`."
+    names = ("model", "optimiser", "loss_func", "dataloaders")
+    at: dict[str, Any] = {"labels": learn.labels_at, "inputs": learn.inputs_at}
+    for name, value in at.items():
+        try: at[name] = kept_argument(name, value)
+        except TypeError: at[name] = {"type": repr(value)}
+    parts = {name: recipe_of(getattr(learn, name)) for name in names}
+    callbacks = [{**(recipe_of(each) or {}), "watches": only_watches(each)} for each in learn._resolved.added]
+    return {**parts, **at, "callbacks": callbacks}
+
 # %% ../../nbs/loop/state.ipynb #7f294a71
 def gather(learn: Any) -> dict[str, Any]:
     "The state of callbacks and loop: everything that the model and the optimiser do not hold."
@@ -301,7 +315,7 @@ def gather(learn: Any) -> dict[str, Any]:
         "place": list(place), "under_way": learn.is_running and cursor.under_way,
         "num_epochs": learn.num_epochs, "validation_epochs": cursor.validation_epochs,
         "first_row": cursor.first_row, "learning_rate": cursor.learning_rate, "epoch": learn.epoch,
-        "rows": deepcopy(history.rows), "results": dict(learn.results),
+        "rows": pack_rows(history.rows), "results": dict(learn.results),
         "steps": packed(history.steps), "keep_steps": history.keep_steps, "row_steps": packed(learn._steps),
         "means": {name: mean.state_dict() for name, mean in means.items()} if within else {},
         "rng": again["rng"] if again else rng_state(), "orders": orders,
@@ -333,7 +347,7 @@ def put(learn: Any, state: Mapping[str, Any]) -> None:
     try:
         for name, callback in with_state(learn.callbacks).items():
             if name not in given: continue
-            undo.append((callback, deepcopy(callback.state_dict())))
+            undo.append((callback, copy_tree(callback.state_dict())))
             try: callback.load_state_dict(given[name])
             except Exception as error:
                 raise ResumeError(f"the state of {name} does not fit: {error}") from error
@@ -359,7 +373,7 @@ def _check_hidden(learn: Any, hidden: Any) -> None:
 def _put_loop(learn: Any, loop: Mapping[str, Any]) -> None:
     history, cursor = learn.history, learn.cursor
     if "hidden" in loop: put_hidden(learn, loop["hidden"])
-    history.rows, history.keep_steps = deepcopy(loop["rows"]), loop["keep_steps"]
+    history.rows, history.keep_steps = unpack_rows(loop["rows"]), loop["keep_steps"]
     history.steps = {name: values.tolist() for name, values in loop["steps"].items()}
     cursor.place, cursor.first_row = Place(*loop["place"]), loop["first_row"]
     if cursor.place.phase: learn.results = dict(loop["results"])

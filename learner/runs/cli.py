@@ -373,12 +373,17 @@ def _compare(
 
 @command
 def _show(
-    config: str,  # a registered name, a file of settings, module:function, or a run
+    config: str,  # a registered name, a file of settings, module:function, a run, or a checkpoint
     /, *,
     allow: Sequence[str] = (),  # a module of your own that a run names
     **settings: Any,
 ) -> None:
-    "Print all settings with their values, as a file that can be trained from."
+    "Print all settings with their values, as a file that can be trained from; or what a checkpoint holds."
+    if os.path.isfile(config) and not config.endswith((".yaml", ".yml", ".json")):
+        with mistakes():
+            from learner.runs.made import describe
+            say(describe(config))
+            return
     _search_here()
     say(resolve(config, settings, allow=list(allow) or None), end="")
 

@@ -8,12 +8,12 @@ __all__ = ['MonitorError', 'check_monitor', 'check_mode', 'monitored', 'EarlySto
 # %% ../../nbs/steer/stopping.ipynb #07a54f9c
 import math
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
+from ..base.tree import copy_tree
 from ..base.words import MEASURES, check_number, check_whole, did_you_mean, mode_of
 from ..base.words import split_column
 from ..loop.learner import Learner
@@ -101,13 +101,6 @@ def monitored(owner: Any, monitor: str, learn: Learner) -> float | None:
     return float(value)
 
 # %% ../../nbs/steer/stopping.ipynb #eb3eb342
-def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
-    "A copy of a state, which shares no memory with its owner."
-    def copied(value: Any) -> Any:
-        if isinstance(value, Tensor): return value.detach().clone()
-        return _copied(value) if isinstance(value, Mapping) else deepcopy(value)
-    return {name: copied(value) for name, value in state.items()}
-
 def _parts(learn: Learner) -> dict[str, Any]:
     "What belongs to the weights of an epoch, by name."
     own = [callback for callback in learn.callbacks if getattr(callback, "with_weights", False)]
@@ -146,7 +139,7 @@ class _Count(Callback):
         self.best, self.best_epoch, self.waited = value, learn.results["epoch"], 0
         if self.restore_best:
             parts = _parts(learn)
-            self.weights = {name: _copied(part.state_dict()) for name, part in parts.items()}
+            self.weights = {name: copy_tree(part.state_dict()) for name, part in parts.items()}
 
     def state_dict(self) -> dict[str, Any]:
         "The count so far, and the best weights if they are to be put back."
@@ -159,7 +152,7 @@ class _Count(Callback):
             raise ValueError(f"EarlyStopping: the state has no {', '.join(missing)}; load what "
                              "state_dict() gave")
         for name in _COUNT: setattr(self, name, state[name])
-        self.weights = None if state["weights"] is None else _copied(state["weights"])
+        self.weights = None if state["weights"] is None else copy_tree(state["weights"])
 
 # %% ../../nbs/steer/stopping.ipynb #6250baa0
 class _Stop(_Count):

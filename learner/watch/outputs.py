@@ -148,7 +148,7 @@ def class_names(
     Raises:
         TypeError: what was found is not a list of names.
     """
-    part: Any = learn.dataloaders[phase]
+    part: Any = learn.dataloaders.get(phase)
     places: list[Any] = [learn.dataloaders, part]
     while hasattr(part, "dataset"):  # a Subset has one too
         part = part.dataset

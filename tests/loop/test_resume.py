@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from learner.base.hashing import hash_state
+from learner.base.history import pack_rows, unpack_rows
 from learner.base.nested import snapshot
 from learner.base.provenance import rng_state, seed_everything
 from learner.base.store import DamagedError, load_state, save_state
@@ -531,6 +532,14 @@ def moments(state, name): return [entry[name] for entry in state["optimiser"]["s
 def loop(change): return lambda state: change(state["loop"])
 
 
+def rows(change):
+    def changed(state):
+        table = unpack_rows(state["loop"]["rows"])
+        change(table)
+        state["loop"]["rows"] = pack_rows(table)
+    return changed
+
+
 def forget(name): return lambda state: state["callbacks"].pop(name)
 
 
@@ -565,8 +574,8 @@ CONTROLS = {
     "random numbers of Python": ("own", "batch", loop(lambda loop: other_rng("python")(loop["rng"]))),
     "random numbers of NumPy": ("own", "batch", loop(lambda loop: other_rng("numpy")(loop["rng"]))),
     "random numbers of torch left out": ("own", "batch", loop(lambda loop: loop["rng"].pop("torch"))),
-    "the last row": ("own", "batch", loop(lambda loop: loop["rows"].pop())),
-    "a value in a row": ("own", "batch", loop(lambda loop: loop["rows"][0].update(train_loss=0.0))),
+    "the last row": ("own", "batch", rows(lambda rows: rows.pop())),
+    "a value in a row": ("own", "batch", rows(lambda rows: rows[0].update(train_loss=0.0))),
     "the steps": ("own", "batch", loop(lambda loop: loop["steps"].clear())),
     "keeping steps": ("own", "batch", loop(lambda loop: loop.update(keep_steps=False))),
     "the means": ("own", "batch", loop(lambda loop: loop["means"].clear())),
@@ -1079,7 +1088,10 @@ FORGED = {
     "a pass that is none": (put(place=[1, "__init__", 4]), "the state has an impossible place [1, '__init__', 4]"),
     "an epoch before the first": (put(place=[-1, "train", 4]), "the state has an impossible place [-1, 'train', 4]"),
     "a batch before the first": (put(place=[1, "train", -4]), "the state has an impossible place [1, 'train', -4]"),
-    "rows that are none": (put(rows=[1, 2]), "the state has a row of the history that is not a mapping"),
+    "rows that are none": (put(rows=[1, 2]), SAYS_NOT),
+    "rows without values": (lambda s: s["loop"]["rows"]["columns"].clear(), "the state is damaged: the rows of the history do not fit together"),
+    "a row too many": (lambda s: s["loop"]["rows"]["columns"]["epoch"].resize_(0), "the state is damaged: the rows of the history do not fit together"),
+    "values without a row": (lambda s: s["loop"]["rows"]["columns"].update(more=[1, 2]), "the state is damaged: column more of the history has more values than rows"),
     "rows of text": (put(rows="rows"), SAYS_NOT),
     "results that are none": (put(results=[]), SAYS_NOT),
     "epochs of text": (put(num_epochs="3"), SAYS_NOT),
