@@ -191,6 +191,7 @@ class _Stored(Callback):
         return checkpoint_name(len(learn.history), learn.place.batch)
 
     def _save(self, learn: Learner) -> None:
+        if learn.ranks is not None: learn.ranks.sum(learn, point="a checkpoint")  # or the ranks are apart
         self._last_time, self.taken = monotonic(), 0
         state, name, best = learn.state_dict(), self._name(learn), self._best.found or {}
         if self.only_trained: state = trained_only(learn, state, self._hashes)
@@ -255,7 +256,7 @@ class _Saving(_Opening):
         due = self.steps is not None and self.taken >= self.steps
         if not due and self.minutes is not None:
             due = monotonic() - self._last_time >= self.minutes * 60
-            if learn.ranks is not None: due = learn.ranks.of_first(due)
+            if learn.ranks is not None: due = learn.ranks.of_first(learn, due)
         if due: self._save(learn)
 
     def after_epoch(self, learn: Learner) -> None:
