@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Results', 'Limits', 'Batcher']
 
-# %% ../../nbs/use/serve_batches.ipynb #36525764
+# %% ../../nbs/use/serve_batches.ipynb #082ed9e1
 import asyncio
 import time
 from collections import deque
@@ -19,7 +19,7 @@ from ..base.rows import join_rows, leaves_of
 from ..base.words import check_number, check_whole
 from .serve_inputs import RequestError
 
-# %% ../../nbs/use/serve_batches.ipynb #7f750d1b
+# %% ../../nbs/use/serve_batches.ipynb #86ece3e9
 @dataclass(frozen=True)
 class Limits:
     """What a server takes on, and how long it lets a request wait.
@@ -56,7 +56,7 @@ class Limits:
             raise ValueError(f"memory is {self.memory:,} bytes, and one body may have "
                              f"{self.body:,}; give at least as many")
 
-# %% ../../nbs/use/serve_batches.ipynb #74c55e56
+# %% ../../nbs/use/serve_batches.ipynb #092fe579
 @dataclass
 class _Waiting:
     "A request that waits for the model."
@@ -101,7 +101,7 @@ class _Queue:
             rows += first.rows
         return taken
 
-# %% ../../nbs/use/serve_batches.ipynb #2e3336b2
+# %% ../../nbs/use/serve_batches.ipynb #a62377dc
 Results = Sequence[Any] | BaseException  # of one request: a value for each row, or what was raised
 
 def _answered(work: Callable[[Any], Sequence[Any]], batches: Sequence[Any]) -> list[Results]:
@@ -119,8 +119,46 @@ def _answered(work: Callable[[Any], Sequence[Any]], batches: Sequence[Any]) -> l
         if len(batches) == 1: return [error]
     return [result for batch in batches for result in _answered(work, [batch])]
 
-# %% ../../nbs/use/serve_batches.ipynb #80f64d19
-class Batcher:
+# %% ../../nbs/use/serve_batches.ipynb #5cc616d4
+class _Works:
+    "The task that empties the queue."
+    work: Callable[[Any], Sequence[Any]]
+    limits: Limits
+    done: Callable[[int], None] | None
+    _queue: _Queue
+    _come: asyncio.Event
+    _full: asyncio.Event
+    _thread: ThreadPoolExecutor
+    _closing: bool
+
+    async def _run(self) -> None:
+        while self._queue.waiting or not self._closing:
+            if not self._queue.waiting: await self._come.wait()
+            self._come.clear()
+            if self._queue.waiting: await self._gather()
+            requests = self._queue.take(self.limits.batch)
+            if requests: await self._ask(requests)
+
+    async def _gather(self) -> None:
+        "Wait for more requests, until there are enough or the first has waited its time."
+        left = self._queue.waiting[0].since + self.limits.wait - time.monotonic()
+        enough = self._queue.rows >= self.limits.batch or self._closing
+        if enough or left <= 0 or self.limits.batch == 1: return
+        self._full.clear()
+        with suppress(TimeoutError): await asyncio.wait_for(self._full.wait(), left)
+
+    async def _ask(self, requests: Sequence[_Waiting]) -> None:
+        batches = [request.batch for request in requests]
+        loop = asyncio.get_running_loop()
+        results = await loop.run_in_executor(self._thread, _answered, self.work, batches)
+        for request, result in zip(requests, results, strict=True):
+            if request.answer.done(): continue  # it was given up meanwhile
+            if isinstance(result, BaseException): request.answer.set_exception(result)
+            else: request.answer.set_result(result)
+        if self.done is not None: self.done(sum(request.rows for request in requests))
+
+# %% ../../nbs/use/serve_batches.ipynb #695ad357
+class Batcher(_Works):
     """Answers requests with a model, several at a time.
 
     Args:
@@ -166,29 +204,3 @@ class Batcher:
         self._full.set()
         if self._task is not None: await self._task
         self._thread.shutdown(wait=False)
-
-    async def _run(self) -> None:
-        while self._queue.waiting or not self._closing:
-            if not self._queue.waiting: await self._come.wait()
-            self._come.clear()
-            if self._queue.waiting: await self._gather()
-            requests = self._queue.take(self.limits.batch)
-            if requests: await self._ask(requests)
-
-    async def _gather(self) -> None:
-        "Wait for more requests, until there are enough or the first has waited its time."
-        left = self._queue.waiting[0].since + self.limits.wait - time.monotonic()
-        enough = self._queue.rows >= self.limits.batch or self._closing
-        if enough or left <= 0 or self.limits.batch == 1: return
-        self._full.clear()
-        with suppress(TimeoutError): await asyncio.wait_for(self._full.wait(), left)
-
-    async def _ask(self, requests: Sequence[_Waiting]) -> None:
-        batches = [request.batch for request in requests]
-        loop = asyncio.get_running_loop()
-        results = await loop.run_in_executor(self._thread, _answered, self.work, batches)
-        for request, result in zip(requests, results, strict=True):
-            if request.answer.done(): continue  # it was given up meanwhile
-            if isinstance(result, BaseException): request.answer.set_exception(result)
-            else: request.answer.set_result(result)
-        if self.done is not None: self.done(sum(request.rows for request in requests))

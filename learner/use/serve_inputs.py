@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIELD', 'LARGER', 'RequestError', 'read_npy', 'numbers', 'fields', 'kind_of', 'BodyReader']
 
-# %% ../../nbs/use/serve_inputs.ipynb #d4564eb2
+# %% ../../nbs/use/serve_inputs.ipynb #9c9af6cb
 import math
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -19,7 +19,7 @@ from ..base.rows import leaves_of
 from ..base.words import did_you_mean, error_line
 from .inputs import InputError, Preparation, as_tensor, fitted, names_of, stacked
 
-# %% ../../nbs/use/serve_inputs.ipynb #43f9878b
+# %% ../../nbs/use/serve_inputs.ipynb #ae4cce8c
 FIELD = "inputs"  # what a body calls the data
 
 class RequestError(InputError):
@@ -39,7 +39,7 @@ class RequestError(InputError):
 
     def __str__(self) -> str: return error_line(" ".join(super().__str__().split()))
 
-# %% ../../nbs/use/serve_inputs.ipynb #51ded910
+# %% ../../nbs/use/serve_inputs.ipynb #5aa9b22e
 def read_npy(data: bytes, name: str = FIELD) -> Any:
     """The array of a `.npy` file of numbers.
 
@@ -77,15 +77,20 @@ def read_npy(data: bytes, name: str = FIELD) -> Any:
     flat = np.frombuffer(data, dtype, offset=file.tell())
     return flat.reshape(shape, order="F" if by_columns else "C")
 
-# %% ../../nbs/use/serve_inputs.ipynb #aa386274
-def _array(value: Any, name: str) -> Any:
+# %% ../../nbs/use/serve_inputs.ipynb #7c5e247a
+def _array(value: Any, slot: Tensor, name: str) -> Any:
     "Lists of numbers as an array; raises RequestError."
     import numpy as np
-    try: array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+        wide = array.dtype == object and all(type(each) in (int, float) for each in array.flat)
+        if wide or array.dtype == np.uint64:  # whole numbers that 64 bits with a sign do not hold
+            array = array.astype(float if slot.is_floating_point() else array.dtype)
     except (ValueError, TypeError, OverflowError):
         raise RequestError(f"{name} is not an array: its lists differ in length or depth",
                            field=name) from None
     if array.dtype.kind in "biuf": return array
+    if wide: raise RequestError(f"{name} has a whole number of more than 64 bits", field=name)
     kinds = {"U": "text", "O": "something that is not a number, such as null, text or {...}"}
     raise RequestError(f"{name} holds {kinds.get(array.dtype.kind, 'no numbers')}; send numbers, in "
                        "lists as deep as the model's inputs", field=name)
@@ -101,7 +106,7 @@ def _check_range(array: Any, slot: Tensor, name: str) -> None:
     raise RequestError(f"{name} has {low if low < least else high}, and the model takes whole "
                        f"numbers from {least} to {most}", field=name)
 
-# %% ../../nbs/use/serve_inputs.ipynb #723301fa
+# %% ../../nbs/use/serve_inputs.ipynb #d0d6b33e
 def _check_finite(array: Any, tensor: Tensor, name: str) -> None:
     "Raise RequestError for what is not a number, or became infinite in the dtype of the model."
     if not tensor.is_floating_point() or bool(tensor.isfinite().all()): return
@@ -126,7 +131,7 @@ def numbers(value: Any, slot: Tensor, name: str = FIELD) -> Tensor:
         tensor([1., 2.])
     """
     import numpy as np
-    array = _array(value, name)
+    array = _array(value, slot, name)
     kind, size = array.dtype.kind, array.dtype.itemsize
     if kind in "iu": _check_range(array, slot, name)
     if kind == "f": dtype: Any = np.float32 if size == 4 else np.float64
@@ -136,7 +141,7 @@ def numbers(value: Any, slot: Tensor, name: str = FIELD) -> Tensor:
     _check_finite(array, tensor, name)
     return tensor
 
-# %% ../../nbs/use/serve_inputs.ipynb #12816629
+# %% ../../nbs/use/serve_inputs.ipynb #7d03f777
 def _check_keys(given: Mapping[str, Any], known: Sequence[str], name: str) -> None:
     "Raise RequestError for a key that is not known, or is missing."
     prefix = f"{name}." if name else ""
@@ -171,7 +176,7 @@ def fields(value: Any, form: Any, name: str = FIELD) -> Any:
                      for place, (each, part) in enumerate(zip(value, form, strict=True)))
     return numbers(value, form, name)
 
-# %% ../../nbs/use/serve_inputs.ipynb #b765d302
+# %% ../../nbs/use/serve_inputs.ipynb #de056780
 LARGER = 16  # times as many numbers as an example of training had, at most
 
 def _check_size(batch: Any, form: Any, most: int) -> None:
@@ -193,7 +198,7 @@ def _check_size(batch: Any, form: Any, most: int) -> None:
             raise RequestError(f"{name} has {count} examples, and {names_of(form)[0]} has "
                                f"{counts[0]}; give each example one in both", field=name)
 
-# %% ../../nbs/use/serve_inputs.ipynb #4b48d1c5
+# %% ../../nbs/use/serve_inputs.ipynb #83f8d7d6
 _TYPES = ("", "application/json", "application/octet-stream", "application/x-npy", "text/plain",
           "application/x-www-form-urlencoded")  # the last is what curl says of everything
 
@@ -217,7 +222,7 @@ def kind_of(body: bytes, content_type: str = "") -> str:
     binary = declared.startswith("image/") or body[:64].lstrip()[:1] not in b'{["-0123456789tfn'
     return "picture" if binary and declared != "application/json" else "json"
 
-# %% ../../nbs/use/serve_inputs.ipynb #194ff5a4
+# %% ../../nbs/use/serve_inputs.ipynb #806142f3
 class _Reads:
     "How each kind of body is read."
     preparation: Preparation
@@ -263,7 +268,7 @@ class _Reads:
         if not examples: raise RequestError(f"{FIELD} is empty; send at least one example", field=FIELD)
         return stacked(examples, names_of(self.form))
 
-# %% ../../nbs/use/serve_inputs.ipynb #6dc4e14f
+# %% ../../nbs/use/serve_inputs.ipynb #352ea15a
 class BodyReader(_Reads):
     """Turns the body of a request into a batch for a model.
 
