@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Handler', 'Application']
 
-# %% ../../nbs/use/serve_app.ipynb #751cfec8
+# %% ../../nbs/use/serve_app.ipynb #ffb97975
 import asyncio
 import hmac
 import time
@@ -13,6 +13,7 @@ import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -33,7 +34,7 @@ from .serve_inputs import FIELD, RequestError
 from .serve_models import Models, Served
 from .serve_openapi import openapi
 
-# %% ../../nbs/use/serve_app.ipynb #3f62d459
+# %% ../../nbs/use/serve_app.ipynb #45c1c918
 class _Bodies:
     "Reads bodies, within the limits of one and of all."
 
@@ -67,7 +68,7 @@ class _Bodies:
             raise RequestError("the server is busy with other large requests; try again in a second",
                                503, retry=1)
 
-# %% ../../nbs/use/serve_app.ipynb #e991a554
+# %% ../../nbs/use/serve_app.ipynb #14180b6c
 class _Form(MultiPartParser):
     spool_max_size = 2**62  # the body is in memory already; nothing is written to the disk
 
@@ -88,7 +89,7 @@ async def _files(request: Request, body: bytes, most: int) -> list[bytes]:
                                f"{FIELD}=@picture.png", field=FIELD)
     return [value.file.read() for _, value in found if isinstance(value, UploadFile)]
 
-# %% ../../nbs/use/serve_app.ipynb #a08c1c09
+# %% ../../nbs/use/serve_app.ipynb #b06fd400
 _SMALL = 2**15  # bytes of a body that is read at once; larger ones are read in a thread
 _EXPLAINING = 8  # requests for saliency that may wait
 
@@ -143,7 +144,7 @@ class _Asking:
         self.explaining -= 1
         if not work.cancelled(): work.exception()  # it is known to whoever still waits
 
-# %% ../../nbs/use/serve_app.ipynb #7d4f0ddd
+# %% ../../nbs/use/serve_app.ipynb #b2f1460a
 _PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"),
          "/page.js": ("page.js", "text/javascript")}
 _POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -182,7 +183,7 @@ class _Routes(_Asking):
         if self.stopping: raise RequestError("the server is stopping", 503, retry=5)
         return JSONResponse({"status": "ok", "models": list(self.models)})
 
-# %% ../../nbs/use/serve_app.ipynb #7f0afbbb
+# %% ../../nbs/use/serve_app.ipynb #311225a1
 class _Guarded(_Routes):
     "The routes with what stands before and behind each."
     hosts: Collection[str] | None
@@ -197,8 +198,7 @@ class _Guarded(_Routes):
     async def openapi(self, request: Request) -> Response:
         return JSONResponse(openapi(self.models, self.key is not None))
 
-    async def page(self, request: Request) -> Response:
-        name, kind = _PAGE[request.url.path]
+    async def page(self, name: str, kind: str, request: Request) -> Response:
         headers = {"content-security-policy": _POLICY, "x-content-type-options": "nosniff",
                    "cache-control": "no-cache", "referrer-policy": "no-referrer"}
         return Response(_asset(name), media_type=kind, headers=headers)
@@ -218,7 +218,7 @@ class _Guarded(_Routes):
         if hmac.compare_digest(given.encode(), self.key.encode()): return
         raise RequestError("the key is missing or wrong; send the header Authorization: Bearer KEY", 401)
 
-# %% ../../nbs/use/serve_app.ipynb #778cd136
+# %% ../../nbs/use/serve_app.ipynb #c6d787f9
 def _refusal(error: RequestError) -> Response:
     "The answer to a request that is refused."
     headers = {} if error.retry is None else {"retry-after": str(error.retry)}
@@ -239,7 +239,7 @@ def _fault(error: Exception) -> Response:
     say("".join(traceback.format_exception(error)), end="", error=True)
     return JSONResponse({"error": "the server has a fault, which is on its terminal", "field": None}, 500)
 
-# %% ../../nbs/use/serve_app.ipynb #beb7780c
+# %% ../../nbs/use/serve_app.ipynb #615ee1c7
 Handler = Callable[[Request], Awaitable[Response]]
 
 class Application(_Guarded):
@@ -264,8 +264,9 @@ class Application(_Guarded):
         routes = [self._route(path, handler, "POST") for start in ("", "/models/{name}")
                   for path, handler in ((start + end, each) for end, each in posts.items())]
         routes += [self._route(path, handler, "GET") for path, handler in gets.items()]
-        for path in ("/health", *_PAGE):
-            routes.append(self._route(path, self.page if path in _PAGE else self.health, "GET", False))
+        open_to_all = {path: partial(self.page, *asset) for path, asset in _PAGE.items()}
+        routes += [self._route(path, handler, "GET", False)
+                   for path, handler in ({"/health": self.health} | open_to_all).items()]
         self._app = Starlette(routes=routes, exception_handlers={HTTPException: _not_routed})
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
