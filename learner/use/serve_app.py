@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Handler', 'Application']
 
-# %% ../../nbs/use/serve_app.ipynb #ffb97975
+# %% ../../nbs/use/serve_app.ipynb #0f08119a
 import asyncio
 import hmac
 import time
@@ -29,12 +29,12 @@ from starlette.routing import Route
 from ..base.words import did_you_mean
 from ..runs.command import say
 from .inputs import InputError
-from .serve_batches import Limits
+from .serve_batches import Limits, late
 from .serve_inputs import FIELD, RequestError
 from .serve_models import Models, Served
 from .serve_openapi import openapi
 
-# %% ../../nbs/use/serve_app.ipynb #45c1c918
+# %% ../../nbs/use/serve_app.ipynb #2515d946
 class _Bodies:
     "Reads bodies, within the limits of one and of all."
 
@@ -48,15 +48,12 @@ class _Bodies:
         parts: list[bytes] = []
         size = 0
         try:
-            async with asyncio.timeout(self.limits.seconds):
-                async for part in request.stream():
-                    size += len(part)
-                    self.held += len(part)
-                    self._check(size, 0)
-                    parts.append(part)
+            async for part in request.stream():
+                size += len(part)
+                self.held += len(part)
+                self._check(size, 0)
+                parts.append(part)
             yield parts[0] if len(parts) == 1 else b"".join(parts)
-        except TimeoutError:
-            raise RequestError(f"the body did not arrive within {self.limits.seconds:g} s", 408) from None
         finally: self.held -= size
 
     def _check(self, size: int, more: int | None = None) -> None:
@@ -68,7 +65,7 @@ class _Bodies:
             raise RequestError("the server is busy with other large requests; try again in a second",
                                503, retry=1)
 
-# %% ../../nbs/use/serve_app.ipynb #14180b6c
+# %% ../../nbs/use/serve_app.ipynb #1b2c5a65
 class _Form(MultiPartParser):
     spool_max_size = 2**62  # the body is in memory already; nothing is written to the disk
 
@@ -89,7 +86,7 @@ async def _files(request: Request, body: bytes, most: int) -> list[bytes]:
                                f"{FIELD}=@picture.png", field=FIELD)
     return [value.file.read() for _, value in found if isinstance(value, UploadFile)]
 
-# %% ../../nbs/use/serve_app.ipynb #b06fd400
+# %% ../../nbs/use/serve_app.ipynb #f5590535
 _SMALL = 2**15  # bytes of a body that is read at once; larger ones are read in a thread
 _EXPLAINING = 8  # requests for saliency that may wait
 
@@ -122,13 +119,9 @@ class _Asking:
     async def _in_thread(self, name: str, work: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.threads[name], work, *args)
 
-    async def in_time(self, answer: Awaitable[Any]) -> Any:
+    async def answered(self, answer: Awaitable[Any]) -> Any:
         "An answer of the model, or RequestError."
-        try:
-            async with asyncio.timeout(self.limits.seconds): return await answer
-        except TimeoutError:
-            raise RequestError(f"the model has not answered within {self.limits.seconds:g} s; try again",
-                               503, retry=1) from None
+        try: return await answer
         except Exception as error: raise _of_model(error) from error
 
     async def explain(self, served: Served, batch: Any) -> Any:
@@ -138,13 +131,16 @@ class _Asking:
         self.explaining += 1
         work = asyncio.ensure_future(self._in_thread("saliency", served.explain, batch))
         work.add_done_callback(self._explained)
-        return await self.in_time(asyncio.shield(work))
+        try:
+            async with asyncio.timeout(self.limits.seconds):
+                return await self.answered(asyncio.shield(work))
+        except TimeoutError: raise late(self.limits.seconds) from None
 
     def _explained(self, work: "asyncio.Future[Any]") -> None:
         self.explaining -= 1
         if not work.cancelled(): work.exception()  # it is known to whoever still waits
 
-# %% ../../nbs/use/serve_app.ipynb #b2f1460a
+# %% ../../nbs/use/serve_app.ipynb #38a7b687
 _PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"),
          "/page.js": ("page.js", "text/javascript")}
 _POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -162,7 +158,7 @@ class _Routes(_Asking):
         with self.models.find(request.path_params.get("name")) as served:
             async with self.bodies.read(request) as body:
                 batch = await self.batch(served, request, body)
-                rows = await self.in_time(served.batcher.submit(batch))
+                rows = await self.answered(served.batcher.submit(batch))
         return JSONResponse({"model": served.name, "predictions": rows})
 
     async def saliency(self, request: Request) -> Response:
@@ -183,7 +179,7 @@ class _Routes(_Asking):
         if self.stopping: raise RequestError("the server is stopping", 503, retry=5)
         return JSONResponse({"status": "ok", "models": list(self.models)})
 
-# %% ../../nbs/use/serve_app.ipynb #311225a1
+# %% ../../nbs/use/serve_app.ipynb #6bf0f321
 class _Guarded(_Routes):
     "The routes with what stands before and behind each."
     hosts: Collection[str] | None
@@ -218,12 +214,11 @@ class _Guarded(_Routes):
         if hmac.compare_digest(given.encode(), self.key.encode()): return
         raise RequestError("the key is missing or wrong; send the header Authorization: Bearer KEY", 401)
 
-# %% ../../nbs/use/serve_app.ipynb #c6d787f9
+# %% ../../nbs/use/serve_app.ipynb #f5cfd7d7
 def _refusal(error: RequestError) -> Response:
     "The answer to a request that is refused."
     headers = {} if error.retry is None else {"retry-after": str(error.retry)}
     if error.status == 401: headers["www-authenticate"] = "Bearer"
-    if error.status == 408: headers["connection"] = "close"  # the rest may still come
     return JSONResponse({"error": str(error), "field": error.field}, error.status, headers)
 
 async def _not_routed(request: Request, error: Exception) -> Response:
@@ -239,7 +234,7 @@ def _fault(error: Exception) -> Response:
     say("".join(traceback.format_exception(error)), end="", error=True)
     return JSONResponse({"error": "the server has a fault, which is on its terminal", "field": None}, 500)
 
-# %% ../../nbs/use/serve_app.ipynb #615ee1c7
+# %% ../../nbs/use/serve_app.ipynb #0fc55615
 Handler = Callable[[Request], Awaitable[Response]]
 
 class Application(_Guarded):

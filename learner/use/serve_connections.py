@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Protocol', 'Server']
 
-# %% ../../nbs/use/serve_connections.ipynb #1532bd01
+# %% ../../nbs/use/serve_connections.ipynb #f103268a
 import asyncio
 import signal
 import socket
@@ -19,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .serve_batches import Limits
 
-# %% ../../nbs/use/serve_connections.ipynb #1e0900e1
+# %% ../../nbs/use/serve_connections.ipynb #5a012ad5
 _HEAD = 2**16  # bytes of the head of a request
 
 def _plain(status: str, line: str, more: str = "") -> bytes:
@@ -47,8 +47,12 @@ class Protocol(HttpToolsProtocol):
         if self._head >= 0: self._head += len(data)
         if self._head > _HEAD:
             self._refuse(_plain("431 Request Header Fields Too Large", "the head of the request is too long"))
-        elif self.cycle is not None and not self.cycle.response_complete: self._stop_waiting()
+        elif self._is_whole(): self._stop_waiting()
         elif self._patience is None: self._wait()
+
+    def _is_whole(self) -> bool:
+        "Whether a request has arrived and is not answered yet."
+        return self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -70,7 +74,14 @@ class Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _wait(self) -> None:
-        self._patience = self.loop.call_later(self.limits.seconds, self.transport.close)
+        self._patience = self.loop.call_later(self.limits.seconds, self._give_up)
+
+    def _give_up(self) -> None:
+        cycle = self.cycle
+        if cycle is None or cycle.response_started: self.transport.close()
+        else:
+            line = f"the request did not arrive within {self.limits.seconds:g} s"
+            self._refuse(_plain("408 Request Timeout", line))
 
     def _stop_waiting(self) -> None:
         if self._patience is not None: self._patience.cancel()
@@ -80,7 +91,7 @@ class Protocol(HttpToolsProtocol):
         self.transport.write(answer)
         self.transport.close()
 
-# %% ../../nbs/use/serve_connections.ipynb #40bc35b1
+# %% ../../nbs/use/serve_connections.ipynb #ce5726e3
 class _Signals(uvicorn.Server):
     "What signals mean to a server."
     app: Any
@@ -107,7 +118,7 @@ class _Signals(uvicorn.Server):
     def handle_reload(self, sig: int, frame: Any) -> None:
         self.loop.call_soon_threadsafe(self.reload)
 
-# %% ../../nbs/use/serve_connections.ipynb #88929820
+# %% ../../nbs/use/serve_connections.ipynb #10c6ac62
 _GRACE = 1.0  # seconds in which a client that is connected may still ask
 
 class Server(_Signals):
@@ -126,7 +137,7 @@ class Server(_Signals):
         protocol = type("Protocol", (Protocol,), {"limits": limits})
         super().__init__(uvicorn.Config(
             app, http=protocol, ws="none", lifespan="off", log_config=None, log_level="critical",
-            access_log=False, server_header=False, timeout_keep_alive=60,
+            access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=60,
             timeout_graceful_shutdown=int(2 * limits.seconds) + 1))
 
     def run_on(self, listener: socket.socket) -> None:

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['KINDS', 'BUCKETS', 'Meter']
 
-# %% ../../nbs/use/serve_metrics.ipynb #ef78a9ec
+# %% ../../nbs/use/serve_metrics.ipynb #dffcedc1
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-# %% ../../nbs/use/serve_metrics.ipynb #c0211d6c
+# %% ../../nbs/use/serve_metrics.ipynb #51df48d3
 KINDS = {  # name: kind and meaning
     "learner_requests_total": ("counter", "Requests that were answered, by route and status."),
     "learner_request_seconds": ("histogram", "Seconds from the head of a request to its answer."),
@@ -32,7 +33,7 @@ def _series(name: str, labels: _Labels, value: float) -> str:
 def _escaped(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
-# %% ../../nbs/use/serve_metrics.ipynb #b126f4c1
+# %% ../../nbs/use/serve_metrics.ipynb #b647a5f3
 class _Text:
     "Counters as text."
     _values: dict[str, dict[_Labels, float]]
@@ -58,7 +59,7 @@ class _Text:
         yield _series(f"{name}_sum", labels, total)
         yield _series(f"{name}_count", labels, count)
 
-# %% ../../nbs/use/serve_metrics.ipynb #b335b6c1
+# %% ../../nbs/use/serve_metrics.ipynb #ac32d576
 class Meter(_Text):
     """Counts what a server does.
 
@@ -83,8 +84,7 @@ class Meter(_Text):
     def observe(self, name: str, seconds: float, **labels: Any) -> None:
         "Add a time to a histogram."
         self.add(name, seconds, **labels)
-        place = next((i for i, limit in enumerate(BUCKETS) if seconds <= limit), len(BUCKETS))
-        self._times[_key(labels)][place] += 1
+        self._times[_key(labels)][bisect_left(BUCKETS, seconds)] += 1
 
 def _key(labels: dict[str, Any]) -> _Labels:
     return tuple((name, str(value)) for name, value in labels.items())
