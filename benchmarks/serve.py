@@ -13,6 +13,7 @@ and as an `async` one, which blocks the loop.
 
 import argparse
 import json
+import os
 import random
 import re
 import shutil
@@ -111,37 +112,45 @@ def start(name: str, size: int) -> tuple[subprocess.Popen, int]:
     raise SystemExit(f"{name} does not answer")
 
 
-def load(port: int, script: Path, seconds: int, connections: int) -> tuple[float, float, float, int]:
-    "Requests a second, median and 99th percentile in milliseconds, and the number of failures."
+def processor(process: subprocess.Popen) -> float:
+    "Seconds of processor time that a process has taken."
+    words = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def load(server: tuple[subprocess.Popen, int], script: Path, seconds: int, connections: int) -> tuple[float, ...]:
+    "Requests a second, median and 99th percentile in milliseconds, milliseconds of the processor a request, and failures."
+    process, port = server
+    before = processor(process)
     words = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout=20s", f"-s{script}", f"http://127.0.0.1:{port}/predict"]
     out = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     requests, duration, half, most, errors = map(int, re.search(r"RESULT (\d+) (\d+) (\d+) (\d+) (\d+)", out).groups())
-    return requests / duration * 1e6, half / 1000, most / 1000, errors
+    return requests / duration * 1e6, half / 1000, most / 1000, (processor(process) - before) / requests * 1000, errors
 
 
 def main(seconds: int, rounds: int, connections: int, size: int, names: list[str]) -> None:
     if not shutil.which("wrk"): raise SystemExit("wrk is not installed: apt install wrk")
     random.seed(0)
     picture = [[[round(random.random(), 6) for _ in range(size)] for _ in range(size)]]
-    found: dict[str, list[tuple[float, float, float, int]]] = {name: [] for name in names}
+    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, "post.lua")
         script.write_text(SCRIPT % json.dumps({"inputs": picture}))
         running = {name: start(name, size) for name in names}
         try:
-            for name in names: load(running[name][1], script, 2, connections)  # to warm up
+            for name in names: load(running[name], script, 2, connections)  # to warm up
             for _ in range(rounds):
-                for name in names: found[name].append(load(running[name][1], script, seconds, connections))
+                for name in names: found[name].append(load(running[name], script, seconds, connections))
         finally:
             for process, _ in running.values():
                 process.terminate()
                 process.wait(30)
     print(f"{connections} connections, medians of {rounds} rounds of {seconds} s, {torch.get_num_threads()} thread(s) of PyTorch")
-    print(f"{'':24}{'requests/s':>12}{'p50 ms':>10}{'p99 ms':>10}{'failed':>8}")
+    print(f"{'':24}{'requests/s':>12}{'p50 ms':>10}{'p99 ms':>10}{'CPU ms':>10}{'failed':>8}")
     for name, results in found.items():
         columns = list(zip(*results, strict=True))
-        speed, half, most = (statistics.median(column) for column in columns[:3])
-        print(f"{name:24}{speed:>12.0f}{half:>10.1f}{most:>10.1f}{sum(columns[3]):>8}")
+        speed, half, most, cost = (statistics.median(column) for column in columns[:4])
+        print(f"{name:24}{speed:>12.0f}{half:>10.1f}{most:>10.1f}{cost:>10.3f}{sum(columns[4]):>8.0f}")
 
 
 if __name__ == "__main__":

@@ -127,8 +127,8 @@ def parse_json(
     except UnicodeDecodeError: raise ValueError("is not text in UTF-8") from None
     openings = text.count("[") + text.count("{")
     if openings + text.count(",") > count: raise ValueError(f"has more than {count:,} values")
-    # Only a long number, or one with an exponent, can be too large, and to look at each takes time.
-    large = "e" in text or "E" in text or max(map(len, text.split(","))) > digits
+    # Only a long number, or one with a positive exponent, can be too large; looking at each is slow.
+    large = re.search(r"[eE]\+?\d", text) or max(map(len, text.split(","))) > digits
     checks: Any = {"parse_int": partial(_whole, digits), "parse_float": _finite} if large else {}
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_not_json, **checks)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Handler', 'Application']
 
-# %% ../../nbs/use/serve_app.ipynb #0f08119a
+# %% ../../nbs/use/serve_app.ipynb #88a131f4
 import asyncio
 import hmac
 import time
@@ -34,7 +34,7 @@ from .serve_inputs import FIELD, RequestError
 from .serve_models import Models, Served
 from .serve_openapi import openapi
 
-# %% ../../nbs/use/serve_app.ipynb #2515d946
+# %% ../../nbs/use/serve_app.ipynb #16eb01dc
 class _Bodies:
     "Reads bodies, within the limits of one and of all."
 
@@ -65,7 +65,7 @@ class _Bodies:
             raise RequestError("the server is busy with other large requests; try again in a second",
                                503, retry=1)
 
-# %% ../../nbs/use/serve_app.ipynb #1b2c5a65
+# %% ../../nbs/use/serve_app.ipynb #34dc7cee
 class _Form(MultiPartParser):
     spool_max_size = 2**62  # the body is in memory already; nothing is written to the disk
 
@@ -86,7 +86,7 @@ async def _files(request: Request, body: bytes, most: int) -> list[bytes]:
                                f"{FIELD}=@picture.png", field=FIELD)
     return [value.file.read() for _, value in found if isinstance(value, UploadFile)]
 
-# %% ../../nbs/use/serve_app.ipynb #f5590535
+# %% ../../nbs/use/serve_app.ipynb #f9b7d307
 _SMALL = 2**15  # bytes of a body that is read at once; larger ones are read in a thread
 _EXPLAINING = 8  # requests for saliency that may wait
 
@@ -140,7 +140,7 @@ class _Asking:
         self.explaining -= 1
         if not work.cancelled(): work.exception()  # it is known to whoever still waits
 
-# %% ../../nbs/use/serve_app.ipynb #38a7b687
+# %% ../../nbs/use/serve_app.ipynb #77376800
 _PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"),
          "/page.js": ("page.js", "text/javascript")}
 _POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -179,7 +179,7 @@ class _Routes(_Asking):
         if self.stopping: raise RequestError("the server is stopping", 503, retry=5)
         return JSONResponse({"status": "ok", "models": list(self.models)})
 
-# %% ../../nbs/use/serve_app.ipynb #6bf0f321
+# %% ../../nbs/use/serve_app.ipynb #c9065c02
 class _Guarded(_Routes):
     "The routes with what stands before and behind each."
     hosts: Collection[str] | None
@@ -214,7 +214,7 @@ class _Guarded(_Routes):
         if hmac.compare_digest(given.encode(), self.key.encode()): return
         raise RequestError("the key is missing or wrong; send the header Authorization: Bearer KEY", 401)
 
-# %% ../../nbs/use/serve_app.ipynb #f5cfd7d7
+# %% ../../nbs/use/serve_app.ipynb #2af843da
 def _refusal(error: RequestError) -> Response:
     "The answer to a request that is refused."
     headers = {} if error.retry is None else {"retry-after": str(error.retry)}
@@ -234,10 +234,30 @@ def _fault(error: Exception) -> Response:
     say("".join(traceback.format_exception(error)), end="", error=True)
     return JSONResponse({"error": "the server has a fault, which is on its terminal", "field": None}, 500)
 
-# %% ../../nbs/use/serve_app.ipynb #0fc55615
+# %% ../../nbs/use/serve_app.ipynb #d0b21b2a
 Handler = Callable[[Request], Awaitable[Response]]
 
-class Application(_Guarded):
+class _Endpoints(_Guarded):
+    "What every route has in common."
+
+    def _route(self, path: str, handler: Handler, method: str, needs_key: bool = True) -> Route:
+        async def endpoint(request: Request) -> Response:
+            start = time.perf_counter()
+            try:
+                self.check_host(request)
+                if needs_key: self.check_key(request)
+                response = await handler(request)
+            except RequestError as error: response = _refusal(error)
+            except ClientDisconnect: response = Response(status_code=400)  # nobody will read it
+            except Exception as error: response = _fault(error)
+            if self.stopping: response.headers["connection"] = "close"
+            self.models.meter.add("learner_requests_total", route=path, status=response.status_code)
+            self.models.meter.observe("learner_request_seconds", time.perf_counter() - start, route=path)
+            return response
+        return Route(path, endpoint, methods=[method])
+
+# %% ../../nbs/use/serve_app.ipynb #f41b4e90
+class Application(_Endpoints):
     """Answers requests about models: an application of ASGI.
 
     Args:
@@ -262,23 +282,12 @@ class Application(_Guarded):
         open_to_all = {path: partial(self.page, *asset) for path, asset in _PAGE.items()}
         routes += [self._route(path, handler, "GET", False)
                    for path, handler in ({"/health": self.health} | open_to_all).items()]
+        self._predict = self._route("/predict", self.predict, "POST").endpoint
         self._app = Starlette(routes=routes, exception_handlers={HTTPException: _not_routed})
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await self._app(scope, receive, send)
-
-    def _route(self, path: str, handler: Handler, method: str, needs_key: bool = True) -> Route:
-        async def endpoint(request: Request) -> Response:
-            start = time.perf_counter()
-            try:
-                self.check_host(request)
-                if needs_key: self.check_key(request)
-                response = await handler(request)
-            except RequestError as error: response = _refusal(error)
-            except ClientDisconnect: response = Response(status_code=400)  # nobody will read it
-            except Exception as error: response = _fault(error)
-            if self.stopping: response.headers["connection"] = "close"
-            self.models.meter.add("learner_requests_total", route=path, status=response.status_code)
-            self.models.meter.observe("learner_request_seconds", time.perf_counter() - start, route=path)
-            return response
-        return Route(path, endpoint, methods=[method])
+        if scope.get("path") != "/predict" or scope.get("method") != "POST":
+            await self._app(scope, receive, send)
+        else:  # not through Starlette's layers, which take as long as a small model
+            response = await self._predict(Request(scope, receive, send))
+            await response(scope, receive, send)
