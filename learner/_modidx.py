@@ -3874,6 +3874,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'learner/use/serve_app.py'),
                                        'learner.use.serve_app._asset': ('use/serve_app.html#_asset', 'learner/use/serve_app.py'),
                                        'learner.use.serve_app._fault': ('use/serve_app.html#_fault', 'learner/use/serve_app.py'),
+                                       'learner.use.serve_app._file': ('use/serve_app.html#_file', 'learner/use/serve_app.py'),
                                        'learner.use.serve_app._files': ('use/serve_app.html#_files', 'learner/use/serve_app.py'),
                                        'learner.use.serve_app._not_routed': ('use/serve_app.html#_not_routed', 'learner/use/serve_app.py'),
                                        'learner.use.serve_app._of_model': ('use/serve_app.html#_of_model', 'learner/use/serve_app.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_installed', 'check_access', 'Service', 'serve']
 
-# %% ../../nbs/use/serve.ipynb #f014c1c5
+# %% ../../nbs/use/serve.ipynb #52ecca76
 import asyncio
 import html
 import secrets
@@ -21,7 +21,7 @@ from ..runs.command import say
 from .serve_batches import Limits
 from .serve_models import Models
 
-# %% ../../nbs/use/serve.ipynb #7fd862ce
+# %% ../../nbs/use/serve.ipynb #513c18ed
 _NEEDED = {"starlette": "Starlette", "uvicorn": "Uvicorn", "httptools": "httptools",
            "python_multipart": "python-multipart"}
 
@@ -32,7 +32,7 @@ def check_installed() -> None:
         raise ImportError(f"a server needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} "
                           "not installed; pip install 'nblearner[serve]'")
 
-# %% ../../nbs/use/serve.ipynb #35ffd60d
+# %% ../../nbs/use/serve.ipynb #642f1779
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 
 def check_access(host: str, key: str | None, public: bool) -> None:
@@ -47,13 +47,14 @@ def check_access(host: str, key: str | None, public: bool) -> None:
 def _listen(host: str, port: int) -> socket.socket:
     "A socket that listens; raises ValueError for an address that cannot be had."
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    if not 0 <= port < 2**16: raise ValueError(f"port is {port}; it must be from 0 to 65535")
     try: return socket.create_server((host, port), family=family, backlog=1024)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+    except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (")[0]
         raise ValueError(f"port {port} of {host} cannot be had ({reason}); choose another, or port=0 for "
                          "any that is free") from None
 
-# %% ../../nbs/use/serve.ipynb #9a3af8d9
+# %% ../../nbs/use/serve.ipynb #2074fa08
 class _Runs:
     "How a service runs, here or in a thread."
     models: Models
@@ -100,7 +101,7 @@ class _Runs:
 
     _ready: Event
 
-# %% ../../nbs/use/serve.ipynb #08359ca5
+# %% ../../nbs/use/serve.ipynb #bf6d105a
 class Service(_Runs):
     """A server of models, which listens and does not answer yet: `run()` or `start()` it.
 
@@ -153,7 +154,7 @@ class Service(_Runs):
         return (f'<iframe src="{html.escape(self.url)}/" title="{html.escape(repr(self))}" width="100%" '
                 f'height="720" style="border: 0"></iframe>')
 
-# %% ../../nbs/use/serve.ipynb #6d5a4b0e
+# %% ../../nbs/use/serve.ipynb #9f6fbb3c
 def serve(models: Any, *, host: str = "127.0.0.1", port: int = 8000, key: str | None = None,
           public: bool = False, watch: float | None = None, limits: Limits | None = None,
           checkpoint: str = "best", allow: Sequence[str] = ()) -> Service:

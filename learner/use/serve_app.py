@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Handler', 'Application']
 
-# %% ../../nbs/use/serve_app.ipynb #88a131f4
+# %% ../../nbs/use/serve_app.ipynb #9d09e23f
 import asyncio
 import hmac
 import time
@@ -34,7 +34,7 @@ from .serve_inputs import FIELD, RequestError
 from .serve_models import Models, Served
 from .serve_openapi import openapi
 
-# %% ../../nbs/use/serve_app.ipynb #16eb01dc
+# %% ../../nbs/use/serve_app.ipynb #e7c907a9
 class _Bodies:
     "Reads bodies, within the limits of one and of all."
 
@@ -65,7 +65,7 @@ class _Bodies:
             raise RequestError("the server is busy with other large requests; try again in a second",
                                503, retry=1)
 
-# %% ../../nbs/use/serve_app.ipynb #34dc7cee
+# %% ../../nbs/use/serve_app.ipynb #ffb2546e
 class _Form(MultiPartParser):
     spool_max_size = 2**62  # the body is in memory already; nothing is written to the disk
 
@@ -73,20 +73,23 @@ async def _files(request: Request, body: bytes, most: int) -> list[bytes]:
     "The files of a form; raises RequestError."
     async def stream() -> AsyncIterator[bytes]: yield body
     form = _Form(request.headers, stream(), max_files=most + 1, max_fields=8)  # type: ignore[arg-type]
-    try: found = (await form.parse()).multi_items()
+    try: found = await form.parse()
     except MultiPartException as error:
         status = 413 if "Too many" in error.message else 400
         raise RequestError(f"the form cannot be read: {error.message}", status) from None
-    for name, value in found:
-        if name != FIELD:
-            raise RequestError(f"{name[:100]} is not a field of the form{did_you_mean(name, [FIELD])}",
-                               field=name[:100])
-        if not isinstance(value, UploadFile):
-            raise RequestError(f"{FIELD} of the form is not a file; send files, such as with curl -F "
-                               f"{FIELD}=@picture.png", field=FIELD)
-    return [value.file.read() for _, value in found if isinstance(value, UploadFile)]
+    try: return [_file(name, value) for name, value in found.multi_items()]
+    finally: await found.close()
 
-# %% ../../nbs/use/serve_app.ipynb #f9b7d307
+def _file(name: str, value: Any) -> bytes:
+    "The content of a part of a form; raises RequestError."
+    if name != FIELD:
+        raise RequestError(f"{name[:100]} is not a field of the form{did_you_mean(name, [FIELD])}",
+                           field=name[:100])
+    if isinstance(value, UploadFile): return value.file.read()
+    raise RequestError(f"{FIELD} of the form is not a file; send files, such as with curl -F "
+                       f"{FIELD}=@picture.png", field=FIELD)
+
+# %% ../../nbs/use/serve_app.ipynb #22c932fe
 _SMALL = 2**15  # bytes of a body that is read at once; larger ones are read in a thread
 _EXPLAINING = 8  # requests for saliency that may wait
 
@@ -140,7 +143,7 @@ class _Asking:
         self.explaining -= 1
         if not work.cancelled(): work.exception()  # it is known to whoever still waits
 
-# %% ../../nbs/use/serve_app.ipynb #77376800
+# %% ../../nbs/use/serve_app.ipynb #9de818d1
 _PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"),
          "/page.js": ("page.js", "text/javascript")}
 _POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -179,7 +182,7 @@ class _Routes(_Asking):
         if self.stopping: raise RequestError("the server is stopping", 503, retry=5)
         return JSONResponse({"status": "ok", "models": list(self.models)})
 
-# %% ../../nbs/use/serve_app.ipynb #c9065c02
+# %% ../../nbs/use/serve_app.ipynb #06a11ae9
 class _Guarded(_Routes):
     "The routes with what stands before and behind each."
     hosts: Collection[str] | None
@@ -214,7 +217,7 @@ class _Guarded(_Routes):
         if hmac.compare_digest(given.encode(), self.key.encode()): return
         raise RequestError("the key is missing or wrong; send the header Authorization: Bearer KEY", 401)
 
-# %% ../../nbs/use/serve_app.ipynb #2af843da
+# %% ../../nbs/use/serve_app.ipynb #c2e53d13
 def _refusal(error: RequestError) -> Response:
     "The answer to a request that is refused."
     headers = {} if error.retry is None else {"retry-after": str(error.retry)}
@@ -234,7 +237,7 @@ def _fault(error: Exception) -> Response:
     say("".join(traceback.format_exception(error)), end="", error=True)
     return JSONResponse({"error": "the server has a fault, which is on its terminal", "field": None}, 500)
 
-# %% ../../nbs/use/serve_app.ipynb #d0b21b2a
+# %% ../../nbs/use/serve_app.ipynb #08e5e839
 Handler = Callable[[Request], Awaitable[Response]]
 
 class _Endpoints(_Guarded):
@@ -256,7 +259,7 @@ class _Endpoints(_Guarded):
             return response
         return Route(path, endpoint, methods=[method])
 
-# %% ../../nbs/use/serve_app.ipynb #f41b4e90
+# %% ../../nbs/use/serve_app.ipynb #06e5f11a
 class Application(_Endpoints):
     """Answers requests about models: an application of ASGI.
 
