@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Handler', 'Application']
 
-# %% ../../nbs/use/serve_app.ipynb #9d09e23f
+# %% ../../nbs/use/serve_app.ipynb #79e743e2
 import asyncio
 import hmac
+import logging
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
@@ -34,7 +35,7 @@ from .serve_inputs import FIELD, RequestError
 from .serve_models import Models, Served
 from .serve_openapi import openapi
 
-# %% ../../nbs/use/serve_app.ipynb #e7c907a9
+# %% ../../nbs/use/serve_app.ipynb #751b908d
 class _Bodies:
     "Reads bodies, within the limits of one and of all."
 
@@ -65,7 +66,9 @@ class _Bodies:
             raise RequestError("the server is busy with other large requests; try again in a second",
                                503, retry=1)
 
-# %% ../../nbs/use/serve_app.ipynb #ffb2546e
+# %% ../../nbs/use/serve_app.ipynb #3fe8ada6
+logging.getLogger("python_multipart").addHandler(logging.NullHandler())  # else clients fill the terminal
+
 class _Form(MultiPartParser):
     spool_max_size = 2**62  # the body is in memory already; nothing is written to the disk
 
@@ -89,7 +92,7 @@ def _file(name: str, value: Any) -> bytes:
     raise RequestError(f"{FIELD} of the form is not a file; send files, such as with curl -F "
                        f"{FIELD}=@picture.png", field=FIELD)
 
-# %% ../../nbs/use/serve_app.ipynb #22c932fe
+# %% ../../nbs/use/serve_app.ipynb #ad97bf5e
 _SMALL = 2**15  # bytes of a body that is read at once; larger ones are read in a thread
 _EXPLAINING = 8  # requests for saliency that may wait
 
@@ -143,7 +146,7 @@ class _Asking:
         self.explaining -= 1
         if not work.cancelled(): work.exception()  # it is known to whoever still waits
 
-# %% ../../nbs/use/serve_app.ipynb #9de818d1
+# %% ../../nbs/use/serve_app.ipynb #1f3cb5f3
 _PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"),
          "/page.js": ("page.js", "text/javascript")}
 _POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -182,7 +185,7 @@ class _Routes(_Asking):
         if self.stopping: raise RequestError("the server is stopping", 503, retry=5)
         return JSONResponse({"status": "ok", "models": list(self.models)})
 
-# %% ../../nbs/use/serve_app.ipynb #06a11ae9
+# %% ../../nbs/use/serve_app.ipynb #d8231f17
 class _Guarded(_Routes):
     "The routes with what stands before and behind each."
     hosts: Collection[str] | None
@@ -217,7 +220,7 @@ class _Guarded(_Routes):
         if hmac.compare_digest(given.encode(), self.key.encode()): return
         raise RequestError("the key is missing or wrong; send the header Authorization: Bearer KEY", 401)
 
-# %% ../../nbs/use/serve_app.ipynb #c2e53d13
+# %% ../../nbs/use/serve_app.ipynb #82086504
 def _refusal(error: RequestError) -> Response:
     "The answer to a request that is refused."
     headers = {} if error.retry is None else {"retry-after": str(error.retry)}
@@ -237,7 +240,7 @@ def _fault(error: Exception) -> Response:
     say("".join(traceback.format_exception(error)), end="", error=True)
     return JSONResponse({"error": "the server has a fault, which is on its terminal", "field": None}, 500)
 
-# %% ../../nbs/use/serve_app.ipynb #08e5e839
+# %% ../../nbs/use/serve_app.ipynb #e4ddf66e
 Handler = Callable[[Request], Awaitable[Response]]
 
 class _Endpoints(_Guarded):
@@ -259,7 +262,7 @@ class _Endpoints(_Guarded):
             return response
         return Route(path, endpoint, methods=[method])
 
-# %% ../../nbs/use/serve_app.ipynb #06e5f11a
+# %% ../../nbs/use/serve_app.ipynb #1880d145
 class Application(_Endpoints):
     """Answers requests about models: an application of ASGI.
 

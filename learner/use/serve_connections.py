@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Protocol', 'Server']
 
-# %% ../../nbs/use/serve_connections.ipynb #f103268a
+# %% ../../nbs/use/serve_connections.ipynb #60a03da3
 import asyncio
 import signal
 import socket
@@ -19,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .serve_batches import Limits
 
-# %% ../../nbs/use/serve_connections.ipynb #5a012ad5
+# %% ../../nbs/use/serve_connections.ipynb #d348db93
 _HEAD = 2**16  # bytes of the head of a request
 
 def _plain(status: str, line: str, more: str = "") -> bytes:
@@ -28,10 +28,40 @@ def _plain(status: str, line: str, more: str = "") -> bytes:
     return (f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
             f"connection: close\r\n{more}\r\n{body}").encode()
 
-class Protocol(HttpToolsProtocol):
-    "Uvicorn's protocol, with limits on heads, silence and the number of connections."
+class _Patient(HttpToolsProtocol):
+    "Uvicorn's protocol, with an end to waiting."
     limits = Limits()
     _patience: asyncio.TimerHandle | None = None
+
+    def _is_whole(self) -> bool:
+        "Whether a request has arrived and is not answered yet."
+        return self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete
+
+    def _wait(self) -> None:
+        self._patience = self.loop.call_later(self.limits.seconds, self._give_up)
+
+    def _stop_waiting(self) -> None:
+        if self._patience is not None: self._patience.cancel()
+        self._patience = None
+
+    def _give_up(self) -> None:
+        cycle = self.cycle
+        if cycle is None or cycle.response_started: self.transport.close()
+        else:
+            line = f"the request did not arrive within {self.limits.seconds:g} s"
+            self._refuse(_plain("408 Request Timeout", line))
+
+    def _refuse(self, answer: bytes) -> None:
+        self.transport.write(answer)
+        self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+# %% ../../nbs/use/serve_connections.ipynb #5ee849d5
+class Protocol(_Patient):
+    "Uvicorn's protocol, with limits on heads, silence and the number of connections."
     _head = -1  # bytes of a head that has begun and not ended; -1: there is none
 
     def connection_made(self, transport: Any) -> None:
@@ -50,10 +80,6 @@ class Protocol(HttpToolsProtocol):
         elif self._is_whole(): self._stop_waiting()
         elif self._patience is None: self._wait()
 
-    def _is_whole(self) -> bool:
-        "Whether a request has arrived and is not answered yet."
-        return self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete
-
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._head = 0
@@ -69,29 +95,10 @@ class Protocol(HttpToolsProtocol):
         cycle.keep_alive = False
         return True
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
-        super().connection_lost(exc)
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(_plain("400 Bad Request", "this is not HTTP that can be read"))
 
-    def _wait(self) -> None:
-        self._patience = self.loop.call_later(self.limits.seconds, self._give_up)
-
-    def _give_up(self) -> None:
-        cycle = self.cycle
-        if cycle is None or cycle.response_started: self.transport.close()
-        else:
-            line = f"the request did not arrive within {self.limits.seconds:g} s"
-            self._refuse(_plain("408 Request Timeout", line))
-
-    def _stop_waiting(self) -> None:
-        if self._patience is not None: self._patience.cancel()
-        self._patience = None
-
-    def _refuse(self, answer: bytes) -> None:
-        self.transport.write(answer)
-        self.transport.close()
-
-# %% ../../nbs/use/serve_connections.ipynb #ce5726e3
+# %% ../../nbs/use/serve_connections.ipynb #331395e1
 class _Signals(uvicorn.Server):
     "What signals mean to a server."
     app: Any
@@ -118,7 +125,7 @@ class _Signals(uvicorn.Server):
     def handle_reload(self, sig: int, frame: Any) -> None:
         self.loop.call_soon_threadsafe(self.reload)
 
-# %% ../../nbs/use/serve_connections.ipynb #10c6ac62
+# %% ../../nbs/use/serve_connections.ipynb #33b3eb7b
 _GRACE = 1.0  # seconds in which a client that is connected may still ask
 
 class Server(_Signals):
