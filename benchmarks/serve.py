@@ -88,8 +88,9 @@ SCRIPT = """wrk.method = "POST"
 wrk.headers["Content-Type"] = "application/json"
 wrk.body = '%s'
 done = function(summary, latency, requests)
-  io.write(string.format("RESULT %%d %%d %%d %%d %%d\\n", summary.requests, summary.duration, latency:percentile(50), latency:percentile(99),
-    summary.errors.status + summary.errors.connect + summary.errors.read + summary.errors.timeout))
+  local errors = summary.errors.status + summary.errors.connect + summary.errors.read + summary.errors.timeout
+  local half, most = latency:percentile(50), latency:percentile(99)
+  io.write(string.format("RESULT %%d %%d %%d %%d %%d\\n", summary.requests, summary.duration, half, most, errors))
 end
 """
 

@@ -55,13 +55,32 @@ def _listen(host: str, port: int) -> socket.socket:
                          "any that is free") from None
 
 # %% ../../nbs/use/serve.ipynb #2074fa08
-class _Runs:
-    "How a service runs, here or in a thread."
+class _Reloads:
+    "How the models of a service are loaded again."
     models: Models
-    watch: float | None
     server: Any
+
+    def reload(self) -> None:
+        "Load the models again from their folders; requests go on meanwhile."
+        self.server.loop.call_soon_threadsafe(self._reload_soon)
+
+    def _reload_soon(self) -> None:
+        self._reloading = self.server.loop.create_task(self._reload())
+
+    async def _reload(self, changed: bool = False) -> None:
+        for line in await self.models.reload(changed): say(line, error=True)
+
+    async def _watch(self, seconds: float) -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            await self._reload(changed=True)
+
+# %% ../../nbs/use/serve.ipynb #7e4acf1a
+class _Runs(_Reloads):
+    "How a service runs, here or in a thread."
     _listener: socket.socket
     _thread: Thread | None
+    _ready: Event
 
     def run(self) -> None:
         "Serve until Ctrl-C or SIGTERM; what was accepted is answered first."
@@ -80,26 +99,9 @@ class _Runs:
         self.server.stop()
         self._thread.join()
 
-    def reload(self) -> None:
-        "Load the models again from their folders; requests go on meanwhile."
-        self.server.loop.call_soon_threadsafe(self._reload_soon)
-
-    def _reload_soon(self) -> None:
-        self._reloading = self.server.loop.create_task(self._reload())
-
-    async def _reload(self, changed: bool = False) -> None:
-        for line in await self.models.reload(changed): say(line, error=True)
-
-    async def _watch(self, seconds: float) -> None:
-        while True:
-            await asyncio.sleep(seconds)
-            await self._reload(changed=True)
-
     def __enter__(self) -> Self: return self
 
     def __exit__(self, *error: object) -> None: self.stop()
-
-    _ready: Event
 
 # %% ../../nbs/use/serve.ipynb #bf6d105a
 class Service(_Runs):

@@ -105,6 +105,7 @@ def _of_model(error: BaseException) -> RequestError:
     line = str(error).partition("\n")[0] or type(error).__name__
     return RequestError(f"the model cannot take these {FIELD}: {line}", field=FIELD)
 
+# %% ../../nbs/use/serve_app.ipynb #0556952b
 class _Asking:
     "How a request becomes an answer of a model."
     models: Models

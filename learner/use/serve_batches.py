@@ -71,6 +71,7 @@ class _Waiting:
         self.rows = len(leaves[0])
         self.form = tuple((leaf.shape[1:], leaf.dtype) for leaf in leaves)
 
+# %% ../../nbs/use/serve_batches.ipynb #0f5410a0
 class _Queue:
     "Requests in their order, up to a number of examples."
 

@@ -128,7 +128,28 @@ class _Signals(uvicorn.Server):
 # %% ../../nbs/use/serve_connections.ipynb #33b3eb7b
 _GRACE = 1.0  # seconds in which a client that is connected may still ask
 
-class Server(_Signals):
+class _Ends(_Signals):
+    "How a server ends."
+
+    def stop(self) -> None:
+        "Ask the server to stop; may be called from any thread."
+        self.loop.call_soon_threadsafe(self._begin_to_stop)
+
+    def _begin_to_stop(self) -> None:
+        if self.app.stopping:
+            self.should_exit = self.force_exit = True
+            return
+        self.app.stopping = True
+        for server in self.servers: server.close()
+        self._ending = self.loop.create_task(self._end())
+
+    async def _end(self) -> None:
+        end = self.loop.time() + _GRACE
+        while self.server_state.connections and self.loop.time() < end: await asyncio.sleep(0.02)
+        self.should_exit = True
+
+# %% ../../nbs/use/serve_connections.ipynb #9b50b77f
+class Server(_Ends):
     """Runs an application until it is asked to stop.
 
     Args:
@@ -160,20 +181,3 @@ class Server(_Signals):
         self.loop = asyncio.get_running_loop()
         try: await self.serve(sockets=[listener])
         finally: await self.app.models.close()
-
-    def stop(self) -> None:
-        "Ask the server to stop; may be called from any thread."
-        self.loop.call_soon_threadsafe(self._begin_to_stop)
-
-    def _begin_to_stop(self) -> None:
-        if self.app.stopping:
-            self.should_exit = self.force_exit = True
-            return
-        self.app.stopping = True
-        for server in self.servers: server.close()
-        self._ending = self.loop.create_task(self._end())
-
-    async def _end(self) -> None:
-        end = self.loop.time() + _GRACE
-        while self.server_state.connections and self.loop.time() < end: await asyncio.sleep(0.02)
-        self.should_exit = True

@@ -224,7 +224,7 @@ def kind_of(body: bytes, content_type: str = "") -> str:
 
 # %% ../../nbs/use/serve_inputs.ipynb #806142f3
 class _Reads:
-    "How each kind of body is read."
+    "How JSON is read."
     preparation: Preparation
     form: Any
 
@@ -247,6 +247,14 @@ class _Reads:
         raise RequestError(f"{FIELD}[{place}] is a batch; a list holds one example in each place",
                            field=f"{FIELD}[{place}]")
 
+    def _stacked(self, examples: Sequence[Any]) -> Any:
+        if not examples: raise RequestError(f"{FIELD} is empty; send at least one example", field=FIELD)
+        return stacked(examples, names_of(self.form))
+
+# %% ../../nbs/use/serve_inputs.ipynb #352ea15a
+class _ReadsFiles(_Reads):
+    "How files are read."
+
     def npy(self, body: bytes) -> Any:
         "The tensor of a `.npy` file."
         if isinstance(self.form, Tensor): return numbers(read_npy(body), self.form)
@@ -264,12 +272,8 @@ class _Reads:
             raise RequestError(f"{FIELD} is a picture that cannot be prepared: {error}",
                                field=FIELD) from None
 
-    def _stacked(self, examples: Sequence[Any]) -> Any:
-        if not examples: raise RequestError(f"{FIELD} is empty; send at least one example", field=FIELD)
-        return stacked(examples, names_of(self.form))
-
-# %% ../../nbs/use/serve_inputs.ipynb #352ea15a
-class BodyReader(_Reads):
+# %% ../../nbs/use/serve_inputs.ipynb #c3e5665b
+class BodyReader(_ReadsFiles):
     """Turns the body of a request into a batch for a model.
 
     Args:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Loaded', 'Source', 'results', 'Served', 'Models']
 
-# %% ../../nbs/use/serve_models.ipynb #01cb8766
+# %% ../../nbs/use/serve_models.ipynb #73c56ab3
 import asyncio
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,23 +18,22 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..base.files import AnyPath, is_file, read_text
-from ..base.history import History
-from ..base.rows import leaves_of, take
+from ..base.files import is_file, read_text
+from ..base.rows import leaves_of
 from ..base.words import did_you_mean, format_value, plain
 from ..loop.learner import Learner
 from ..runs.rundir import is_run
 from ..runs.runs import checkpoint_of, load_run
 from .answers import Answers
 from .folder import Exported
-from .inputs import InputError, describe, names_of
+from .inputs import describe, names_of
 from .predict import predictor_of
 from .predictor import Predictor
 from .serve_batches import Batcher, Limits
 from .serve_inputs import BodyReader, RequestError
 from .serve_metrics import Meter
 
-# %% ../../nbs/use/serve_models.ipynb #3879bee5
+# %% ../../nbs/use/serve_models.ipynb #a4fabde0
 @dataclass(frozen=True)
 class Loaded:
     "A model that was loaded: how it is asked, its card in Markdown, and what its file was then."
@@ -57,8 +56,31 @@ def _of_learner(learn: Learner) -> Loaded:
     scores = plain(learn.history.rows[-1]) if len(learn.history) else {}
     return Loaded(predictor, _card(predictor, type(learn.model).__name__, scores))
 
-# %% ../../nbs/use/serve_models.ipynb #afb44a6e
-class Source:
+# %% ../../nbs/use/serve_models.ipynb #709398e7
+class _Path:
+    "The path of a model, if it has one."
+    model: Any
+    checkpoint: str
+
+    @property
+    def is_path(self) -> bool:
+        "Whether it can be loaded again."
+        return isinstance(self.model, str | Path)
+
+    def stamp(self) -> Any:
+        "What changes when the model is written anew; None if that is not known."
+        if not self.is_path: return None
+        folder = Path(self.model)
+        try:
+            run = is_run(folder) and not _is_export(folder)
+            info = (checkpoint_of(folder, self.checkpoint) if run else folder / "hashes.json").stat()
+        except (OSError, ValueError): return None  # it is being written
+        return info.st_mtime_ns, info.st_size, info.st_ino
+
+def _is_export(folder: Path) -> bool: return is_file(folder / "program.json", folder)
+
+# %% ../../nbs/use/serve_models.ipynb #1bcab10a
+class Source(_Path):
     """Where a model comes from, and whether it has changed there.
 
     Args:
@@ -75,14 +97,17 @@ class Source:
             raise TypeError(f"a model to serve is a {type(model).__name__}; give a learner, a predictor, "
                             "or the path of a run or of an exported folder")
         self.model, self.checkpoint, self.allow = model, checkpoint, tuple(allow)
-        self.is_path = isinstance(model, str | Path)
 
     def load(self) -> Loaded:
         "Read the model; raises what its folder is refused with."
         if isinstance(self.model, Predictor):
             return Loaded(self.model, _card(self.model, "Model", {}))
         if isinstance(self.model, Learner): return _of_learner(self.model)
-        stamp, folder = self.stamp(), Path(self.model)
+        return self._read(Path(self.model))
+
+    def _read(self, folder: Path) -> Loaded:
+        "The model of a folder."
+        stamp = self.stamp()
         if is_run(folder) and not _is_export(folder):
             loaded = _of_learner(load_run(folder, self.checkpoint, self.allow))
             return Loaded(loaded.predictor, loaded.card, stamp)
@@ -91,19 +116,7 @@ class Source:
         text = read_text(card, 2**20, folder) if is_file(card, folder) else ""
         return Loaded(predictor, text, stamp)
 
-    def stamp(self) -> Any:
-        "What changes when the model is written anew; None if that is not known."
-        if not self.is_path: return None
-        try:
-            folder = Path(self.model)
-            run = is_run(folder) and not _is_export(folder)
-            info = (checkpoint_of(folder, self.checkpoint) if run else folder / "hashes.json").stat()
-        except (OSError, ValueError): return None  # it is being written
-        return info.st_mtime_ns, info.st_size, info.st_ino
-
-def _is_export(folder: Path) -> bool: return is_file(folder / "program.json", folder)
-
-# %% ../../nbs/use/serve_models.ipynb #75cb0fb6
+# %% ../../nbs/use/serve_models.ipynb #c2da02f9
 def _listed(tensor: Tensor) -> list[Any]:
     "The rows of a tensor as JSON can hold them."
     if tensor.is_complex(): tensor = torch.view_as_real(tensor)
@@ -144,7 +157,7 @@ def results(answers: Answers, classes: Sequence[str] | None = None) -> list[dict
         entry.update(label=label, probability=sure, probabilities=dict(zip(names, both, strict=True)))
     return found
 
-# %% ../../nbs/use/serve_models.ipynb #0fad229d
+# %% ../../nbs/use/serve_models.ipynb #fd3fe320
 class _About:
     "What is known of a model that is served."
     name: str
@@ -178,8 +191,26 @@ class _About:
                 "saliency": self.takes_images and find_spec("captum") is not None,
                 "loaded": self.since.isoformat(timespec="seconds"), "card": self.loaded.card}
 
-# %% ../../nbs/use/serve_models.ipynb #3aaf22f1
-class Served(_About):
+# %% ../../nbs/use/serve_models.ipynb #5bc5656f
+class _Used(_About):
+    "Ends a model only when nobody uses it any more."
+    users: int
+    batcher: Batcher
+
+    def __enter__(self) -> Self:
+        "For the time of a request, in which the model is not ended."
+        self.users += 1
+        return self
+
+    def __exit__(self, *error: object) -> None: self.users -= 1
+
+    async def close(self) -> None:
+        "End, once all that was accepted is answered."
+        while self.users: await asyncio.sleep(0.01)
+        await self.batcher.close()
+
+# %% ../../nbs/use/serve_models.ipynb #7435603b
+class Served(_Used):
     """A model that is served under a name.
 
     Args:
@@ -203,18 +234,6 @@ class Served(_About):
             raise ValueError(f"the model {name} has two classes of the name {twice}; give each its own")
         self.batcher = Batcher(self._work, limits, self._count)
 
-    def __enter__(self) -> Self:
-        "For the time of a request, in which the model is not ended."
-        self.users += 1
-        return self
-
-    def __exit__(self, *error: object) -> None: self.users -= 1
-
-    async def close(self) -> None:
-        "End, once all that was accepted is answered."
-        while self.users: await asyncio.sleep(0.01)
-        await self.batcher.close()
-
     def _work(self, batch: Any) -> list[dict[str, Any]]:
         return results(self.predictor(batch), self.predictor.classes)
 
@@ -235,7 +254,7 @@ class Served(_About):
         values = attributions(self.predictor, batch[0], method="occlusion")
         return {"model": self.name, "label": found.get("label"), "saliency": _listed(values)}
 
-# %% ../../nbs/use/serve_models.ipynb #01c62b99
+# %% ../../nbs/use/serve_models.ipynb #3666747e
 class _Reloading:
     "How models are loaded again."
     limits: Limits
@@ -278,7 +297,7 @@ class _Reloading:
         "Answer all that waits, and end."
         for served in self._served.values(): await served.close()
 
-# %% ../../nbs/use/serve_models.ipynb #50e8c827
+# %% ../../nbs/use/serve_models.ipynb #bb319024
 class Models(_Reloading, Mapping[str, Served]):
     """The models of a server by name; the first is the one that is meant without a name.
 

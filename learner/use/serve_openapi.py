@@ -47,6 +47,7 @@ def schema_of(form: Any, rows: int | None = None) -> dict[str, Any]:
     for size in reversed(form.shape): schema = _list(schema, size, size)
     return schema if rows is None else _list(schema, 1, rows)
 
+# %% ../../nbs/use/serve_openapi.ipynb #ac7ead74
 def _list(items: dict[str, Any], least: int, most: int) -> dict[str, Any]:
     return {"type": "array", "items": items, "minItems": least, "maxItems": most}
 

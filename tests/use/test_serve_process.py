@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -204,8 +205,7 @@ def test_requests_one_after_the_other_without_waiting_are_all_answered(server):
                                   b"POST /predict HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nContent-Length: 2\r\n\r\n{}"])
 def test_what_is_not_http_is_refused(server, data):
     with server.connect() as connection:
-        try: connection.sendall(data)
-        except (BrokenPipeError, ConnectionResetError): pass
+        with suppress(BrokenPipeError, ConnectionResetError): connection.sendall(data)
         connection.settimeout(10)
         answer = connection.recv(100)
     assert answer == b"" or re.match(rb"HTTP/1.1 4\d\d", answer), answer
@@ -404,7 +404,7 @@ def test_an_hour_under_load_leaves_the_memory_flat_and_loses_nothing(exports, tm
                 replaced(exports, folder, reloads % 2)
                 server.process.send_signal(signal.SIGHUP)
                 reloads += 1
-                until(lambda: sum("was loaded again" in line for line in server.errors) == reloads)  # noqa: B023
+                until(lambda: sum("was loaded again" in line for line in server.errors) == reloads)
             count += len(asking.answers)
             asking.answers = asking.answers[-10:] if all(status == 200 for status, _ in asking.answers) else asking.answers
         status = server.stop()

@@ -251,7 +251,9 @@ async function predict() {
   }
 }
 $("ask").addEventListener("click", predict);
-$("fields").addEventListener("submit", (event) => {
+$("fields").addEventListener("submit", (event) => event.preventDefault());
+$("fields").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter") return;
   event.preventDefault();
   predict();
 });
