@@ -104,7 +104,28 @@ class _Runs(_Reloads):
     def __exit__(self, *error: object) -> None: self.stop()
 
 # %% ../../nbs/use/serve.ipynb #bf6d105a
-class Service(_Runs):
+class _Shown(_Runs):
+    "How a service is named and shown."
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        "Where a browser finds the page."
+        name = {"0.0.0.0": "localhost", "::": "localhost"}.get(self.host, self.host)
+        return f"http://{f'[{name}]' if ':' in name else name}:{self.port}"
+
+    def __repr__(self) -> str:
+        names = ", ".join(self.models)
+        ended = self._thread is not None and not self._thread.is_alive()
+        return f"{names} {'was served' if ended else 'served'} at {self.url}"
+
+    def _repr_html_(self) -> str:
+        return (f'<iframe src="{html.escape(self.url)}/" title="{html.escape(repr(self))}" width="100%" '
+                f'height="720" style="border: 0"></iframe>')
+
+# %% ../../nbs/use/serve.ipynb #a490d71c
+class Service(_Shown):
     """A server of models, which listens and does not answer yet: `run()` or `start()` it.
 
     Args:
@@ -140,21 +161,6 @@ class Service(_Runs):
         "Called by the server as soon as it answers."
         if self.watch is not None: self._watching = self.server.loop.create_task(self._watch(self.watch))
         self._ready.set()
-
-    @property
-    def url(self) -> str:
-        "Where a browser finds the page."
-        name = {"0.0.0.0": "localhost", "::": "localhost"}.get(self.host, self.host)
-        return f"http://{f'[{name}]' if ':' in name else name}:{self.port}"
-
-    def __repr__(self) -> str:
-        names = ", ".join(self.models)
-        ended = self._thread is not None and not self._thread.is_alive()
-        return f"{names} {'was served' if ended else 'served'} at {self.url}"
-
-    def _repr_html_(self) -> str:
-        return (f'<iframe src="{html.escape(self.url)}/" title="{html.escape(repr(self))}" width="100%" '
-                f'height="720" style="border: 0"></iframe>')
 
 # %% ../../nbs/use/serve.ipynb #9f6fbb3c
 def serve(models: Any, *, host: str = "127.0.0.1", port: int = 8000, key: str | None = None,

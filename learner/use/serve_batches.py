@@ -184,7 +184,25 @@ class _Works:
         if self.done is not None: self.done(sum(request.rows for request in requests))
 
 # %% ../../nbs/use/serve_batches.ipynb #413b6b3d
-class Batcher(_Works):
+class _Ends(_Works):
+    "How the task ends."
+    _task: "asyncio.Task[None] | None"
+
+    @property
+    def waiting(self) -> int:
+        "Examples that wait."
+        return self._queue.rows
+
+    async def close(self) -> None:
+        "Answer all that waits, and end."
+        self._closing = True
+        self._come.set()
+        self._full.set()
+        if self._task is not None: await self._task
+        self._thread.shutdown(wait=False)
+
+# %% ../../nbs/use/serve_batches.ipynb #d2f6ee85
+class Batcher(_Ends):
     """Answers requests with a model, several at a time.
 
     Args:
@@ -208,11 +226,6 @@ class Batcher(_Works):
         self._task: asyncio.Task[None] | None = None
         self._closing = False
 
-    @property
-    def waiting(self) -> int:
-        "Examples that wait."
-        return self._queue.rows
-
     def submit(self, batch: Any) -> "asyncio.Future[Sequence[Any]]":
         "A future with a value for each row of a batch; raises RequestError if too many wait."
         loop = asyncio.get_running_loop()
@@ -223,11 +236,3 @@ class Batcher(_Works):
         self._come.set()
         if self._queue.rows >= self.limits.batch: self._full.set()
         return request.answer
-
-    async def close(self) -> None:
-        "Answer all that waits, and end."
-        self._closing = True
-        self._come.set()
-        self._full.set()
-        if self._task is not None: await self._task
-        self._thread.shutdown(wait=False)

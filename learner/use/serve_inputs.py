@@ -273,7 +273,32 @@ class _ReadsFiles(_Reads):
                                field=FIELD) from None
 
 # %% ../../nbs/use/serve_inputs.ipynb #c3e5665b
-class BodyReader(_ReadsFiles):
+class _Checks(_ReadsFiles):
+    "What was read becomes a batch, or a refusal."
+    most: int
+
+    def _tensors(self, body: bytes, content_type: str) -> Any:
+        return getattr(self, kind_of(body, content_type))(body)
+
+    def _several(self, files: Sequence[bytes]) -> Any:
+        if len(files) > self.most:
+            raise RequestError(f"{len(files)} files are too many; at most {self.most} are taken at a "
+                               "time", 413, FIELD)
+        return self._stacked([self.preparation.example(self._tensors(each, "image/*"))
+                              for each in files])
+
+    def _checked(self, read: Any) -> Any:
+        "What was read, as a batch of allowed size; every refusal names a field and a status."
+        try:
+            tensors, is_batch = fitted(read(), self.form)
+            batch = tensors if is_batch else self._stacked([tensors])
+        except RequestError: raise
+        except InputError as error: raise RequestError(str(error), field=FIELD) from None
+        _check_size(batch, self.form, self.most)
+        return batch
+
+# %% ../../nbs/use/serve_inputs.ipynb #407e3fb2
+class BodyReader(_Checks):
     """Turns the body of a request into a batch for a model.
 
     Args:
@@ -301,23 +326,3 @@ class BodyReader(_ReadsFiles):
     def many(self, files: Sequence[bytes]) -> Any:
         "The batch of several files, each with one example; raises RequestError."
         return self._checked(lambda: self._several(files))
-
-    def _tensors(self, body: bytes, content_type: str) -> Any:
-        return getattr(self, kind_of(body, content_type))(body)
-
-    def _several(self, files: Sequence[bytes]) -> Any:
-        if len(files) > self.most:
-            raise RequestError(f"{len(files)} files are too many; at most {self.most} are taken at a "
-                               "time", 413, FIELD)
-        return self._stacked([self.preparation.example(self._tensors(each, "image/*"))
-                              for each in files])
-
-    def _checked(self, read: Any) -> Any:
-        "What was read, as a batch of allowed size; every refusal names a field and a status."
-        try:
-            tensors, is_batch = fitted(read(), self.form)
-            batch = tensors if is_batch else self._stacked([tensors])
-        except RequestError: raise
-        except InputError as error: raise RequestError(str(error), field=FIELD) from None
-        _check_size(batch, self.form, self.most)
-        return batch

@@ -210,7 +210,27 @@ class _Used(_About):
         await self.batcher.close()
 
 # %% ../../nbs/use/serve_models.ipynb #7435603b
-class Served(_Used):
+class _Answers(_Used):
+    "What a model says about a batch."
+
+    def _work(self, batch: Any) -> list[dict[str, Any]]:
+        return results(self.predictor(batch), self.predictor.classes)
+
+    def explain(self, batch: Any) -> dict[str, Any]:
+        "How much each pixel of one image speaks for the answer; raises RequestError."
+        if not self.takes_images:
+            raise RequestError(f"the model {self.name} takes no images of channels x height x width, "
+                               "and only for these there is a saliency picture")
+        if len(batch) != 1:
+            raise RequestError(f"inputs has {len(batch)} examples, and a saliency picture is of one",
+                               field="inputs")
+        from learner.use.saliency import attributions
+        found = self._work(batch)[0]
+        values = attributions(self.predictor, batch[0], method="occlusion")
+        return {"model": self.name, "label": found.get("label"), "saliency": _listed(values)}
+
+# %% ../../nbs/use/serve_models.ipynb #f10449b3
+class Served(_Answers):
     """A model that is served under a name.
 
     Args:
@@ -234,25 +254,9 @@ class Served(_Used):
             raise ValueError(f"the model {name} has two classes of the name {twice}; give each its own")
         self.batcher = Batcher(self._work, limits, self._count)
 
-    def _work(self, batch: Any) -> list[dict[str, Any]]:
-        return results(self.predictor(batch), self.predictor.classes)
-
     def _count(self, rows: int) -> None:
         self.meter.add("learner_batches_total", model=self.name)
         self.meter.add("learner_examples_total", rows, model=self.name)
-
-    def explain(self, batch: Any) -> dict[str, Any]:
-        "How much each pixel of one image speaks for the answer; raises RequestError."
-        if not self.takes_images:
-            raise RequestError(f"the model {self.name} takes no images of channels x height x width, "
-                               "and only for these there is a saliency picture")
-        if len(batch) != 1:
-            raise RequestError(f"inputs has {len(batch)} examples, and a saliency picture is of one",
-                               field="inputs")
-        from learner.use.saliency import attributions
-        found = self._work(batch)[0]
-        values = attributions(self.predictor, batch[0], method="occlusion")
-        return {"model": self.name, "label": found.get("label"), "saliency": _listed(values)}
 
 # %% ../../nbs/use/serve_models.ipynb #3666747e
 class _Reloading:
