@@ -29,8 +29,9 @@ def check_installed() -> None:
     "Raise ImportError that names the extra, unless all is there that a server needs."
     missing = [name for module, name in _NEEDED.items() if find_spec(module) is None]
     if missing:
-        raise ImportError(f"a server needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} "
-                          "not installed; pip install 'nblearner[serve]'")
+        verb = "is" if len(missing) == 1 else "are"
+        raise ImportError(f"a server needs {', '.join(missing)}, which {verb} not installed; "
+                          "pip install 'nblearner[serve]'")
 
 # %% ../../nbs/use/serve.ipynb #642f1779
 _LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -38,8 +39,8 @@ _LOCAL = ("localhost", "127.0.0.1", "::1")
 def check_access(host: str, key: str | None, public: bool) -> None:
     "Raise ValueError for a server that anyone in the network could ask without a key."
     if key is not None and (len(key) < 8 or not key.isascii() or not key.isprintable()):
-        raise ValueError("key is too short or has characters that no header can hold; use at least 8 "
-                         f"letters and digits, such as {secrets.token_urlsafe(12)}")
+        raise ValueError("key is too short or has characters that no header can hold; use at least "
+                         f"8 letters and digits, such as {secrets.token_urlsafe(12)}")
     if host in _LOCAL or key is not None or public: return
     raise ValueError(f"host is {host}, so others in the network can ask the model; give a key, or "
                      "public=True (--public) if everybody may")
@@ -51,8 +52,8 @@ def _listen(host: str, port: int) -> socket.socket:
     try: return socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
         reason = (error.strerror or str(error)).partition(" (")[0]
-        raise ValueError(f"port {port} of {host} cannot be had ({reason}); choose another, or port=0 for "
-                         "any that is free") from None
+        raise ValueError(f"port {port} of {host} cannot be had ({reason}); choose another, or "
+                         "port=0 for any that is free") from None
 
 # %% ../../nbs/use/serve.ipynb #2074fa08
 class _Reloads:
@@ -121,8 +122,9 @@ class _Shown(_Runs):
         return f"{names} {'was served' if ended else 'served'} at {self.url}"
 
     def _repr_html_(self) -> str:
-        return (f'<iframe src="{html.escape(self.url)}/" title="{html.escape(repr(self))}" width="100%" '
-                f'height="720" style="border: 0"></iframe>')
+        source, title = html.escape(self.url), html.escape(repr(self))
+        return (f'<iframe src="{source}/" title="{title}" width="100%" height="720" '
+                'style="border: 0"></iframe>')
 
 # %% ../../nbs/use/serve.ipynb #a490d71c
 class Service(_Shown):
@@ -159,7 +161,8 @@ class Service(_Shown):
 
     def _begin(self) -> None:
         "Called by the server as soon as it answers."
-        if self.watch is not None: self._watching = self.server.loop.create_task(self._watch(self.watch))
+        if self.watch is not None:
+            self._watching = self.server.loop.create_task(self._watch(self.watch))
         self._ready.set()
 
 # %% ../../nbs/use/serve.ipynb #9f6fbb3c

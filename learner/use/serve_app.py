@@ -60,14 +60,15 @@ class _Bodies:
     def _check(self, size: int, more: int | None = None) -> None:
         "Raise RequestError for a body that is too large, or too much beside the others."
         if size > self.limits.body:
-            raise RequestError(f"the body has more than the {self.limits.body:,} bytes that are taken; "
-                               "send fewer examples at a time", 413)
+            raise RequestError(f"the body has more than the {self.limits.body:,} bytes that are "
+                               "taken; send fewer examples at a time", 413)
         if self.held + (size if more is None else more) > self.limits.memory:
-            raise RequestError("the server is busy with other large requests; try again in a second",
-                               503, retry=1)
+            raise RequestError("the server is busy with other large requests; try again in a "
+                               "second", 503, retry=1)
 
 # %% ../../nbs/use/serve_app.ipynb #3fe8ada6
-logging.getLogger("python_multipart").addHandler(logging.NullHandler())  # else clients fill the terminal
+# Otherwise a client could fill the terminal with warnings about its forms.
+logging.getLogger("python_multipart").addHandler(logging.NullHandler())
 
 class _Form(MultiPartParser):
     spool_max_size = 2**62  # the body is in memory already; nothing is written to the disk
@@ -75,7 +76,8 @@ class _Form(MultiPartParser):
 async def _files(request: Request, body: bytes, most: int) -> list[bytes]:
     "The files of a form; raises RequestError."
     async def stream() -> AsyncIterator[bytes]: yield body
-    form = _Form(request.headers, stream(), max_files=most + 1, max_fields=8)  # type: ignore[arg-type]
+    parts: Any = stream()
+    form = _Form(request.headers, parts, max_files=most + 1, max_fields=8)
     try: found = await form.parse()
     except MultiPartException as error:
         status = 413 if "Too many" in error.message else 400
@@ -101,7 +103,8 @@ def _of_model(error: BaseException) -> RequestError:
     if isinstance(error, RequestError): return error
     if isinstance(error, InputError): return RequestError(str(error), field=FIELD)
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return RequestError("there is not enough memory for these inputs now; send fewer", 503, retry=5)
+        return RequestError("there is not enough memory for these inputs now; send fewer", 503,
+                            retry=5)
     line = str(error).partition("\n")[0] or type(error).__name__
     return RequestError(f"the model cannot take these {FIELD}: {line}", field=FIELD)
 
@@ -112,7 +115,6 @@ class _Asking:
     limits: Limits
     bodies: _Bodies
     threads: dict[str, ThreadPoolExecutor]
-    explaining: int
 
     async def batch(self, served: Served, request: Request, body: bytes) -> Any:
         "What a request asks about; raises RequestError."
@@ -131,10 +133,16 @@ class _Asking:
         try: return await answer
         except Exception as error: raise _of_model(error) from error
 
+# %% ../../nbs/use/serve_app.ipynb #c1dcfa27
+class _Explaining(_Asking):
+    "How a request becomes a saliency picture."
+    explaining: int
+
     async def explain(self, served: Served, batch: Any) -> Any:
         "A saliency picture, of which few are made at the same time."
         if self.explaining >= _EXPLAINING:
-            raise RequestError("the server is busy with other saliency pictures; try again", 503, retry=1)
+            raise RequestError("the server is busy with other saliency pictures; try again", 503,
+                               retry=1)
         self.explaining += 1
         work = asyncio.ensure_future(self._in_thread("saliency", served.explain, batch))
         work.add_done_callback(self._explained)
@@ -156,7 +164,7 @@ _POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'se
 def _asset(name: str) -> str:
     return files("learner.use").joinpath("assets", name).read_text(encoding="utf-8")
 
-class _Routes(_Asking):
+class _Routes(_Explaining):
     "What the server answers to."
     stopping: bool
     key: str | None
@@ -211,7 +219,8 @@ class _Guarded(_Routes):
         if self.hosts is None: return
         host = request.headers.get("host", "").rpartition("]")[2].partition(":")[0] or "::1"
         if host not in self.hosts:
-            raise RequestError(f"this server answers to {', '.join(self.hosts)}, not to {host[:100]}", 403)
+            names = ", ".join(self.hosts)
+            raise RequestError(f"this server answers to {names}, not to {host[:100]}", 403)
 
     def check_key(self, request: Request) -> None:
         "Raise RequestError unless the key is given that is asked for."
@@ -219,7 +228,8 @@ class _Guarded(_Routes):
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer": given = request.headers.get("x-api-key", "")
         if hmac.compare_digest(given.encode(), self.key.encode()): return
-        raise RequestError("the key is missing or wrong; send the header Authorization: Bearer KEY", 401)
+        raise RequestError("the key is missing or wrong; send the header Authorization: Bearer KEY",
+                           401)
 
 # %% ../../nbs/use/serve_app.ipynb #82086504
 def _refusal(error: RequestError) -> Response:
@@ -239,7 +249,8 @@ async def _not_routed(request: Request, error: Exception) -> Response:
 
 def _fault(error: Exception) -> Response:
     say("".join(traceback.format_exception(error)), end="", error=True)
-    return JSONResponse({"error": "the server has a fault, which is on its terminal", "field": None}, 500)
+    line = "the server has a fault, which is on its terminal"
+    return JSONResponse({"error": line, "field": None}, 500)
 
 # %% ../../nbs/use/serve_app.ipynb #e4ddf66e
 Handler = Callable[[Request], Awaitable[Response]]
@@ -258,8 +269,9 @@ class _Endpoints(_Guarded):
             except ClientDisconnect: response = Response(status_code=400)  # nobody will read it
             except Exception as error: response = _fault(error)
             if self.stopping: response.headers["connection"] = "close"
-            self.models.meter.add("learner_requests_total", route=path, status=response.status_code)
-            self.models.meter.observe("learner_request_seconds", time.perf_counter() - start, route=path)
+            meter, seconds = self.models.meter, time.perf_counter() - start
+            meter.add("learner_requests_total", route=path, status=response.status_code)
+            meter.observe("learner_request_seconds", seconds, route=path)
             return response
         return Route(path, endpoint, methods=[method])
 
@@ -276,7 +288,8 @@ class Application(_Endpoints):
         >>> fastapi_app.mount("/model", Application(Models({"digits": learn})))
     """
 
-    def __init__(self, models: Models, key: str | None = None, hosts: Collection[str] | None = None):
+    def __init__(self, models: Models, key: str | None = None,
+                 hosts: Collection[str] | None = None):
         self.models, self.key, self.hosts, self.limits = models, key, hosts, models.limits
         self.bodies, self.stopping, self.explaining = _Bodies(self.limits), False, 0
         self.threads = {"bodies": ThreadPoolExecutor(2), "saliency": ThreadPoolExecutor(1)}

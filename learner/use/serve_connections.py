@@ -25,8 +25,8 @@ _HEAD = 2**16  # bytes of the head of a request
 def _plain(status: str, line: str, more: str = "") -> bytes:
     "An answer without an application."
     body = f'{{"error":"{line}","field":null}}'
-    return (f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-            f"connection: close\r\n{more}\r\n{body}").encode()
+    head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n"
+    return f"HTTP/1.1 {status}\r\n{head}{more}\r\n{body}".encode()
 
 class _Patient(HttpToolsProtocol):
     "Uvicorn's protocol, with an end to waiting."
@@ -35,7 +35,8 @@ class _Patient(HttpToolsProtocol):
 
     def _is_whole(self) -> bool:
         "Whether a request has arrived and is not answered yet."
-        return self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete
+        cycle = self.cycle
+        return cycle is not None and not cycle.more_body and not cycle.response_complete
 
     def _wait(self) -> None:
         self._patience = self.loop.call_later(self.limits.seconds, self._give_up)
@@ -76,7 +77,8 @@ class Protocol(_Patient):
         super().data_received(data)
         if self._head >= 0: self._head += len(data)
         if self._head > _HEAD:
-            self._refuse(_plain("431 Request Header Fields Too Large", "the head of the request is too long"))
+            line = "the head of the request is too long"
+            self._refuse(_plain("431 Request Header Fields Too Large", line))
         elif self._is_whole(): self._stop_waiting()
         elif self._patience is None: self._wait()
 

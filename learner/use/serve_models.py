@@ -73,7 +73,8 @@ class _Path:
         folder = Path(self.model)
         try:
             run = is_run(folder) and not _is_export(folder)
-            info = (checkpoint_of(folder, self.checkpoint) if run else folder / "hashes.json").stat()
+            path = checkpoint_of(folder, self.checkpoint) if run else folder / "hashes.json"
+            info = path.stat()
         except (OSError, ValueError): return None  # it is being written
         return info.st_mtime_ns, info.st_size, info.st_ino
 
@@ -94,8 +95,8 @@ class Source(_Path):
 
     def __init__(self, model: Any, checkpoint: str = "best", allow: Sequence[str] = ()):
         if not isinstance(model, Learner | Predictor | str | Path):
-            raise TypeError(f"a model to serve is a {type(model).__name__}; give a learner, a predictor, "
-                            "or the path of a run or of an exported folder")
+            raise TypeError(f"a model to serve is a {type(model).__name__}; give a learner, a "
+                            "predictor, or the path of a run or of an exported folder")
         self.model, self.checkpoint, self.allow = model, checkpoint, tuple(allow)
 
     def load(self) -> Loaded:
@@ -154,7 +155,8 @@ def results(answers: Answers, classes: Sequence[str] | None = None) -> list[dict
         names = classes or [str(place) for place in range(len(both))]
         known = [share for share in both if share is not None]
         sure = None if isinstance(label, list) or len(known) < len(both) else max(both)
-        entry.update(label=label, probability=sure, probabilities=dict(zip(names, both, strict=True)))
+        probabilities = dict(zip(names, both, strict=True))
+        entry.update(label=label, probability=sure, probabilities=probabilities)
     return found
 
 # %% ../../nbs/use/serve_models.ipynb #fd3fe320
@@ -219,11 +221,11 @@ class _Answers(_Used):
     def explain(self, batch: Any) -> dict[str, Any]:
         "How much each pixel of one image speaks for the answer; raises RequestError."
         if not self.takes_images:
-            raise RequestError(f"the model {self.name} takes no images of channels x height x width, "
-                               "and only for these there is a saliency picture")
+            raise RequestError(f"the model {self.name} takes no images of channels x height x "
+                               "width, and only for these there is a saliency picture")
         if len(batch) != 1:
-            raise RequestError(f"inputs has {len(batch)} examples, and a saliency picture is of one",
-                               field="inputs")
+            raise RequestError(f"inputs has {len(batch)} examples, and a saliency picture is of "
+                               "one", field="inputs")
         from learner.use.saliency import attributions
         found = self._work(batch)[0]
         values = attributions(self.predictor, batch[0], method="occlusion")
@@ -251,7 +253,8 @@ class Served(_Answers):
         classes = self.predictor.classes or ()
         twice = next((each for each in classes if classes.count(each) > 1), None)
         if twice is not None:
-            raise ValueError(f"the model {name} has two classes of the name {twice}; give each its own")
+            raise ValueError(f"the model {name} has two classes of the name {twice}; give each its "
+                             "own")
         self.batcher = Batcher(self._work, limits, self._count)
 
     def _count(self, rows: int) -> None:
@@ -259,6 +262,13 @@ class Served(_Answers):
         self.meter.add("learner_examples_total", rows, model=self.name)
 
 # %% ../../nbs/use/serve_models.ipynb #3666747e
+def _check_name(name: Any) -> None:
+    text = str(name)
+    if text and all(c.isalnum() or c in "-_." for c in text): return
+    raise ValueError(f"a model has the name {text!r}; use letters, digits, '-', '_' and '.', since "
+                     "it is a part of the address")
+
+# %% ../../nbs/use/serve_models.ipynb #92d6ab9d
 class _Reloading:
     "How models are loaded again."
     limits: Limits
@@ -270,14 +280,7 @@ class _Reloading:
         return Served(name, source, self.limits, self.meter)
 
     async def reload(self, changed: bool = False) -> list[str]:
-        """Load models again from their folders.
-
-        Args:
-            changed: Only those whose folder has changed since it was last tried.
-
-        Returns:
-            A line for each that was tried.
-        """
+        "Load all models, or only those that have changed, again; a line for each that was tried."
         return [await self._again(served) for served in list(self._served.values())
                 if served.source.is_path and not (changed and self._is_same(served))]
 
@@ -337,9 +340,3 @@ class Models(_Reloading, Mapping[str, Served]):
         if name in self._served: return self._served[name]
         near = did_you_mean(name, self._served) or f"; there are {', '.join(self._served)}"
         raise RequestError(f"there is no model {name[:100]}{near}", 404)
-
-def _check_name(name: Any) -> None:
-    text = str(name)
-    if text and all(c.isalnum() or c in "-_." for c in text): return
-    raise ValueError(f"a model has the name {text!r}; use letters, digits, '-', '_' and '.', since it "
-                     "is a part of the address")

@@ -42,7 +42,7 @@ def schema_of(form: Any, rows: int | None = None) -> dict[str, Any]:
                 "additionalProperties": False}
     if isinstance(form, tuple | list):
         items = [schema_of(part, rows) for part in form]
-        return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
+        return {"type": "array", "prefixItems": items, "minItems": len(form), "maxItems": len(form)}
     schema = _number(form.dtype)
     for size in reversed(form.shape): schema = _list(schema, size, size)
     return schema if rows is None else _list(schema, 1, rows)
@@ -80,7 +80,8 @@ def _json(schema: Mapping[str, Any]) -> dict[str, Any]:
     return {"content": {"application/json": {"schema": schema}}}
 
 def _refusals() -> dict[str, Any]:
-    return {status: {"description": meaning, **_json(_FAULT)} for status, meaning in _REFUSALS.items()}
+    return {status: {"description": meaning, **_json(_FAULT)}
+            for status, meaning in _REFUSALS.items()}
 
 _NUMBERS = {"type": ["number", "null"]}
 _PREDICTION = {
@@ -109,16 +110,28 @@ def _request(served: Served, rows: int) -> dict[str, Any]:
         content |= {"image/png": _BINARY, "image/jpeg": _BINARY}
     return {"required": True, "content": content}
 
-def _post(served: Served, rows: int, name: str, summary: str, answer: Mapping[str, Any]) -> dict[str, Any]:
-    return {"post": {"operationId": name, "summary": summary, "requestBody": _request(served, rows),
-                     "responses": {"200": {"description": "The answer.", **_json(answer)}, **_refusals()}}}
+def _post(served: Served, rows: int, name: str, summary: str,
+          answer: Mapping[str, Any]) -> dict[str, Any]:
+    found = {"200": {"description": "The answer.", **_json(answer)}, **_refusals()}
+    return {"post": {"operationId": name, "summary": summary, "responses": found,
+                     "requestBody": _request(served, rows)}}
 
 def _get(name: str, summary: str, kind: str = "application/json") -> dict[str, Any]:
     schema = {"type": "object"} if kind == "application/json" else {"type": "string"}
     answer = {"description": summary, "content": {kind: {"schema": schema}}}
-    return {"get": {"operationId": name, "summary": summary, "responses": {"200": answer, **_refusals()}}}
+    found = {"200": answer, **_refusals()}
+    return {"get": {"operationId": name, "summary": summary, "responses": found}}
 
 # %% ../../nbs/use/serve_openapi.ipynb #76719847
+def _asking(served: Served, rows: int, prefix: str, end: str) -> dict[str, Any]:
+    "The addresses under which a model is asked."
+    asked = {f"{prefix}/predict": _post(served, rows, f"predict{end}", f"Ask {served.name}.",
+                                        _PREDICTIONS)}
+    if not served.info()["saliency"]: return asked
+    summary = f"What of an image speaks for the answer of {served.name}."
+    return asked | {f"{prefix}/saliency": _post(served, 1, f"saliency{end}", summary, _SALIENCY)}
+
+# %% ../../nbs/use/serve_openapi.ipynb #6debfff9
 def openapi(models: Models, key: bool = False) -> dict[str, Any]:
     """The OpenAPI text of a server.
 
@@ -138,15 +151,10 @@ def openapi(models: Models, key: bool = False) -> dict[str, Any]:
              "/metrics": _get("metrics", "Counters for Prometheus.", "text/plain"),
              "/models": _get("models", "The models that are served."),
              "/model": _get("model", "The first model: its inputs, its classes and its card.")}
+    paths |= _asking(next(iter(models.values())), rows, "", "")
     for place, (name, served) in enumerate(models.items()):
         paths[f"/models/{name}"] = _get(f"model_{place}", f"The model {name}.")
-        for prefix, end in (("", ""), (f"/models/{name}", f"_{place}")) if not place else (
-                (f"/models/{name}", f"_{place}"),):
-            paths[f"{prefix}/predict"] = _post(served, rows, f"predict{end}", f"Ask {name}.", _PREDICTIONS)
-            if served.info()["saliency"]:
-                paths[f"{prefix}/saliency"] = _post(
-                    served, 1, f"saliency{end}", f"What of an image speaks for the answer of {name}.",
-                    _SALIENCY)
+        paths |= _asking(served, rows, f"/models/{name}", f"_{place}")
     text: dict[str, Any] = {"openapi": "3.1.0", "paths": paths, "info": {
         "title": f"learner: {', '.join(models)}", "version": "1"}}
     if key:
