@@ -183,11 +183,14 @@ def parse_json(
     "The value of JSON from elsewhere; raises ValueError, such as `has a key twice`."
     try: text = text if isinstance(text, str) else text.decode()
     except UnicodeDecodeError: raise ValueError("is not text in UTF-8") from None
-    if sum(map(text.count, "[{,")) > count: raise ValueError(f"has more than {count:,} values")
+    openings = text.count("[") + text.count("{")
+    if openings + text.count(",") > count: raise ValueError(f"has more than {count:,} values")
+    # Only a long number, or one with a positive exponent, can be too large; looking at each is slow.
+    large = re.search(r"[eE]\+?\d", text) or max(map(len, text.split(","))) > digits
+    checks: Any = {"parse_int": partial(_whole, digits), "parse_float": _finite} if large else {}
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_not_json,
-                           parse_int=partial(_whole, digits), parse_float=_finite)
-        shallow = _is_shallow(value, depth)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_not_json, **checks)
+        shallow = openings <= depth or _is_shallow(value, depth)
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON ({error.msg} at character {error.pos})") from None
     except RecursionError: shallow = False
