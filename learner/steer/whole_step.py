@@ -374,9 +374,10 @@ class _Telling(_Computing):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Go on from another training. Raises ValueError for a state of another kind."
-        if not isinstance(state.get("graphs"), list):
+        graphs = state.get("graphs")
+        if not isinstance(graphs, list) or not all(isinstance(each, str) for each in graphs):
             raise ValueError(f"load_state_dict: the state has no graphs; it has {sorted(state)}")
-        self.graphs.expected = set(state["graphs"])
+        self.graphs.expected = set(graphs)
 
     def cleanup_train(self) -> None:
         self._around = None
