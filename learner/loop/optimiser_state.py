@@ -81,6 +81,7 @@ def _check_alike(index: int, entries: Mapping[str, Any], first: Mapping[str, Any
 def _form(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
+# %% ../../nbs/loop/optimiser_state.ipynb #69b30705
 def _check_moments(optimiser: Any, values: Mapping[Any, Any]) -> None:
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     names = {id(p): number for number, group in enumerate(optimiser.param_groups) for p in group["params"]}
