@@ -328,6 +328,7 @@ def _try_lock(file: int, exclusive: bool = True) -> bool | None:  # None: there 
     except OSError: return None  # a file system without locks
     return True
 
+# %% ../../nbs/base/files.ipynb #31fec44c
 class FileLock:
     "A lock that one process can hold, for a `with`; raises LockedError if another one does."
 

@@ -67,6 +67,7 @@ class _Digest:
 
     def text(self) -> bytes: return self.sha.hexdigest().encode()  # after the `with`
 
+# %% ../../nbs/base/store.ipynb #a6b6632d
 @contextmanager
 def _hashing() -> Iterator[_Digest]:
     "A digest for a `with`, whose end waits for the thread; Ctrl-C is answered at each block."

@@ -257,8 +257,7 @@ class Trainer(Guarded):
     @speaks
     def train(
         self, epochs: int | None = None, learning_rate: float | None = None,
-        validation_epochs: int | None = None,
-        callbacks: Callback | Iterable[Callback] | None = None, *,
+        validation_epochs: int | None = None, callbacks: Callback | Iterable[Callback] | None = None, *,
         resume: bool | str | PathLike[str] | Mapping[str, Any] | None = None,
         steps: int | None = None, validation_steps: int | None = None,
         validate: bool = True, test: bool = True,

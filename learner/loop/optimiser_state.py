@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['groups_of', 'set_groups', 'check_optimiser_state', 'check_gradients']
 
-# %% ../../nbs/loop/optimiser_state.ipynb #0827c686
+# %% ../../nbs/loop/optimiser_state.ipynb #c40455e8
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any
@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from ..base.words import as_number, kind_of
 
-# %% ../../nbs/loop/optimiser_state.ipynb #94ecbdfe
+# %% ../../nbs/loop/optimiser_state.ipynb #010ae97a
 def groups_of(optimiser: Any) -> list[dict[str, Any]]:
     "The groups of an optimiser, or of its state; of several optimisers all."
     if isinstance(optimiser, Mapping) and "param_groups" not in optimiser:
@@ -27,7 +27,7 @@ def set_groups(optimiser: Any, saved: Iterable[Mapping[str, Any]]) -> None:
     "Set the hyperparameters of all groups."
     for group, values in zip(groups_of(optimiser), saved, strict=False): group.update(deepcopy(values))
 
-# %% ../../nbs/loop/optimiser_state.ipynb #908d34c7
+# %% ../../nbs/loop/optimiser_state.ipynb #f9fdeba8
 def check_optimiser_state(optimiser: Any, state: Any) -> None:
     "Raise ValueError unless a state has the groups and the shapes of an optimiser."
     if isinstance(optimiser, Mapping):
@@ -54,7 +54,7 @@ def check_optimiser_state(optimiser: Any, state: Any) -> None:
     if kind.__module__.startswith("torch.optim") and kind.__name__ not in other_shapes:
         _check_moments(optimiser, values)
 
-# %% ../../nbs/loop/optimiser_state.ipynb #b26f9e9e
+# %% ../../nbs/loop/optimiser_state.ipynb #df527d24
 def _same_kind(own: Any, found: Any) -> bool:
     "Whether a hyperparameter can take the place of another."
     if isinstance(own, list | tuple):
@@ -103,7 +103,7 @@ def _check_moments(optimiser: Any, values: Mapping[Any, Any]) -> None:
                 raise ValueError(f"{name} of parameter {index} is {_form(value)} in the state of the "
                                   f"optimiser, and the parameter is {_form(parameters[index])}")
 
-# %% ../../nbs/loop/optimiser_state.ipynb #f6d2d98c
+# %% ../../nbs/loop/optimiser_state.ipynb #5ba54694
 def check_gradients(optimiser: Any, gradients: Any) -> None:
     "Raise ValueError unless gradients are those of an optimiser's parameters."
     if gradients is None: return

@@ -315,6 +315,13 @@ class Repeating(Keeping):
             if note: self.undone = note.changed(learn, buffers=True)
             raise
 
+    def settled(self, batches: Iterator[Any]) -> Iterator[Any]:
+        "Batches; when the first has come, nothing can refuse a state any more."
+        first = [*islice(batches, 1)]
+        self.undo = None
+        yield from first
+        yield from batches
+
 # %% ../../nbs/loop/resume.ipynb #bfddd9c4
 class Cursor(Repeating):
     "The plan of a training that can begin in the middle, and knows at any time where it stands."
@@ -342,13 +349,6 @@ class Cursor(Repeating):
         finally:
             learn.batches_done = learn.batch_num + 1
             if self.saved is None: self.copy = None
-
-    def settled(self, batches: Iterator[Any]) -> Iterator[Any]:
-        "Batches; when the first has come, nothing can refuse a state any more."
-        first = [*islice(batches, 1)]
-        self.undo = None
-        yield from first
-        yield from batches
 
     def _trained(self, learn: Any) -> None:
         self.place, self.began = Place(learn.epoch, "validation", learn.batch_num + 1), {}

@@ -145,11 +145,6 @@ class _WithState(Callback):
         self._group = _Group()
         if self._loaded is not None: self._restore(self._loaded)
 
-    def check_loaded(self, learn: Learner) -> None:
-        "Raise ValueError unless the gradients that were loaded fit the optimiser."
-        if self._loaded is None or not is_optimiser(learn.optimiser): return
-        _check_gradients(trained_parameters(learn.optimiser), self._loaded["gradients"])
-
     def _restore(self, state: Mapping[str, Any]) -> None:
         "Put the gradients of an earlier run back."
         self._loaded, gradients = None, state["gradients"]
@@ -179,6 +174,11 @@ class _Counting(_WithState):
         if self.weight is not None: return _check_weight(self.weight(learn))
         own = hasattr(learn, "batch_size")
         return float(learn.batch_size if own else unpack(learn.batch)[3])
+
+    def check_loaded(self, learn: Learner) -> None:
+        "Raise ValueError unless the gradients that were loaded fit the optimiser."
+        if self._loaded is None or not is_optimiser(learn.optimiser): return
+        _check_gradients(trained_parameters(learn.optimiser), self._loaded["gradients"])
 
     def own_weight(self, learn: Learner) -> float:
         "The weight of this process's part of a batch."

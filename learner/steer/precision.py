@@ -180,6 +180,12 @@ class _Scaled(_Autocast):
         self.scaler.step(attempt)
         if not attempt.allowed: self._leave_out(learn)
 
+# %% ../../nbs/steer/precision.ipynb #05b8a872
+def _check_scale(state: Mapping[str, Any]) -> None:
+    for name, value in state.items():
+        if check_number(name, value) == 0 and name == "scale":
+            raise ValueError("load_state_dict: scale is 0; it must be above 0")
+
 # %% ../../nbs/steer/precision.ipynb #77a5c395
 class _Scaling(_Scaled):
     "What becomes of the scale after a step, and without one."
@@ -217,9 +223,7 @@ class _Scaling(_Scaled):
         if missing:
             raise ValueError(f"load_state_dict: the state has no {min(missing)}; it has "
                              f"{sorted(state)}")
-        for name, value in state.items():
-            if check_number(name, value) == 0 and name == "scale":
-                raise ValueError("load_state_dict: scale is 0; it must be above 0")
+        _check_scale(state)
         self._scaled = True  # gradients that are put back in the middle of a pass, too
         if self.scaler is not None: self.scaler.load_state_dict(dict(state))
         else: self._state = dict(state)

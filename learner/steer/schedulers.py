@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['TOTALS', 'WANTS', 'Groups', 'updates_per_epoch', 'updates_in_all', 'open_lengths', 'step_wants', 'check_factory',
-           'storable', 'in_torch', 'is_setting', 'unlike', 'class_of', 'name_of', 'ParameterGroups']
+           'storable', 'check_place', 'give_state', 'class_of', 'name_of', 'ParameterGroups']
 
 # %% ../../nbs/steer/schedulers.ipynb #9170afb4
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from ..base.parts import length_of
-from ..base.words import as_number
+from ..base.words import as_number, check_whole
 from ..loop.learner import Learner
 from .curves import ScheduleError
 
@@ -154,33 +155,63 @@ def storable(value: Any) -> Any:
         return _ABSENT if any(item is _ABSENT for item in items) else items
     return _ABSENT
 
-def in_torch(scheduler: Any) -> bool:
+def _in_torch(scheduler: Any) -> bool:
     "Whether it is a scheduler of torch or of this package, whose states have a known form."
     return type(scheduler).__module__.startswith(("torch.optim.", "learner."))
 
-def is_setting(value: Any) -> bool:
+def _is_setting(value: Any) -> bool:
     "Whether a value can be that of a hyperparameter: a finite number, or a list of such."
-    if isinstance(value, list | tuple): return all(map(is_setting, value))
+    if isinstance(value, list | tuple): return all(map(_is_setting, value))
     number = as_number(value)
     return value is None or (number is not None and abs(number) < 1e300)
 
-def unlike(own: Any, found: Any, name: str = "") -> str:
+# %% ../../nbs/steer/schedulers.ipynb #3b5eec9e
+def _unlike(own: Any, found: Any, name: str = "") -> str:
     "How a state differs in form from one that a scheduler has given; empty if it does not."
     if own is None or found is _ABSENT: return ""
     if isinstance(own, Mapping) and isinstance(found, Mapping):
         for key, value in own.items():
             if key not in found: return f"it has no {key}"
-            if wrong := unlike(value, found[key], key): return wrong
+            if wrong := _unlike(value, found[key], key): return wrong
         return ""
     if isinstance(own, list | tuple) and isinstance(found, list | tuple):
         if len(own) != len(found): return f"{name} has {len(found)} values, and not {len(own)}"
-        return next(filter(None, (unlike(a, b, name) for a, b in zip(own, found, strict=True))), "")
+        return next(filter(None, (_unlike(a, b, name) for a, b in zip(own, found, strict=True))), "")
     kinds = (bool, (int, float, Tensor), str)
     alike = any(isinstance(own, kind) and isinstance(found, kind) for kind in kinds)
     whole = not isinstance(own, int) or isinstance(found, int)
     finite = not isinstance(found, int | float) or abs(found) < 1e300 or abs(found) == float("inf")
     return "" if alike and whole and finite else f"{name} is {found!r:.40}"
 
+# %% ../../nbs/steer/schedulers.ipynb #b2195df4
+_STATE = ("under_way", "kind", "done", "limit", "scheduler", "groups", "before")
+
+def check_place(schedule: Any, state: Mapping[str, Any]) -> None:
+    "Raise an error for values with which no schedule can go on."
+    missing = [name for name in _STATE if name not in state]
+    if missing:
+        raise ScheduleError(f"{schedule}: the state has no {', '.join(missing)}; load what "
+                            "state_dict() gave")
+    check_whole("done", state["done"], 0)
+    if state["limit"] is not None: check_whole("limit", state["limit"], -1)
+    if not isinstance(state["under_way"], bool) or not isinstance(state["scheduler"], Mapping):
+        raise ScheduleError(f"{schedule}: the state does not say where its scheduler stands")
+    for name in ("groups", "before"):
+        groups = state[name]
+        values = isinstance(groups, list) and all(isinstance(group, Mapping) for group in groups)
+        if not values or not all(map(_is_setting, (v for group in groups for v in group.values()))):
+            raise ScheduleError(f"{schedule}: {name} in the state are not the values of parameter groups")
+
+def give_state(schedule: Any, scheduler: Any, state: Mapping[str, Any]) -> None:
+    "Let a scheduler go on from a state; raises ScheduleError if it cannot."
+    own = storable(scheduler.state_dict()) if _in_torch(scheduler) else {}
+    wrong = _unlike(own, state)
+    if wrong: raise ScheduleError(f"{schedule}: the state of its scheduler does not fit: {wrong}")
+    try: scheduler.load_state_dict(deepcopy(state))  # some take a part out of it
+    except Exception as error:
+        raise ScheduleError(f"{schedule}: its scheduler does not take its state: {error!r:.100}") from error
+
+# %% ../../nbs/steer/schedulers.ipynb #022537bf
 def class_of(factory: Any) -> Any:
     "What a factory calls, without the arguments that it has been given."
     while isinstance(factory, partial): factory = factory.func

@@ -167,6 +167,10 @@ class _Count(Callback):
             parts = _parts(learn)
             self.weights = {name: copy_tree(part.state_dict()) for name, part in parts.items()}
 
+# %% ../../nbs/steer/stopping.ipynb #c3187acb
+class _Kept(_Count):
+    "The state of the count, and what it can be."
+
     def state_dict(self) -> dict[str, Any]:
         "The count so far, and the best weights if they are to be put back."
         return {**{name: getattr(self, name) for name in _COUNT}, "weights": self.weights}
@@ -191,7 +195,7 @@ class _Count(Callback):
         for name, part in parts.items(): _check_part(name, part, self.weights[name], learn)
 
 # %% ../../nbs/steer/stopping.ipynb #6250baa0
-class _Stop(_Count):
+class _Stop(_Kept):
     "Ends training, and puts the best epoch back."
 
     def around_train(self, learn: Learner) -> Iterator[None]:

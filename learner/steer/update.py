@@ -242,7 +242,7 @@ class _Averaging(Callback):
 
 # %% ../../nbs/steer/update.ipynb #ba549db7
 class _Shown(_Averaging):
-    "Shows the average to validation and test, puts the weights back, and has a state."
+    "Shows the average to validation and test, and puts the weights back."
 
     def before_pass(self, learn: Learner) -> None:
         average = self._average
@@ -260,6 +260,10 @@ class _Shown(_Averaging):
         tensors, weights = map(list, zip(*self._weights, strict=True))
         with torch.no_grad(): torch._foreach_copy_(tensors, weights)
         self._weights = []
+
+# %% ../../nbs/steer/update.ipynb #9b68c6d7
+class _Stated(_Shown):
+    "The averages in a state."
 
     def state_dict(self) -> dict[str, Any]:
         "The averages by name, and how many steps are in them."
@@ -294,7 +298,7 @@ class _Shown(_Averaging):
                 raise ValueError(f"EMA: {name} of the model is {tensor.dtype}, and its average {own}")
 
 # %% ../../nbs/steer/update.ipynb #20827f57
-class _Kept(_Shown):
+class _Kept(_Stated):
     "Gives the averages away."
 
     def copy_to(self, model: nn.Module) -> None:

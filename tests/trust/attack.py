@@ -171,7 +171,7 @@ def functions(evil, good):
     }
     named = {evil / "config.json": ("resolve", "read_settings"), last: ("load",), evil / "stdout.txt": ("read_idx",),
              place: ("Checkpoint.latest", "Checkpoint.best", "train(resume=, in it)", "load", "load_state", "hash_file", "data_hash", "read_json checkpoints/index.json")}
-    for path in [path for path in named if path.is_symlink() or (path.name == "config.json" and named_by_user(path))]:
+    for path in [path for path in named if os.path.islink(path) or (path.name == "config.json" and named_by_user(path))]:
         for name in named[path]:
             reading.pop(name, None)
             training.pop(name, None)

@@ -52,7 +52,9 @@ def put(path: Path, content: str | bytes) -> None:
 
 def clear(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        for folder, _, _ in os.walk(path): Path(folder).chmod(0o700)  # one may be locked up
+        for folder, inner, _ in os.walk(path):
+            for each in (Path(folder, name) for name in inner):
+                if not each.is_symlink(): each.chmod(0o700)  # it may be locked up
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
