@@ -300,15 +300,30 @@ def state_of(metric: Any) -> Any:
                 for name, part in metric.named_modules() if hasattr(part, "metric_state")}
     return metric.state_dict() if hasattr(metric, "state_dict") else copied(vars(metric))
 
+def _check_alike(own: Mapping[str, Any], state: Any) -> None:
+    "Raise MetricError unless a state has the values of a metric, each of its own kind."
+    for name, value in own.items():
+        if name not in state: raise MetricError(f"the state of the metric has no {name}")
+        for kind in (Tensor, list, Mapping):
+            if isinstance(value, kind) != isinstance(state[name], kind) and value is not None:
+                raise MetricError(f"{name} in the state of the metric is {form_of(state[name])}, "
+                                  f"not {form_of(value)}")
+
 def set_state_of(metric: Any, state: Any) -> None:
-    "Let a metric of the same kind go on from there."
+    "Let a metric of the same kind go on from there; raises an error for a state of another form."
     if hasattr(metric, "metric_state"):
         parts = dict(metric.named_modules())
         for name, saved in state.items():
+            _check_alike(parts[name].metric_state, saved["values"])
             for key, value in copied(saved["values"]).items(): setattr(parts[name], key, value)
             parts[name]._update_count, parts[name]._computed = saved["count"], None
-    elif hasattr(metric, "state_dict"): metric.load_state_dict(state)
-    else: vars(metric).update(copied(state))
+    elif isinstance(metric, FunctionMean): metric.load_state_dict(state)
+    elif hasattr(metric, "state_dict"):
+        _check_alike(metric.state_dict(), state)
+        metric.load_state_dict(state)
+    else:
+        _check_alike(vars(metric), state)
+        vars(metric).update(copied(state))
 
 def copied(tree: Any) -> Any:
     "A tree whose tensors are copies that belong to no graph."

@@ -182,6 +182,7 @@ class PassMetrics(_Copies):
         if self.kind:
             shapes, dtypes = self.kind[:2], self.kind[2:]
             self.kind = *map(torch.Size, shapes), *(getattr(torch, dtype) for dtype in dtypes)
+        if not 0 <= state["room"] <= self.max_batches: raise MetricError(f"room is {state['room']!r:.40}")
         self.chunk = Chunk(state["room"])
         for row in zip(*state["held"], strict=True): self.chunk.add(*row)
 

@@ -1065,7 +1065,7 @@ FORGED = {
     "groups that are none": (optimiser(lambda o: o.update(param_groups=[1])), "the state of the optimiser has a group without params"),
     "a group more": (optimiser(lambda o: o["param_groups"].append(dict(o["param_groups"][0]))), "the state is of an optimiser with [6, 6] parameters in its groups, and this one has [6]"),
     "a parameter less": (optimiser(lambda o: o["param_groups"][0]["params"].pop()), "the state is of an optimiser with [5] parameters in its groups, and this one has [6]"),
-    "a learning rate of text": (optimiser(lambda o: o["param_groups"][0].update(lr="high")), "the learning rate in the state is 'high', not a number"),
+    "a learning rate of text": (optimiser(lambda o: o["param_groups"][0].update(lr="high")), "lr in the state of the optimiser is 'high', and in the optimiser"),
     "a moment of another shape": (optimiser(lambda o: o["state"][0].update(exp_avg=torch.ones(3))), "exp_avg of parameter 0 is float32 (3,) in the state of the optimiser, and the parameter is float32 (8, 16)"),
     "a moment of nobody": (optimiser(lambda o: o["state"].update({99: {}})), "the state of the optimiser names a parameter 99, and there are 6"),
     "a moment of text": (optimiser(lambda o: o["state"].update({"os.system": {}})), "the state of the optimiser names a parameter 'os.system', and there are 6"),
