@@ -44,13 +44,13 @@ class LossCurves:
         from learner.base.show import legend, plot_curves
         named = {name: self.curves[name] for name in ("train_loss", "validation_loss")}
         shown = {name: curve for name, curve in named.items() if curve[0]}
-        none: dict[str, Any] = {"_": []}  # which no legend names
-        plot_curves(shown or none, ax, xlabel="epochs trained", ylabel="loss")
-        for line in ax.lines: line.set(marker="o", markersize=4, markevery=None, clip_on=False)
         xs, ys = self.curves["batches"]
-        if len(xs) > 2 * len(self.curves["train_loss"][0]):  # enough of them to say something
-            ax.plot(xs, ys, color="C0", alpha=0.5, linewidth=1, zorder=1, label="single batches",
-                    marker="." if len(xs) == 1 else None)
+        alone = {"single batches": (xs, ys)}  # in the first epoch
+        plot_curves(shown or alone, ax, xlabel="epochs trained", ylabel="loss")
+        for line in ax.lines if shown else ():
+            line.set(marker="o", markersize=4, markevery=None, clip_on=False)
+        if shown and len(xs) > 2 * len(self.curves["train_loss"][0]):  # enough to say something
+            ax.plot(xs, ys, color="C0", alpha=0.5, linewidth=1, zorder=1, label="single batches")
         legend(ax)
         ax.set_xlim(self.first, self.last)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
