@@ -84,6 +84,24 @@ class _Deciding(_Agreeing):
         self.agreed = agreed
         return total
 
+    def in_step(self, learn: Any) -> bool:
+        "Whether all ranks are here too: not where this one fails."
+        error = sys.exception()
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            return self.stopping and not learn.cursor.signals.urgent
+        return error is None
+
+    def ready(self, learn: Any) -> None:
+        "Raise RankError unless all ranks ask for the whole state, of which each has a part."
+        writer = first_writer()
+        if writer:
+            raise RankError(f"{writer} asks for the state on the first process alone, since it has writes = True; with "
+                            "shard=True every process holds a part of it, and all of them have to ask")
+        error = sys.exception()
+        if not self.in_step(learn) and not isinstance(error, CancelException):
+            raise RankError(f"the state is in parts, and cannot be put together while {type(error).__name__} ends this rank")
+        self.sum(learn, point="the whole state")
+
     def of_first(self, learn: Any, value: bool) -> bool:
         "What the first rank has decided."
         return self.sum(learn, float(value and self.rank == 0), "a decision of the first process") > 0
@@ -222,24 +240,6 @@ class _Stated(_Merging):
         callbacks[own_name] = {"shards": self.shards, "sums": kept,
                                "metrics": {str(shard): each for shard, each in states.items()}}
 
-    def in_step(self, learn: Any) -> bool:
-        "Whether all ranks are here too: not where this one fails."
-        error = sys.exception()
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            return self.stopping and not learn.cursor.signals.urgent
-        return error is None
-
-    def ready(self, learn: Any) -> None:
-        "Raise RankError unless all ranks ask for the whole state, of which each has a part."
-        writer = first_writer()
-        if writer:
-            raise RankError(f"{writer} asks for the state on the first process alone, since it has writes = True; with "
-                            "shard=True every process holds a part of it, and all of them have to ask")
-        error = sys.exception()
-        if not self.in_step(learn) and not isinstance(error, CancelException):
-            raise RankError(f"the state is in parts, and cannot be put together while {type(error).__name__} ends this rank")
-        self.sum(learn, point="the whole state")
-
     def state_dict(self) -> dict[str, Any]:
         "Nothing between two passes; within one, `whole_state` puts the parts in."
         return dict(self.loaded or {})
@@ -340,7 +340,7 @@ class _Framed(_Calling):
         if not self.agreed: self.agree(learn, "a cancelled batch")
 
 # %% ../../nbs/keep/distributed.ipynb #bd854ab5
-class _Asked(_Framed):
+class _Asked(_Framed, Callback):
     "What a `Distributed` is asked for; it explains the arguments."
 
     def __init__(self, shards: int | None = None, timeout: float = 600.0, *,
@@ -369,8 +369,8 @@ class _Asked(_Framed):
         "What brings gradients together, where there is something to bring together."
         return (self.gradients,) if self.acts() else ()
 
-# %% ../../nbs/keep/distributed.ipynb #4ec87e6e
-class Distributed(_Asked, Callback):
+# %% ../../nbs/keep/distributed.ipynb #da898d64
+class Distributed(_Asked):
     """Trains one model in several processes, which torchrun, `launch` or `learner train --processes` start.
 
     The batch of the loader is the batch of all processes together. Hooks from `before_prepare` to `after_step` see
