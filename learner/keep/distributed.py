@@ -284,8 +284,8 @@ def _silent(learn: Any, group: Alone) -> Any:
     return learn.silenced() if group.rank else nullcontext()
 
 # %% ../../nbs/keep/distributed.ipynb #834629b6
-class _Framed(_Calling):
-    "The frame of a call."
+class _Acting(_Calling):
+    "What all ranks come to together in a call."
     timeout: float
     asked: int | None  # the number of shards
     debug: bool
@@ -294,6 +294,31 @@ class _Framed(_Calling):
     def acts(self) -> bool:
         "Whether there is something to do: several processes, or shards."
         return self.asked is not None or world_size() > 1
+
+    @contextmanager
+    def checked(self, learn: Any) -> Iterator[None]:
+        "The beginning and the end that all ranks come to together."
+        with announced(learn, self.group) if self.debug else nullcontext():
+            self.begin_call(learn)
+            try: yield
+            except BaseException:
+                if self.in_step(learn): self.gradients.end_call()
+                raise
+            self.agree(learn, f"the end of {learn.call}")
+            self.gradients.end_call()
+
+    def begin(self, learn: Any) -> None:
+        super().begin(learn)
+        self.gradients.begin(learn)
+
+    def cancelled_any_batch(self, learn: Any) -> None:
+        if learn.ranks is not self: return
+        self.cancelled = type(sys.exception()).__name__
+        if not self.agreed: self.agree(learn, "a cancelled batch")
+
+# %% ../../nbs/keep/distributed.ipynb #5eaf9ef4
+class _Framed(_Acting):
+    "The frame of a call."
 
     @contextmanager
     def frame(self, learn: Any) -> Iterator[None]:
@@ -317,27 +342,6 @@ class _Framed(_Calling):
             learn.ranks, signals.shared, self.tally, self.under_way = None, False, None, False
             self.gradients.part()  # what has not ended together
             if signals.arrived and not signals.noted: signals.noted = signals.arrived
-
-    @contextmanager
-    def checked(self, learn: Any) -> Iterator[None]:
-        "The beginning and the end that all ranks come to together."
-        with announced(learn, self.group) if self.debug else nullcontext():
-            self.begin_call(learn)
-            try: yield
-            except BaseException:
-                if self.in_step(learn): self.gradients.end_call()
-                raise
-            self.agree(learn, f"the end of {learn.call}")
-            self.gradients.end_call()
-
-    def begin(self, learn: Any) -> None:
-        super().begin(learn)
-        self.gradients.begin(learn)
-
-    def cancelled_any_batch(self, learn: Any) -> None:
-        if learn.ranks is not self: return
-        self.cancelled = type(sys.exception()).__name__
-        if not self.agreed: self.agree(learn, "a cancelled batch")
 
 # %% ../../nbs/keep/distributed.ipynb #bd854ab5
 class _Asked(_Framed, Callback):
