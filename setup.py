@@ -24,7 +24,7 @@ setup(
     keywords=settings["keywords"],
     python_requires=f">={settings['min_python']}",
     packages=find_packages(include=[settings["lib_path"], f"{settings['lib_path']}.*"]),
-    package_data={settings["lib_path"]: ["py.typed", "loop/*.gz", "runs/assets/*"]},
+    package_data={settings["lib_path"]: ["py.typed", "loop/*.gz", "runs/assets/*", "use/assets/*"]},
     install_requires=lines("requirements"),
     extras_require={extra: lines(f"{extra}_requirements") for extra in settings["extras"].split()},
     entry_points={

@@ -242,6 +242,15 @@ from learner.use.program import operator_of
 operator_of("aten.from_file.default")""",
         "Export the model again; `learner verify` checks a folder.",
     ),
+    "RequestError": (
+        """\
+from learner.use.inputs import Preparation
+from learner.use.serve_inputs import BodyReader
+
+reader = BodyReader(Preparation(torch.empty(3, device="meta")))
+reader(b'{"input": [1, 2, 3]}')""",
+        "A client of a served model gets this line, with the status of HTTP and the field.",
+    ),
     "WeightsError": (
         """\
 from safetensors.torch import save_file

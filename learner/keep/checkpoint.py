@@ -222,8 +222,13 @@ class _Remembering(_Stored):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Go on with the folder of an earlier process."
-        self.training, self.taken = str(state["training"]), int(state["taken"])
-        self._best.found = None if state["best"] is None else dict(state["best"])
+        best = state["best"]
+        match best:
+            case None | {"checkpoint": str(), "monitor": str(), "value": float() | int(), "mode": str()}: pass
+            case _: raise ValueError("the state does not say which checkpoint is the best")
+        if not isinstance(state["training"], str): raise ValueError("the state does not name its training")
+        self.training, self.taken = state["training"], check_whole("taken", state["taken"], 0)
+        self._best.found = None if best is None else dict(best)
 
 # %% ../../nbs/keep/checkpoint.ipynb #33e091c9
 class _Opening(_Remembering):
@@ -320,7 +325,8 @@ class Checkpoint(_Found, _Saving):
 
     Args:
         folder: For the checkpoints of one training; it is made when training begins.
-        every: "epoch"; None: at the end of an epoch only if it is the best so far.
+        every: "epoch"; or None, to save at the end of an epoch only if it is the best so far, which
+            needs `steps` or `minutes` too.
         steps: Save also after so many batches.
         minutes: Save also after so many minutes, when a batch ends.
         keep: How many of the newest stay, besides the best; None: all.

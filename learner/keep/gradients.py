@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base.words import kind_of
 from .ranks import RankError
 from .shards import ShardError, flat_gradients, kinds_of, set_gradients, tree_sum
 from ..loop.attached import attached_modules
@@ -165,7 +166,7 @@ class Buffers:
     def __init__(self, model: nn.Module):
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-                raise ShardError(f"{name or 'the model'} is a {type(module).__name__}, which would have the statistics "
+                raise ShardError(f"{name or 'the model'} is {kind_of(module)}, which would have the statistics "
                                  "of one shard; use GroupNorm or LayerNorm, freeze it with eval(), or use "
                                  "Distributed() without shards")
         self.versions = {name: buffer._version for name, buffer in model.named_buffers()}

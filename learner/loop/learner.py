@@ -33,16 +33,19 @@ from ..base.parts import is_optimiser, kept_order
 from ..base.provenance import kept_rng, rng_state
 from ..base.store import read_checkpoint, save_state
 from ..base.tree import uncopied
+from ..base.warned import once_by_workers
 from ..base.words import check_number, did_you_mean
 from .attached import attached_modules
 from .frames import users_frames
 from .hidden import sentences, unready_loaders
 from .loop import Loop
+from .optimiser_state import set_groups
 from .passes import passes_of
 from .resume import Cursor, begin, lengths, set_steps, state_to_resume
 from .stages import Callback
 from .state import Place, check_state, gather, loaders_of, modules_beside, order_state, put, recipes
-from .state import set_groups, state_of
+from .state import state_of
+from .undo import all_or_nothing, lent
 
 # %% ../../nbs/loop/learner.ipynb #518d6797
 class Placed(Loop):
@@ -88,7 +91,12 @@ class Resumable(Placed):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Take over a state from `state_dict`; raises ResumeError if it does not fit, and changes nothing."
         check_state(state)
-        put(self, state)
+        self._take_over(lent(state))
+
+    def _take_over(self, state: Mapping[str, Any]) -> None:
+        with all_or_nothing(self, state):
+            self.cursor.undo.note(self, state)
+            put(self, state)
         self.cursor.saved = dict(state)
 
 # %% ../../nbs/loop/learner.ipynb #29043102
@@ -124,7 +132,9 @@ class Files(Resumable):
             ResumeError: If it does not fit this learner. Nothing is changed in any of these cases.
         """
         self.check_idle("load")
-        self.load_state_dict(read_checkpoint(path))
+        state = read_checkpoint(path)
+        check_state(state)
+        self._take_over(state)
 
 # %% ../../nbs/loop/learner.ipynb #378d429a
 class Word:
@@ -235,7 +245,7 @@ class Guarded(Beside):
         if self._failed: self.release()
         for loader in loaders_of(self).values(): renew_workers(loader, self._failed)
         self._failed = True
-        with self.cursor.signals:
+        with self.cursor.signals, once_by_workers():
             try: yield
             finally: self.cursor.arriving = None
         self._failed = False
@@ -273,14 +283,15 @@ class Trainer(Guarded):
             >>> learn.train(10, resume=True)  # five epochs more
         """
         state = state_to_resume(self.cursor, resume)
-        stretches = set_steps(self.cursor, state, steps, validation_steps, epochs)
-        plan = lengths(state, epochs if stretches is None else stretches, validation_epochs)
-        rate = check_rate(state, learning_rate)
-        with self._call("train", callbacks, "train", *self.dataloaders):
-            self.cursor.num_epochs, self.cursor.validation_epochs = plan
-            self.cursor.validates, self.cursor.tests = validate, test
-            begin(self.cursor, self, state, rate)
-            with self.cursor.kept(self): self._train(self.cursor)
+        with all_or_nothing(self, state):
+            stretches = set_steps(self.cursor, state, steps, validation_steps, epochs)
+            plan = lengths(state, epochs if stretches is None else stretches, validation_epochs)
+            rate = check_rate(state, learning_rate)
+            with self._call("train", callbacks, "train", *self.dataloaders):
+                self.cursor.num_epochs, self.cursor.validation_epochs = plan
+                self.cursor.validates, self.cursor.tests = validate, test
+                begin(self.cursor, self, state, rate)
+                with self.cursor.kept(self): self._train(self.cursor)
 
 # %% ../../nbs/loop/learner.ipynb #0c5793cf
 class Trials(Trainer):

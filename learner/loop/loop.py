@@ -22,7 +22,7 @@ from ..base.history import History
 from ..base.parts import accepts, check_loaders, check_parts, is_optimiser, length_of, make_optimiser
 from ..base.parts import no_loss, not_scalar, place_model, set_learning_rate
 from ..base.batch import LABELS, call_model, loss_of, misfit, unpack, warn_again
-from ..base.words import PHASES, check_number, check_whole
+from ..base.words import PHASES, check_number, check_whole, kind_of
 from .attached import LossError, Modes, asked_by, attached_modules, check_asked, frames
 from .attached import warn_untrained
 from .frames import users_frames
@@ -172,7 +172,7 @@ class Values(Logging):
         if self.columns.waiting: self.columns.batch_done(self.batch_num, self._size())
         if values is not None:
             if not isinstance(values, Mapping):
-                raise TypeError(f"the batch routine returned a {type(values).__name__}; it may "
+                raise TypeError(f"the batch routine returned {kind_of(values)}; it may "
                                 "return a mapping of values to log, or nothing")
             for name, value in values.items():
                 self.columns.add(name, scalar(name, value, True), self._size())

@@ -271,8 +271,8 @@ def _watch(
 ) -> None:
     "Show the training of a run, which another process trains, as it goes."
     with mistakes():
-        from learner.runs.live import watch
-        watch(run_dir)
+        from learner.runs.live import watch_run
+        watch_run(run_dir)
 
 @command
 def _stop(

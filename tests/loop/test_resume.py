@@ -1055,7 +1055,7 @@ FORGED = {
     "another shape": (model(lambda m: m.update({"1.weight": torch.ones(8, 17)})), "1.weight is float32 (8, 17) in the state, and float32 (8, 16) in the model; it is of another model"),
     "no shape": (model(lambda m: m.update({"2.running_mean": torch.tensor(1.0)})), "2.running_mean is float32 () in the state, and float32 (8,) in the model"),
     "another dtype": (model(lambda m: m.update({"1.weight": torch.ones(8, 16, dtype=torch.float64)})), "1.weight is float64 (8, 16) in the state, and float32 (8, 16) in the model"),
-    "a number as a weight": (model(lambda m: m.update({"1.weight": 3})), "1.weight is a int in the state, not a tensor; it is of another model"),
+    "a number as a weight": (model(lambda m: m.update({"1.weight": 3})), "1.weight is an int in the state, not a tensor; it is of another model"),
     "text as a weight": (model(lambda m: m.update({"5.bias": "import os"})), "5.bias is a str in the state, not a tensor; it is of another model"),
     # the optimiser
     "another optimiser": (put(optimiser="SGD"), "the state is of SGD, and the optimiser is AdamW; use SGD"),
@@ -1065,11 +1065,11 @@ FORGED = {
     "groups that are none": (optimiser(lambda o: o.update(param_groups=[1])), "the state of the optimiser has a group without params"),
     "a group more": (optimiser(lambda o: o["param_groups"].append(dict(o["param_groups"][0]))), "the state is of an optimiser with [6, 6] parameters in its groups, and this one has [6]"),
     "a parameter less": (optimiser(lambda o: o["param_groups"][0]["params"].pop()), "the state is of an optimiser with [5] parameters in its groups, and this one has [6]"),
-    "a learning rate of text": (optimiser(lambda o: o["param_groups"][0].update(lr="high")), "the learning rate in the state is 'high', not a number"),
+    "a learning rate of text": (optimiser(lambda o: o["param_groups"][0].update(lr="high")), "lr in the state of the optimiser is 'high', and in the optimiser"),
     "a moment of another shape": (optimiser(lambda o: o["state"][0].update(exp_avg=torch.ones(3))), "exp_avg of parameter 0 is float32 (3,) in the state of the optimiser, and the parameter is float32 (8, 16)"),
     "a moment of nobody": (optimiser(lambda o: o["state"].update({99: {}})), "the state of the optimiser names a parameter 99, and there are 6"),
     "a moment of text": (optimiser(lambda o: o["state"].update({"os.system": {}})), "the state of the optimiser names a parameter 'os.system', and there are 6"),
-    "moments that are none": (optimiser(lambda o: o["state"].update({0: 1})), "the entry for parameter 0 in the state of the optimiser is a int, not a mapping"),
+    "moments that are none": (optimiser(lambda o: o["state"].update({0: 1})), "the entry for parameter 0 in the state of the optimiser is an int, not a mapping"),
     # callbacks
     "callbacks that are none": (lambda s: s.update(callbacks=[]), "the state's callbacks are not a mapping of names to states"),
     "an average less": (lambda s: s["callbacks"]["EMA"].pop("averages"), "the state of EMA does not fit: load_state_dict: the state has no averages; it has ['updates']"),

@@ -39,6 +39,7 @@ ALLOWED = {
     ("use/export.py", "torch.export.save(exported, file)"): "to memory",
     ("use/export.py", "torch.export.load(BytesIO"): "from memory, what has just been saved",
     ("use/inputs.py", "Image.open(BytesIO"): "from memory, what the room has read",
+    ("use/serve_app.py", "files('learner.use').joinpath"): "the page's own style and script, which come with the package",
     ("check/rules.py", "torch.save(state, file)"): "to memory, to see what a state becomes",
     ("check/rules.py", "torch.load(io.BytesIO"): "from memory, what has just been saved",
 }
