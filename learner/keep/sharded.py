@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_can_share', 'whole', 'part_of', 'PartsOptimiser', 'check_kinds', 'Shared', 'SharedGradients']
 
-# %% ../../nbs/keep/sharded.ipynb #2a4d9fb5
+# %% ../../nbs/keep/sharded.ipynb #e124542c
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -20,7 +20,7 @@ from .shards import ShardError
 from ..loop.attached import attached_modules
 from ..loop.state import groups_of
 
-# %% ../../nbs/keep/sharded.ipynb #120f1034
+# %% ../../nbs/keep/sharded.ipynb #3027b5f5
 _WHOLE = "it reads whole weights on the first process, where only a part of them is"
 _CANNOT = {  # callbacks, by the name of their class
     "Accumulate": "it keeps gradients from batch to batch; take larger batches",
@@ -50,7 +50,7 @@ def check_can_share(learn: Any) -> None:
         raise ShardError("the optimiser trains a parameter that is not one of the model's, and Distributed(shard=True) "
                          "shares out those of the model alone; use Distributed()")
 
-# %% ../../nbs/keep/sharded.ipynb #08eb9fed
+# %% ../../nbs/keep/sharded.ipynb #df8ec5d9
 def whole(value: Any) -> Any:
     "What is in parts as a whole on every rank, all of which have to ask; anything else as it is."
     from torch.distributed.tensor import DTensor
@@ -80,7 +80,7 @@ def part_of(value: Any, like: Tensor, name: str = "a tensor") -> Any:
     whole_value = value.detach().to(like.device)
     return distribute_tensor(whole_value, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore
 
-# %% ../../nbs/keep/sharded.ipynb #b20b2d8c
+# %% ../../nbs/keep/sharded.ipynb #000734a1
 class PartsOptimiser:
     """An optimiser whose parameters are exchanged for those in parts, until `undo`.
 
@@ -119,7 +119,7 @@ class PartsOptimiser:
         for hook in self.hooks: hook.remove()
         self._exchange(self.plain, lambda parameter, name, value: whole(value))
 
-# %% ../../nbs/keep/sharded.ipynb #0c1e74f6
+# %% ../../nbs/keep/sharded.ipynb #b0ed7ef0
 class _ThroughUnit(Detour):
     "A module's forward that leads through a shell whose parameters are in parts."
 
@@ -156,34 +156,13 @@ def _units_of(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[nn.M
         raise ShardError(f"shard is {kinds[0].__name__}, and the model has no layer of that class{near}")
     return [*reversed(found), model]
 
-# %% ../../nbs/keep/sharded.ipynb #a0a5d797
-class Shared:
-    """A model and its optimiser in parts, until `undo`.
-
-    Args:
-        learn: The learner, on every rank with the same weights.
-        kinds: Classes of layers that are units.
-        mesh: The ranks, as torch's DeviceMesh.
-        ready: Called before something is made whole: raises an error unless all ranks ask for it.
-        forward: Called before a forward pass of the model, with the same purpose.
-    """
-
-    def __init__(self, learn: Any, kinds: tuple[type[nn.Module], ...], mesh: Any,
-                 ready: Callable[[], Any], forward: Callable[[], Any]):
-        self.model, self.ready = learn.model, ready
-        self.places = [(module, name, parameter) for module in self.model.modules()
-                       for name, parameter in module._parameters.items() if parameter is not None]
-        self.units: list[_ThroughUnit] = []
-        for module in _units_of(self.model, kinds):
-            self.units.append(_ThroughUnit(module, self.units, mesh, forward if module is self.model else None))
-        self.parts = {plain: module._parameters[name] for module, name, plain in self.places}
-        for plain, part in self.parts.items():
-            if plain.grad is not None: part.grad = part_of(plain.grad, part)
-            plain.grad, plain.data = None, plain.data.new_empty(0)
-        self.hooks = [self.model.register_state_dict_post_hook(partial(self._whole)),
-                      self.model.register_load_state_dict_pre_hook(self._cut)]
-        each = learn.optimiser.values() if isinstance(learn.optimiser, Mapping) else [learn.optimiser]
-        self.optimisers = [PartsOptimiser(optimiser, self.parts, self.gather) for optimiser in each]
+# %% ../../nbs/keep/sharded.ipynb #1dd75d50
+class _Gathering:
+    "Makes states whole that are asked for, and cuts those that are put in; subclasses say of what."
+    model: nn.Module
+    ready: Callable[[], Any]
+    hooks: list[Any]
+    units: list[_ThroughUnit]
 
     def gather(self, value: Any) -> Any:
         "A nested value as a whole."
@@ -206,6 +185,35 @@ class Shared:
         for hook in self.hooks: hook.remove()
         for unit in self.units: unit.undo()
 
+# %% ../../nbs/keep/sharded.ipynb #fd3898ad
+class Shared(_Gathering):
+    """A model and its optimiser in parts, until `undo`.
+
+    Args:
+        learn: The learner, on every rank with the same weights.
+        kinds: Classes of layers that are units.
+        mesh: The ranks, as torch's DeviceMesh.
+        ready: Called before something is made whole: raises an error unless all ranks ask for it.
+        forward: Called before a forward pass of the model, with the same purpose.
+    """
+
+    def __init__(self, learn: Any, kinds: tuple[type[nn.Module], ...], mesh: Any,
+                 ready: Callable[[], Any], forward: Callable[[], Any]):
+        self.model, self.ready = learn.model, ready
+        self.places = [(module, name, parameter) for module in self.model.modules()
+                       for name, parameter in module._parameters.items() if parameter is not None]
+        self.units = []
+        for module in _units_of(self.model, kinds):
+            self.units.append(_ThroughUnit(module, self.units, mesh, forward if module is self.model else None))
+        self.parts: dict[Tensor, Tensor] = {plain: getattr(module, name) for module, name, plain in self.places}
+        for plain, part in self.parts.items():
+            if plain.grad is not None: part.grad = part_of(plain.grad, part)
+            plain.grad, plain.data = None, plain.data.new_empty(0)
+        self.hooks = [self.model.register_state_dict_post_hook(partial(self._whole)),
+                      self.model.register_load_state_dict_pre_hook(self._cut)]
+        each = learn.optimiser.values() if isinstance(learn.optimiser, Mapping) else [learn.optimiser]
+        self.optimisers = [PartsOptimiser(optimiser, self.parts, self.gather) for optimiser in each]
+
     def undo(self) -> None:
         "Make model and optimiser plain and whole again; all ranks call it."
         self.ready()
@@ -215,7 +223,7 @@ class Shared:
         for module, name, plain in self.places: module._parameters[name] = plain
         for each in self.optimisers: each.undo()
 
-# %% ../../nbs/keep/sharded.ipynb #b86337d2
+# %% ../../nbs/keep/sharded.ipynb #5620cc79
 class _Lost(Detour):
     "The forward of a model of which only a part is left."
 
@@ -227,7 +235,7 @@ class _Lost(Detour):
         raise ShardError("this process holds only a part of the weights, since the ranks have come apart; build the "
                          "learner again and go on from the last checkpoint: train(resume=folder)")
 
-# %% ../../nbs/keep/sharded.ipynb #08d88945
+# %% ../../nbs/keep/sharded.ipynb #f9717503
 class SharedGradients(MeanGradients):
     "Gradients come together where the weights are: in parts, by torch's FSDP2."
     shared: Shared | None = None

@@ -173,7 +173,7 @@ def _trained(
         if call != "resume_run": options |= {"command": command_line()}
         run_elastic(_train_together, processes, call, quiet, args, options)
         return None
-    from learner.runs import runs
+    runs = import_module("learner.runs.runs")
     return getattr(runs, call)(*args, callbacks=_console(quiet, detach), **options)
 
 def _processes(files: RunFiles, asked: int | None, detach: bool = False) -> int:
@@ -232,8 +232,8 @@ def _train_together(
 ) -> None:
     "What each of several processes does: only the first of them writes."
     from learner.keep.distributed import Distributed
-    from learner.runs import runs
     _search_here()
+    runs = import_module("learner.runs.runs")
     callbacks = [Distributed(), *_console(quiet or not runs.is_first())]
     with _ends_in_order(): getattr(runs, call)(*args, callbacks=callbacks, **options)
 
