@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..base.files import parse_json
 from ..base.rows import leaves_of
-from ..base.words import did_you_mean, error_line
+from ..base.words import did_you_mean, error_line, printable
 from .inputs import InputError, Preparation, as_tensor, fitted, names_of, stacked
 
 # %% ../../nbs/use/serve_inputs.ipynb #ae4cce8c
@@ -35,7 +35,8 @@ class RequestError(InputError):
     def __init__(self, message: str, status: int = 422, field: str | None = None,
                  retry: int | None = None):
         super().__init__(message)
-        self.status, self.field, self.retry = status, field, retry
+        self.status, self.retry = status, retry
+        self.field = None if field is None else printable(field[:100])
 
     def __str__(self) -> str: return error_line(" ".join(super().__str__().split()))
 
@@ -149,7 +150,7 @@ def _check_keys(given: Mapping[str, Any], known: Sequence[str], name: str) -> No
     for key in given:
         if key in known: continue
         near = did_you_mean(key, known) or f"; there are {', '.join(known)}"
-        raise RequestError(f"{prefix}{key} is not a field{near}", field=f"{prefix}{key}"[:100])
+        raise RequestError(f"{prefix}{key} is not a field{near}", field=f"{prefix}{key}")
     for key in known:
         if key not in given: raise RequestError(f"{prefix}{key} is missing", field=f"{prefix}{key}")
 

@@ -190,6 +190,8 @@ BAD = {  # name: model, body, content type, status, what the line says, the fiel
     "no mapping": ("notebook", b"[1, 2]", "application/json", 422, "the body is not a mapping", None),
     "empty": ("notebook", b"", "application/json", 400, "the body is empty", None),
     "wrong key": ("notebook", {"imputs": ZEROS}, None, 422, "imputs is not a field; did you mean inputs?", "imputs"),
+    "half a character": ("notebook", b'{"i\\ud800": 1}', "application/json", 422, "i\\ud800 is not a field", "i\\ud800"),
+    "a key that steers a terminal": ("notebook", b'{"\\u001b[2J": 1}', "application/json", 422, "\\x1b[2J is not a field", "\\x1b[2J"),
     "no key": ("notebook", {}, None, 422, "inputs is missing", "inputs"),
     "two keys": ("notebook", b'{"inputs": 1, "inputs": 2}', "application/json", 400, "the body has a key twice", None),
     "dimensions": ("notebook", {"inputs": [1, 2]}, None, 422, "inputs are float32 of shape (2,); one example is float32 of shape (1, 8, 8)", "inputs"),
