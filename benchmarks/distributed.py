@@ -1,7 +1,8 @@
-"""A step in two processes: a plain DDP loop, Distributed(), and Distributed(shards=4). `python benchmarks/distributed.py`
+"""A step in two processes: a plain DDP loop, Distributed(), with shards=4, and with shard=True. `python benchmarks/distributed.py`
 
-Gloo on the CPU of one machine. The three are timed in turns in the same processes, so that what else the machine does falls
-on all of them alike; the medians of the turns are compared. Then what a step moves, and what that means for more ranks.
+Gloo on the CPU of one machine. They are timed in turns in the same processes, so that what else the machine does falls on all
+of them alike; the medians of the turns are compared, of the time on the wall and of the processor time of the first process.
+Then what a step sends is counted, and what that means for more ranks is computed.
 """
 import json
 import os
@@ -14,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.multiprocessing.spawn import spawn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from learner import DataLoaders, Learner
 from learner.keep.distributed import Distributed
 from learner.loop.data import TensorLoader
 
-BATCH, BATCHES, TURNS, PROCESSES = 128, 8, 9, 2
+BATCH, BATCHES, TURNS, PROCESSES = 128, 24, 7, 2
 
 
 def net():
@@ -60,19 +62,40 @@ def learner(**options):
     return lambda: learn.train(1)
 
 
+class Sent(TorchDispatchMode):
+    "Counts the collective operations within a `with`, and the bytes that a rank hands to them."
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.bytes = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        if name.startswith(("c10d::", "_c10d_functional::")) and "wait" not in name:
+            self.count += 1
+            given = args[1] if "gather" in name or "alltoall" in name or "scatter" in name else args[0]
+            leaves = torch.utils._pytree.tree_leaves(given)
+            self.bytes += sum(each.nbytes for each in leaves if isinstance(each, torch.Tensor))
+        return func(*args, **(kwargs or {}))
+
+
 def work(rank, store, path):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(PROCESSES), "LEARNER_STORE": f"file://{store}"}
     torch.set_num_threads(1)
-    ways = {"Distributed()": learner(), "Distributed(shards=4)": learner(shards=4)}
+    ways = {"Distributed()": learner(), "Distributed(shards=4)": learner(shards=4), "Distributed(shard=True)": learner(shard=True)}
     for run in ways.values(): run()  # they meet, and warm up
     ways = {"plain DDP": plain(rank), **ways}
     ways["plain DDP"]()
-    took = {name: [] for name in ways}
+    took = {name: ([], [], []) for name in ways}
     for _ in range(TURNS):
         for name, run in ways.items():
-            began = time.perf_counter()
+            began, processor = time.perf_counter(), time.process_time()
             run()
-            took[name].append((time.perf_counter() - began) / BATCHES * 1e3)
+            took[name][0].append((time.perf_counter() - began) / BATCHES * 1e3)
+            took[name][1].append((time.process_time() - processor) / BATCHES * 1e3)
+    for name, run in ways.items():
+        with Sent() as sent: run()
+        took[name][2].extend((sent.count / BATCHES, sent.bytes / BATCHES))
     if rank == 0:
         with open(path, "w") as file: json.dump(took, file)
 
@@ -82,16 +105,21 @@ def main():
         spawn(work, (f"{folder}/store", f"{folder}/took"), nprocs=PROCESSES)
         with open(f"{folder}/took") as file: took = json.load(file)
     base = took["plain DDP"]
-    print(f"ms a step of {BATCH} images in {PROCESSES} processes, median of {TURNS} turns; and the median of the ratios of a turn")
-    for name, each in took.items():
-        ratio = median(one / other for one, other in zip(each, base, strict=True))
-        print(f"{name:22} {median(each):7.2f} {ratio:6.2f}")
+    print(f"ms a step of {BATCH} images in {PROCESSES} processes, medians of {TURNS} turns, and of their ratios to plain DDP")
+    print(f"{'':24}{'wall':>8}{'ratio':>7}{'processor':>11}{'ratio':>7}{'collectives':>13}{'bytes':>12}")
+    for name, (wall, processor, (count, sent)) in took.items():
+        ratios = [median(one / other for one, other in zip(each, plain, strict=True))
+                  for each, plain in zip((wall, processor), base, strict=False)]
+        print(f"{name:24}{median(wall):8.2f}{ratios[0]:7.2f}{median(processor):11.2f}{ratios[1]:7.2f}{count:13.1f}{sent:12,.0f}")
     size = sum(p.numel() * p.element_size() for p in net().parameters())
-    print(f"\na step moves {size:,} bytes of gradients; each rank sends so many bytes, and waits so often, by the number of ranks:")
-    print("ranks   DDP: bytes   shards: bytes   sum of 4 numbers: messages one after another")
-    for ranks in (2, 8, 64, 1024):
+    print(f"\nThe gradients have {size:,} bytes. On paper, for more ranks: bytes that a rank sends in a step, rounds of messages")
+    print("that wait for each other, their time at 1.25 GB/s (10 Gb/s) and 50 us a round, none of it hidden by the backward pass")
+    print("ranks   DDP: bytes  rounds     ms   shards: bytes  rounds     ms   agreeing: rounds     ms")
+    for ranks in (2, 8, 64, 256, 1024):
         moved = 2 * size * (ranks - 1) / ranks  # ring all-reduce; all-to-all and all-gather
-        print(f"{ranks:5} {moved:12,.0f} {moved:15,.0f}   {2 * (ranks - 1).bit_length():5}")
+        ring, direct, tree = 2 * (ranks - 1), 2 * (ranks - 1), 2 * (ranks - 1).bit_length()
+        one, other, third = (1e3 * (b / 1.25e9 + n * 50e-6) for b, n in ((moved, ring), (moved, direct), (32, tree)))
+        print(f"{ranks:5} {moved:12,.0f} {ring:7} {one:6.1f} {moved:15,.0f} {direct:7} {other:6.1f} {tree:18} {third:6.1f}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ alternate in one process, each run right after one of the plain loop, to which i
 Callbacks that watch are compared with the same learner without them, in a table of their own; each callback that steers
 is compared with a plain loop that does the same by hand. `WholeStep` is compared with the plain eager loop of the same
 optimiser, on this net, on one of 256 hidden units and on a small CNN (--only=whole); its graphs are made before anything is
-timed, and take a minute.
+timed, and take a minute. Where others use the machine, --processor-time counts the time of the processor alone.
 Output goes to a file. Peers that are installed are timed beside; those that are not are left out.
 """
 import argparse
@@ -18,7 +18,7 @@ import tempfile
 import warnings
 from functools import partial
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from torch import nn
 from learner import Learner
 
 WIDTH = 16  # hidden units
+CLOCK = perf_counter
 
 
 def net():
@@ -39,25 +40,33 @@ def sgd(model): return torch.optim.SGD(model.parameters(), lr=0.01)
 
 def timed(run):
     def once():
-        start = perf_counter()
+        start = CLOCK()
         run()
-        return perf_counter() - start
+        return CLOCK() - start
     return once
 
 
 # Each row is a function of the batches that returns a function which trains one epoch and returns its seconds.
 
-def plain(batches):
-    model = net()
-    optimiser = sgd(model)
+def plain(batches, make=net, optimiser=sgd, clip=False, schedule=False, average=False):
+    "The loop by hand; what is asked for beside it is written into it as one would."
+    model = make()
+    optimiser = optimiser(model)
+    parameters, decay = list(model.parameters()), 0.999
+    if schedule: schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 10**6)
+    if average: averages = [parameter.detach().clone() for parameter in parameters]
 
     def run():
         model.train()
         for x, y in batches:
             loss = F.cross_entropy(model(x), y)
             loss.backward()
+            if clip: nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
+            if schedule: schedule.step()
             optimiser.zero_grad()
+            if average:
+                with torch.no_grad(): torch._foreach_lerp_(averages, parameters, 1 - decay)
     return timed(run)
 
 
@@ -89,10 +98,7 @@ def learner(batches, callbacks=()):
     return timed(learn.train)
 
 
-def learner_shown(batches):
-    from learner.watch.metrics import Metrics, MulticlassAccuracy
-    from learner.watch.progress import Progress
-    return learner(batches, [Metrics(accuracy=MulticlassAccuracy()), Progress()])
+def learner_shown(batches): return learner(batches, shown())
 
 
 WATCHERS = {  # callbacks by class: the module, and what to make of it
@@ -114,39 +120,6 @@ def there(table):
 def watched(batches, make): return learner(batches, [make()])
 
 
-# What callbacks that steer do, by hand in a plain loop.
-
-def plain_schedule(batches):
-    model = net()
-    optimiser = sgd(model)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 10**6)
-
-    def run():
-        model.train()
-        for x, y in batches:
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-            optimiser.zero_grad()
-    return timed(run)
-
-
-def plain_clip(batches):
-    model = net()
-    optimiser = sgd(model)
-
-    def run():
-        model.train()
-        for x, y in batches:
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
-            optimiser.zero_grad()
-    return timed(run)
-
-
 def plain_accumulate(batches, n=4):
     model = net()
     optimiser = sgd(model)
@@ -162,29 +135,12 @@ def plain_accumulate(batches, n=4):
     return timed(run)
 
 
-def plain_ema(batches, decay=0.999):
-    model = net()
-    optimiser = sgd(model)
-    parameters = list(model.parameters())
-    averages = [parameter.detach().clone() for parameter in parameters]
-
-    def run():
-        model.train()
-        for x, y in batches:
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            optimiser.step()
-            optimiser.zero_grad()
-            with torch.no_grad(): torch._foreach_lerp_(averages, parameters, 1 - decay)
-    return timed(run)
-
-
-STEERERS = {  # callbacks by class: the module, what to make of it, and the loop that does the same
+STEERERS = {  # callbacks by class: the module, what to make of it, and the loop that does the same by hand
     "BatchSchedule": ("steer.schedule", lambda module: module.BatchSchedule(
-        partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=10**6)), plain_schedule),
-    "ClipGradients": ("steer.update", lambda module: module.ClipGradients(1.0), plain_clip),
-    "Accumulate": ("steer.update", lambda module: module.Accumulate(4), plain_accumulate),
-    "EMA": ("steer.update", lambda module: module.EMA(0.999), plain_ema),
+        partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=10**6)), partial(plain, schedule=True)),
+    "ClipGradients": ("steer.update", lambda module: module.ClipGradients(1.0), partial(plain, clip=True)),
+    "Accumulate": ("steer.accumulate", lambda module: module.Accumulate(4), plain_accumulate),
+    "EMA": ("steer.update", lambda module: module.EMA(0.999), partial(plain, average=True)),
 }
 
 
@@ -195,8 +151,10 @@ def steerers():
 
 # The whole step in one graph, against the plain eager loop of the same optimiser.
 
-OPTIMISERS = {"AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=0.003),
-              "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)}
+def adam(model): return torch.optim.AdamW(model.parameters(), lr=0.003)
+
+
+def momentum(model): return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
 
 def wide():
@@ -211,32 +169,10 @@ def cnn():
                          nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
 
 
-def plain_with(batches, make=net, optimiser="AdamW", extras=False):
-    "The plain loop; with extras clipping, a schedule and an average by hand."
-    model = make()
-    optimiser = OPTIMISERS[optimiser](model)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 10**6)
-    parameters = list(model.parameters())
-    averages = [parameter.detach().clone() for parameter in parameters]
-
-    def run():
-        model.train()
-        for x, y in batches:
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            if extras: nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimiser.step()
-            optimiser.zero_grad()
-            if not extras: continue
-            schedule.step()
-            with torch.no_grad(): torch._foreach_lerp_(averages, parameters, 0.001)
-    return timed(run)
-
-
-def whole(batches, make=net, optimiser="AdamW", callbacks=list):
+def whole(batches, make=net, optimiser=adam, callbacks=list):
     from learner.steer.whole_step import WholeStep
     model = make()
-    learn = Learner(model, OPTIMISERS[optimiser](model), F.cross_entropy, {"train": batches}, [*callbacks(), WholeStep("inductor")])
+    learn = Learner(model, optimiser(model), F.cross_entropy, {"train": batches}, [*callbacks(), WholeStep("inductor")])
     return timed(learn.train)
 
 
@@ -246,25 +182,23 @@ def shown():
     return [Metrics(accuracy=MulticlassAccuracy()), Progress()]
 
 
-def steered():
-    from learner.steer.schedule import BatchSchedule
-    from learner.steer.update import EMA, ClipGradients
-    cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=10**6)
-    return [ClipGradients(1.0), BatchSchedule(cosine), EMA(0.999)]
+def steered(): return [make(importlib.import_module(f"learner.{module}")) for name, (module, make, _) in STEERERS.items()
+                       if name != "Accumulate"]
 
 
 def wholes():
     "For each row: how to make it, and the plain loop of the same optimiser."
-    adam, extras = partial(plain_with), partial(plain_with, extras=True)
-    sgd_loop = partial(plain_with, optimiser="SGD")
-    return {
-        "whole step: AdamW": (whole, adam), "whole step: SGD, momentum": (partial(whole, optimiser="SGD"), sgd_loop),
-        "whole step: AdamW, accuracy, progress": (partial(whole, callbacks=shown), adam),
-        "whole step: SGD, accuracy, progress": (partial(whole, optimiser="SGD", callbacks=shown), sgd_loop),
-        "whole step: AdamW, clip, schedule, EMA": (partial(whole, callbacks=steered), extras),
-        "whole step: AdamW, 256 wide": (partial(whole, make=wide), partial(plain_with, make=wide)),
-        "whole step: AdamW, small CNN": (partial(whole, make=cnn), partial(plain_with, make=cnn)),
-    }
+    extras = {"clip": True, "schedule": True, "average": True}
+    rows = {}
+    for name, optimiser in (("AdamW", adam), ("SGD, momentum", momentum)):
+        row, base = partial(whole, optimiser=optimiser), partial(plain, optimiser=optimiser)
+        rows |= {
+            f"{name}": (row, base), f"{name}: accuracy, progress": (partial(row, callbacks=shown), base),
+            f"{name}: clip, schedule, EMA": (partial(row, callbacks=steered), partial(base, **extras)),
+            f"{name}: 256 wide": (partial(row, make=wide), partial(base, make=wide)),
+            f"{name}: small CNN": (partial(row, make=cnn), partial(base, make=cnn)),
+        }
+    return {f"whole step, {name}": row for name, row in rows.items()}
 
 
 def miniai_(batches, shown=False):
@@ -337,8 +271,8 @@ def lightning_(batches, shown=False):
             return loss
 
         def configure_optimizers(self): return sgd(self)
-        def on_train_epoch_start(self): self.start = perf_counter()
-        def on_train_epoch_end(self): self.seconds = perf_counter() - self.start
+        def on_train_epoch_start(self): self.start = CLOCK()
+        def on_train_epoch_end(self): self.seconds = CLOCK() - self.start
 
     class Loader:
         "Lightning takes a list for a list of loaders."
@@ -381,15 +315,16 @@ def in_pairs(base, rows, batches, args):
 
 
 def main():
-    global WIDTH
+    global WIDTH, CLOCK
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batches", type=int, default=2_000)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--width", type=int, default=WIDTH, help="hidden units (default: 16); more make a longer step")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--no-whole", dest="whole", action="store_false", help="leave the rows of whole steps out")
+    parser.add_argument("--processor-time", action="store_true", help="count the processor's time, not the clock's")
     args = parser.parse_args()
-    WIDTH = args.width
+    WIDTH, CLOCK = args.width, process_time if args.processor_time else perf_counter
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -407,12 +342,12 @@ def main():
                 tables["the plain loop, same optimiser"] |= in_pairs(base, {name: row}, batches, args)
     for base, pairs in tables.items():
         if not pairs: continue
-        print(f"{'':<40}{'µs per batch':>14}{'more':>8}{'ratio':>8}  over {base}")
+        print(f"{'':<54}{'µs per batch':>14}{'more':>8}{'ratio':>8}  over {base}")
         for name, counted in pairs.items():
             own, more = (median(times) / args.batches * 1e6
                          for times in ([row for _, row in counted], [row - bare for bare, row in counted]))
             ratio = median(row / bare for bare, row in counted)
-            print(f"{name:<40}{own:>14.1f}{more:>8.1f}{ratio:>8.3f}")
+            print(f"{name:<54}{own:>14.1f}{more:>8.1f}{ratio:>8.3f}")
 
 
 if __name__ == "__main__":

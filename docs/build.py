@@ -42,7 +42,14 @@ class Sources:
 
 def llms_txt(purposes):
     "What a program that reads the site wants to know first (https://llmstxt.org)."
-    start = [path.stem for path in sorted((HERE / "start").glob("*.ipynb"))]
+    from notebooks import read, title_and_purpose
+    from pages import modules, public
+
+    start = {
+        path.stem: title_and_purpose(read(path))
+        for path in sorted((HERE / "start").glob("[!.]*.ipynb"))
+    }
+    others = [path.stem for path in sorted((HERE / "coming_from").glob("*.md"))]
     return "\n".join(
         [
             "# learner",
@@ -58,11 +65,26 @@ def llms_txt(purposes):
             "",
             "## Start",
             "",
-            *(f"- [{name.replace('_', ' ')}](start/{name}.html)" for name in start),
+            *(
+                f"- [{title}](start/{name}.html): {purpose}"
+                for name, (title, purpose) in start.items()
+            ),
             "",
-            "## Names",
+            "## Coming from other libraries",
+            "",
+            *(f"- [{name}](coming_from/{name}.html)" for name in others if name != "index"),
+            "",
+            "## Names of `from learner import ...`",
             "",
             *(f"- [{name}](reference/{name}.html): {text}" for name, text in purposes.items()),
+            "",
+            "## Modules",
+            "",
+            *(
+                f"- [learner.{short}](reference/modules/{short}.html): {module.__doc__.strip()} "
+                f"({', '.join(public(module))})"
+                for short, module in modules().items()
+            ),
             "",
         ]
     )

@@ -216,7 +216,8 @@ def write_notebooks(keep):
     for path in (ROOT / "nbs/images").glob("*.png"):
         keep(path.relative_to(ROOT), path.read_bytes())
     for path in (ROOT / "docs/start").glob("[!.]*.ipynb"):
-        keep(path.relative_to(ROOT / "docs"), page(path))
+        # In the repository the notebooks are two folders up, on the site one.
+        keep(path.relative_to(ROOT / "docs"), page(path).replace("](../../nbs/", "](../nbs/"))
     place = Path("nbs/examples/own_trainer")
     files = "\n\n".join(
         f"## {name}\n\n```{language}\n{(ROOT / place / name).read_text('utf-8').rstrip()}\n```"

@@ -37,10 +37,11 @@ def __getattr__(name: str) -> Any:
         if module: return import_module(module)
     main = import_module("learner.all")
     if name in main.__all__: return getattr(main, name)
+    from learner.loop.frames import without_ours
     message = _missing(name, main.__all__)
     if sys._getframe(1).f_code.co_name == "_handle_fromlist":  # `from learner import name`, where Python
-        raise ImportError(message, name="learner")  # would say less
-    raise AttributeError(message)
+        raise without_ours(ImportError(message, name="learner"))  # would say less
+    raise without_ours(AttributeError(message))
 
 # %% ../nbs/init.ipynb #e9202ed6
 def _missing(name: str, main: list[str]) -> str:

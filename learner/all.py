@@ -18,7 +18,8 @@ from .loop.learner import Learner
 from .loop.resume import Rewind
 from .loop.stages import Callback, CancelBatchException, CancelEpochException
 from .loop.stages import CancelStepException, CancelTrainException, provides
-from .runs.loggers import CSVLogger, JSONLinesLogger
+from .runs.live import watch_run
+from .runs.loggers import CSVLogger
 from .runs.runs import Run, load_run
 from .steer.accumulate import Accumulate
 from .steer.augment import TTA, BatchTransform, CutMix, Mixup

@@ -25,7 +25,8 @@ class Slow(Callback):
 torch.manual_seed(0)
 model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 learn = Learner(model, torch.optim.AdamW, F.cross_entropy, digits(), [Progress(plot=True)])"""
-CELLS = (SETUP, "learn.train(40, 0.01, callbacks=Slow(), test=False)", "learn.train(resume=True, test=False)", "Learner(", "learn.", "learn.train('many')")
+CELLS = (SETUP, "learn.train(40, 0.01, callbacks=Slow(), test=False)", "learn.train(resume=True, test=False)", "Learner(", "learn.", "learn.train('many')",
+         "Metrics(accuracy=MulticlassAccuracy)", "watch_run('runs/none')", "from learner import EarlyStop", "learn.history.plot();")
 SETTINGS = {"notebook-extension/tracker": {"windowingMode": "none"},  # all cells are there, also those out of sight
             "apputils-extension/notification": {"fetchNews": "false"}, "completer-extension/manager": {"providerTimeout": 60_000}}
 SECONDS = 120  # that a busy machine may take for one thing
@@ -149,6 +150,15 @@ def test_tab_offers_what_a_user_needs(notebook):
     notebook.page.keyboard.press("Escape")
 
 
-def test_a_usage_error_shows_none_of_our_frames(notebook):
-    text = notebook.run(5)
-    assert "ValueError: epochs is 'many'" in text and "learner/" not in text
+@pytest.mark.parametrize("number, message", [(5, "ValueError: epochs is 'many'"), (6, "pass an instance: MulticlassAccuracy(...)"), (7, "FileNotFoundError"),
+                                             (8, "learner has no EarlyStop; did you mean EarlyStopping?")])
+def test_a_usage_error_shows_none_of_our_frames(notebook, number, message):
+    text = notebook.run(number)
+    assert message in text and "learner/" not in text
+
+
+def test_a_picture_shows_the_page_behind_it(notebook):
+    notebook.run(9)
+    picture = notebook.cell(9).locator(".jp-Cell-outputArea img")
+    picture.wait_for()
+    assert picture.evaluate("image => getComputedStyle(image).backgroundColor") == "rgba(0, 0, 0, 0)"

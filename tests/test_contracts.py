@@ -103,7 +103,7 @@ def of_images():
 
 LEARNERS = {"CutMix": of_images}  # for those that the kit's own learner, with its rows of numbers, is not for
 REFUSES = {"WholeStep": {"syncs", "order", "watches"}}  # a graph has no place for what looks in between; its tests look from outside
-BASES = {"ModuleStats", "HookedStats", "GradientNorm", "RunFrame", "RunHooks", "StepLogger", "PassLogger", "Destination", "Board", "Graph", "Histograms", "Images", "DDPGradients", "TreeGradients"}  # bases and parts of others, which do not work alone
+BASES = {"ModuleStats", "HookedStats", "GradientNorm", "RunFrame", "RunHooks", "StepLogger", "PassLogger", "Destination", "Board", "Graph", "Histograms", "Images", "Gradients", "MeanGradients", "DDPGradients", "TreeGradients", "SharedGradients"}  # bases and parts of others, which do not work alone
 
 
 def public_callbacks():

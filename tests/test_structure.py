@@ -123,6 +123,22 @@ def test_the_examples_in_the_readme_run(tmp_path):
     assert "validation_accuracy" in done.stdout
 
 
+def test_the_examples_in_the_readme_run_in_one_notebook_and_do_no_harm(tmp_path):
+    "A range test, above all, leaves the weights as they were, and draws."
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    trial, = (number for number, block in enumerate(blocks) if "RangeTest" in block)
+    definition, use = blocks[trial].split("with learn.trial()")
+    sources = [*blocks[:trial], f"{definition}before = learn.fingerprint()", f"with learn.trial(){use}",
+               "assert learn.fingerprint() == before", *blocks[trial + 1:], "assert learn.validate()['validation_loss'] < 0.5"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
+    client.execute(env={**os.environ, "PYTHONPATH": str(ROOT)})
+    outputs = [output for cell in notebook.cells for output in cell.outputs]
+    assert [output.text for output in outputs if output.get("name") == "stderr"] == []
+    assert any("image/png" in output.get("data", {}) for output in notebook.cells[trial + 1].outputs)
+
+
 def test_the_demo_leaves_what_it_says(tmp_path):
     def run(*words):
         done = subprocess.run([sys.executable, "-m", "learner", *words], capture_output=True, text=True, cwd=ROOT)

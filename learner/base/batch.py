@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .tree import is_leaf, is_record, to_device
 from .parts import accepts
-from .words import did_you_mean
+from .words import did_you_mean, kind_of
 
 # %% ../../nbs/base/batch.ipynb #a8d13518
 class BatchError(ValueError):
@@ -58,7 +58,7 @@ def _pick(batch: Any, key: int | str, what: str) -> Any:
     except (LookupError, AttributeError, TypeError): pass
     known = [*getattr(batch, "_fields", _parts_of(batch))]
     has = f"has {known}" if known else "has no parts with names"
-    raise BatchError(f"{what}={key!r}: the batch is a {type(batch).__name__}, which {has}"
+    raise BatchError(f"{what}={key!r}: the batch is {kind_of(batch)}, which {has}"
                      f"{did_you_mean(str(key), map(str, known))}")
 
 # %% ../../nbs/base/batch.ipynb #178d4e31
@@ -348,7 +348,7 @@ def _count(batch: Any, form: str, parts: _Parts) -> int:
         _warn_once(batch, [where for where, _ in labels + others], "the parts of the batch "
                    f"disagree on the number of examples ({listed}); it is counted as {size}")
     elif form == _WHOLE and not labels + others and not isinstance(batch, Tensor):
-        _warn_once(batch, [], f"a {type(batch).__name__} does not say how many examples it has; "
+        _warn_once(batch, [], f"{kind_of(batch)} does not say how many examples it has; "
                    "it is counted as 1")
     return size
 

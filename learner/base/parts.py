@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .words import PHASES, did_you_mean
+from .words import PHASES, did_you_mean, kind_of
 
 # %% ../../nbs/base/parts.ipynb #90e40f92
 def accepts(
@@ -127,7 +127,7 @@ def _where(phase: str, name: str) -> str:
 def check_dataloaders(dataloaders: Any) -> None:
     "Raise TypeError or ValueError for what is not a mapping of phases to loaders."
     if not isinstance(dataloaders, Mapping):
-        raise TypeError(f"dataloaders is a {type(dataloaders).__name__}; pass a mapping such as "
+        raise TypeError(f"dataloaders is {kind_of(dataloaders)}; pass a mapping such as "
                         "{\"train\": loader}")
     for phase, given in dataloaders.items():
         if phase not in PHASES:
@@ -185,10 +185,10 @@ def no_loss(
                 "scalar of a tuple")
     source = "loss_func returned" if loss_func is not None else "the loss in the model's output is"
     if isinstance(loss, tuple | list | Mapping):
-        return (f"{source} a {type(loss).__name__}; return the loss alone, and log the rest: a "
+        return (f"{source} {kind_of(loss)}; return the loss alone, and log the rest: a "
                 "loss_func with a parameter learn can call learn.log(name=value)")
     if not isinstance(loss, Tensor):
-        return f"{source} a {type(loss).__name__}; the loss must be a scalar tensor"
+        return f"{source} {kind_of(loss)}; the loss must be a scalar tensor"
     shape = tuple(loss.shape)
     return f"{source} a tensor of shape {shape}; the loss must be a scalar: take its .mean()"
 

@@ -36,7 +36,7 @@ def on_any_page(ax: "Axes") -> "Axes":
     default = matplotlib.rcParamsDefault["figure.facecolor"]
     if not _in_notebook() or matplotlib.rcParams["figure.facecolor"] not in (default, "none"):
         return ax  # whoever has chosen a style has thought of it
-    ax.figure.patch.set_alpha(0)
+    ax.figure.patch.set_visible(False)  # by its alpha, JupyterLab would put black behind grey ink
     ax.patch.set_alpha(0)
     ax.tick_params(which="both", colors=_INK)
     for text in (ax.title, ax.xaxis.label, ax.yaxis.label): text.set_color(_INK)

@@ -14,17 +14,18 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
 from threading import Thread
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .checkpoints import list_checkpoints
-from .files import AnyPath, FileError, list_names, make_folder
-from .files import open_file, parse_json, replacing, tidy, write_all
+from .files import AnyPath, FileError, answer_interrupts, list_names, make_folder
+from .files import open_file, parse_json, replacing, tidy, uninterrupted, write_all
 from .hashing import BLOCK, tensor_bytes
 from .nested import CODES, DEPTH, DTYPES, decode_state, encode_state, is_huge
 from .words import did_you_mean
@@ -44,14 +45,8 @@ class _Digest:
         self.queue: Queue[memoryview | None] = Queue(maxsize=1)
         self.thread: Thread | None = None
 
-    def __enter__(self) -> Self: return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.thread is None: return
-        self.queue.put(None)
-        self.thread.join()
-
     def add(self, block: memoryview | bytes) -> None:
+        answer_interrupts()
         block = memoryview(block)
         self.size += len(block)
         if self.thread is None and len(block) < BLOCK // 4:
@@ -65,7 +60,20 @@ class _Digest:
     def work(self) -> None:
         while (block := self.queue.get()) is not None: self.sha.update(block)
 
+    def end(self) -> None:
+        if self.thread is None: return
+        self.queue.put(None)
+        self.thread.join()
+
     def text(self) -> bytes: return self.sha.hexdigest().encode()  # after the `with`
+
+@contextmanager
+def _hashing() -> Iterator[_Digest]:
+    "A digest for a `with`, whose end waits for the thread; Ctrl-C is answered at each block."
+    with uninterrupted():
+        digest = _Digest()
+        try: yield digest
+        finally: digest.end()
 
 # %% ../../nbs/base/store.ipynb #c6b9d174
 _Entry = tuple[int, int, str, torch.dtype, list[int]]  # begin, end, name, dtype and shape
@@ -148,7 +156,7 @@ def _blocks(head: bytes, tensors: Iterable[Tensor]) -> Iterator[memoryview]:
 # %% ../../nbs/base/store.ipynb #c4da35db
 def _write(file: int, head: bytes, tensors: Iterable[Tensor]) -> bytes:
     "Fill a new file and have it on the disk; the hash."
-    with _Digest() as digest:
+    with _hashing() as digest:
         for block in _blocks(head, tensors):
             begin = digest.size
             digest.add(block)
@@ -199,7 +207,7 @@ def _read(file: _File, device: torch.device | None) -> Any:
     where = "meta" if device is None else "cpu"
     tensors = {name: torch.empty(shape, dtype=dtype, device=where)
                for _, _, name, dtype, shape in entries}
-    with _Digest() as digest:
+    with _hashing() as digest:
         digest.add(head[: _SUM.start] + _ZERO + head[_SUM.stop :])
         for block in _ring(room) if device is None else _slices(tensors.values()):
             digest.add(_fill(file, block))
@@ -250,7 +258,7 @@ def save_state(path: AnyPath, state: Mapping[str, Any]) -> None:
 def _hash_again(file: int) -> bytes | None:
     "The hash of a file as it is on the disk; None if it is not the one in its metadata."
     os.lseek(file, 0, os.SEEK_SET)
-    with open(file, "rb", buffering=0, closefd=False) as again, _Digest() as digest:
+    with open(file, "rb", buffering=0, closefd=False) as again, _hashing() as digest:
         start = bytes(_fill(again, memoryview(bytearray(_SUM.stop))))
         digest.add(start[: _SUM.start] + _ZERO)
         for block in _ring(os.fstat(file).st_size - _SUM.stop): digest.add(_fill(again, block))

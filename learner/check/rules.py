@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..base.words import kind_of
 from .bench import Bench, belongings, example_learner, own_values, results
 from .condition import changed, condition, differing, lasting, reachable, values
 from .findings import Finding, fault, in_one_line
@@ -267,7 +268,7 @@ def check_repeats(bench: Bench) -> Iterator[Finding]:
 def misfit(state: Any, path: str = "state") -> str:
     "The first part of a state that is neither a JSON value nor a tensor, in words."
     if type(state) in (bool, int, float, str, type(None)) or isinstance(state, Tensor): return ""
-    if not isinstance(state, list | dict): return f"{path} is a {type(state).__name__}"
+    if not isinstance(state, list | dict): return f"{path} is {kind_of(state)}"
     for key, part in state.items() if isinstance(state, dict) else enumerate(state):
         if isinstance(state, dict) and not isinstance(key, str):
             return f"{path} has the key {key!r}"

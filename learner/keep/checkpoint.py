@@ -191,6 +191,7 @@ class _Stored(Callback):
         return checkpoint_name(len(learn.history), learn.place.batch)
 
     def _save(self, learn: Learner) -> None:
+        if learn.ranks is not None: learn.ranks.sum(learn, point="a checkpoint")  # or the ranks are apart
         self._last_time, self.taken = monotonic(), 0
         state, name, best = learn.state_dict(), self._name(learn), self._best.found or {}
         if self.only_trained: state = trained_only(learn, state, self._hashes)
@@ -221,8 +222,13 @@ class _Remembering(_Stored):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Go on with the folder of an earlier process."
-        self.training, self.taken = str(state["training"]), int(state["taken"])
-        self._best.found = None if state["best"] is None else dict(state["best"])
+        best = state["best"]
+        match best:
+            case None | {"checkpoint": str(), "monitor": str(), "value": float() | int(), "mode": str()}: pass
+            case _: raise ValueError("the state does not say which checkpoint is the best")
+        if not isinstance(state["training"], str): raise ValueError("the state does not name its training")
+        self.training, self.taken = state["training"], check_whole("taken", state["taken"], 0)
+        self._best.found = None if best is None else dict(best)
 
 # %% ../../nbs/keep/checkpoint.ipynb #33e091c9
 class _Opening(_Remembering):
@@ -250,7 +256,7 @@ class _Saving(_Opening):
         due = self.steps is not None and self.taken >= self.steps
         if not due and self.minutes is not None:
             due = monotonic() - self._last_time >= self.minutes * 60
-            if learn.ranks is not None: due = learn.ranks.of_first(due)
+            if learn.ranks is not None: due = learn.ranks.of_first(learn, due)
         if due: self._save(learn)
 
     def after_epoch(self, learn: Learner) -> None:
@@ -319,7 +325,8 @@ class Checkpoint(_Found, _Saving):
 
     Args:
         folder: For the checkpoints of one training; it is made when training begins.
-        every: "epoch"; None: at the end of an epoch only if it is the best so far.
+        every: "epoch"; or None, to save at the end of an epoch only if it is the best so far, which
+            needs `steps` or `minutes` too.
         steps: Save also after so many batches.
         minutes: Save also after so many minutes, when a batch ends.
         keep: How many of the newest stay, besides the best; None: all.

@@ -13,19 +13,22 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..base.batch import unpack
 from ..base.history import Mean
 from ..base.provenance import rng_state, set_rng_state
 from ..base.words import check_number, check_whole
-from .gradients import DDPGradients, TreeGradients
+from .debugging import announced, first_writer
+from .gradients import DDPGradients, Gradients, TreeGradients
 from .ranks import Alone, OtherRankError, RankError, Ranks, Watch, is_lost, meet
 from .ranks import use_own_device, world_size
+from .sharded import SharedGradients, check_kinds
 from .shards import ShardError, bounds, cut, draw_key, joined, seed_shard, shards_of
 from ..loop.attached import attached_modules
 from ..loop.passes import Columns
-from ..loop.stages import Callback
+from ..loop.stages import Callback, CancelException
 from ..loop.state import with_state
 from ..watch.metrics import Metrics, PassMetrics
 
@@ -166,6 +169,11 @@ class _Agreeing:
         "The number of this process, from 0."
         return self.group.rank
 
+    @property
+    def world(self) -> int:
+        "How many processes train together."
+        return self.group.world
+
     def agree(self, learn: Any, point: str, weight: float = 0.0) -> float:
         "Say where this rank is; returns the sum of the weights. Raises RankError if ranks are apart."
         self.agreed = True
@@ -193,20 +201,21 @@ class _Agreeing:
 class _Deciding(_Agreeing):
     "Values that all ranks share."
 
-    def of_first(self, value: Any) -> Any:
-        "What the first rank has decided."
-        return self.group.share(value)
-
-    def sum(self, learn: Any, weight: float) -> float:
-        "A sum over all ranks, where all of them ask for one."
+    def sum(self, learn: Any, weight: float = 0.0, point: str = "a sum") -> float:
+        "A sum over all ranks, where all of them ask for one; raises RankError if they do not."
         agreed = self.agreed
-        total = self.agree(learn, "a sum", weight)
+        total = self.agree(learn, point, weight)
         self.agreed = agreed
         return total
+
+    def of_first(self, learn: Any, value: bool) -> bool:
+        "What the first rank has decided."
+        return self.sum(learn, float(value and self.rank == 0), "a decision of the first process") > 0
 
 # %% ../../nbs/keep/distributed.ipynb #31096cf0
 class _Begun(_Deciding):
     "Where a batch in parts stands."
+    gradients: Gradients
     mine: range  # shards that this process computes
     shards: int  # of a batch, those of all processes
     shard = 0  # that is computed now
@@ -247,8 +256,9 @@ class _Cutting(_Begun):
                 routine()
                 self.tally.measure(learn, counted)
                 seen.append(_seen(learn))
-        finally: self.tally.close(learn)
-        seed_shard(self.key, "main")
+        finally:
+            self.tally.close(learn)
+            seed_shard(self.key, "main")  # also for the batch after one that is cancelled
         if len(seen) > 1: _show_all(learn, seen)
         if learn.evaluating: self.agree(learn, "a batch")
 
@@ -308,6 +318,7 @@ class _Merging(_Ending):
     def end_pass(self, learn: Any) -> None:
         "Make the means and metrics of this pass those of all ranks."
         self.agree(learn, f"the end of {learn.phase}")
+        self.gradients.end_pass(learn)
         if self.tally is None or self.tally.whole is not learn.columns: self.begin_pass(learn)
         sums, states = self.together()
         for name, mean in added_up([*sums.values()]).items(): learn.columns.means[name] = mean
@@ -321,7 +332,8 @@ class _Stated(_Merging):
 
     def whole_state(self, learn: Any, means: dict[str, Any], callbacks: dict[str, Any]) -> None:
         "Put the means and the metrics of all ranks into a state that is being gathered."
-        if self.tally is None or not self.in_step(): return
+        if self.tally is None or not self.in_step(learn): return
+        self.sum(learn, point="the state")
         sums, states = self.together()
         means.clear()
         means |= {name: mean.state_dict() for name, mean in added_up([*sums.values()]).items()}
@@ -334,11 +346,23 @@ class _Stated(_Merging):
         callbacks[own_name] = {"shards": self.shards, "sums": kept,
                                "metrics": {str(shard): each for shard, each in states.items()}}
 
-    def in_step(self) -> bool:
+    def in_step(self, learn: Any) -> bool:
         "Whether all ranks are here too: not where this one fails."
         error = sys.exception()
-        stop = self.stopping and isinstance(error, KeyboardInterrupt | SystemExit)
-        return error is None or stop
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            return self.stopping and not learn.cursor.signals.urgent
+        return error is None
+
+    def ready(self, learn: Any) -> None:
+        "Raise RankError unless all ranks ask for the whole state, of which each has a part."
+        writer = first_writer()
+        if writer:
+            raise RankError(f"{writer} asks for the state on the first process alone, since it has writes = True; with "
+                            "shard=True every process holds a part of it, and all of them have to ask")
+        error = sys.exception()
+        if not self.in_step(learn) and not isinstance(error, CancelException):
+            raise RankError(f"the state is in parts, and cannot be put together while {type(error).__name__} ends this rank")
+        self.sum(learn, point="the whole state")
 
     def state_dict(self) -> dict[str, Any]:
         "Nothing between two passes; within one, `whole_state` puts the parts in."
@@ -351,7 +375,6 @@ class _Stated(_Merging):
 # %% ../../nbs/keep/distributed.ipynb #b87acf2e
 class _Calling(_Stated):
     "How a call begins, and fails."
-    gradients: Any = None
     options: dict[str, Any]
 
     def begin_call(self, learn: Any) -> None:
@@ -363,21 +386,19 @@ class _Calling(_Stated):
             if is_lazy(tensor):
                 raise ShardError(f"{name} has no shape yet; call the model with one batch before you train it")
         if self.group.world == 1: return
+        self.agree(learn, f"the beginning of {learn.call}")
         forms = self.group.gather([(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors])
         for rank, form in enumerate(forms):
             if form != forms[0]: raise RankError(f"the model of rank {rank} is not the model of rank 0")
         for _, tensor in tensors: self.group.dist.broadcast(tensor.data, src=0)  # type: ignore[attr-defined]
         set_rng_state(self.group.share(rng_state()))
 
-    def failed(self, error: BaseException, signals: Any) -> BaseException:
+    def failed(self, error: BaseException, learn: Any) -> BaseException:
         "What this rank ends with: its own error, or quietly because of another's."
-        agreed = self.stopping and isinstance(error, KeyboardInterrupt | SystemExit)
-        if not isinstance(self.group, Ranks) or isinstance(error, OtherRankError): return error
-        if agreed and not signals.urgent: return error
+        if not isinstance(self.group, Ranks) or isinstance(error, OtherRankError) or self.in_step(learn): return error
         ended = self.group.fail(error)
         if ended is error and not is_lost(error):
             error.add_note(f"rank {self.group.rank}: it has failed, and the other ranks have ended with it")
-        self.gradients.end_call()
         self.group.part()
         return ended
 
@@ -391,40 +412,54 @@ class _Framed(_Calling):
     "The frame of a call."
     timeout: float
     asked: int | None  # the number of shards
+    debug: bool
+    under_way = False  # a call
+
+    def acts(self) -> bool:
+        "Whether there is something to do: several processes, or shards."
+        return self.asked is not None or world_size() > 1
 
     @contextmanager
     def frame(self, learn: Any) -> Iterator[None]:
-        "All ranks make a call together, for a `with`."
-        world = world_size()
-        if world == 1 and self.asked is None:
+        "All ranks make a call together, for a `with`. A trial, and a pass beside training, each makes by itself."
+        if not self.acts() or learn.is_trial or self.under_way or learn.ranks is not None:
             yield
             return
-        group = self.group = meet(self.timeout) if world > 1 else Alone()
+        group = self.group = meet(self.timeout) if world_size() > 1 else Alone()
         self.shards = self.asked or group.world
         self.mine = shards_of(group.rank, group.world, self.shards) if self.asked else range(group.rank, group.rank + 1)
         self.steps, self.key, self.stopping, self.tally, self.loaded = 0, 0, False, None, None
-        learn.ranks, signals = self, learn.cursor.signals
+        learn.ranks, signals, self.under_way = self, learn.cursor.signals, True
         signals.shared = True
         try:
-            with _watched(group), _silent(learn, group):
-                self.begin_call(learn)
-                yield
-                self.agree(learn, f"the end of {learn.call}")
+            with _watched(group), _silent(learn, group), self.checked(learn): yield
         except BaseException as error:
-            ended = self.failed(error, signals)
+            ended = self.failed(error, learn)
             if ended is error: raise
             raise ended from None
         finally:
-            learn.ranks, signals.shared, self.tally = None, False, None
-            self.gradients.end_call()
+            learn.ranks, signals.shared, self.tally, self.under_way = None, False, None, False
+            self.gradients.part()  # what has not ended together
             if signals.arrived and not signals.noted: signals.noted = signals.arrived
+
+    @contextmanager
+    def checked(self, learn: Any) -> Iterator[None]:
+        "The beginning and the end that all ranks come to together."
+        with announced(learn, self.group) if self.debug else nullcontext():
+            self.begin_call(learn)
+            try: yield
+            except BaseException:
+                if self.in_step(learn): self.gradients.end_call()
+                raise
+            self.agree(learn, f"the end of {learn.call}")
+            self.gradients.end_call()
 
     def begin(self, learn: Any) -> None:
         super().begin(learn)
         self.gradients.begin(learn)
 
     def cancelled_any_batch(self, learn: Any) -> None:
-        if learn.ranks is None: return  # one process without shards
+        if learn.ranks is not self: return
         self.cancelled = type(sys.exception()).__name__
         if not self.agreed: self.agree(learn, "a cancelled batch")
 
@@ -441,31 +476,52 @@ class Distributed(_Framed, Callback):
         shards: Cut each batch into so many parts, a power of two that the number of processes divides. Weights,
             optimiser and history then have the same bits on any such number of processes, and a training that was
             stopped on one number goes on on another. None: one part for each process, and gradients by DDP.
-        timeout: Seconds that a process waits for another before it fails.
-        **options: Of torch's DistributedDataParallel, such as `find_unused_parameters`, where shards is None.
+        timeout: Seconds that a process waits for another before it fails; 600 by default.
+        shard: True shares out weights, gradients and the state of the optimiser among the processes during training, by
+            torch's FSDP2. A class of layers, or a tuple of classes: each such layer is a unit, whose weights are whole
+            only while it computes. False: every process holds all of them.
+        debug: Check before each collective operation that all processes make the same one in the same hook, and name
+            the hook and the process if they do not. Slow; False by default.
+        **options: Of torch's DistributedDataParallel, such as `find_unused_parameters`, where neither shards nor
+            shard is given.
 
     Raises:
-        ShardError, RankError: Shards cannot be shared out or made; the processes have come apart.
+        ShardError: Batches or weights cannot be shared out as asked.
+        RankError: The processes have come apart.
+        TypeError: Arguments exclude each other.
 
     Example:
         >>> learn.add(Distributed(shards=4))
-        >>> launch(learn, processes=2).train(5)
+        >>> launch(learn, processes=2).train(5, learning_rate=0.01)
     """
     priority = -10_000  # the first to know that a batch was cancelled
-    watches = True  # a trial does without: it computes the same on every process
 
-    def __init__(self, shards: int | None = None, timeout: float = 600.0, **options: Any):
+    def __init__(self, shards: int | None = None, timeout: float = 600.0, *,
+                 shard: bool | type[nn.Module] | tuple[type[nn.Module], ...] = False, debug: bool = False,
+                 **options: Any):
         self.asked = None if shards is None else check_whole("shards", shards)
-        self.timeout, self.options = check_number("timeout", timeout), options
+        self.timeout, self.debug, self.options = check_number("timeout", timeout), debug, options
+        self.units = shard
         if shards is not None: shards_of(0, world_size(), shards)
-        if shards is not None and options:
-            raise TypeError(f"{next(iter(options))} is an option of DDP, which shards do without")
-        self.gradients = TreeGradients(self) if shards else DDPGradients(self)
+        if shards is not None and shard:
+            raise TypeError("shards cuts batches, and shard cuts weights, whose sums have other bits; leave one out")
+        if options and (shards is not None or shard):
+            raise TypeError(f"{next(iter(options))} is an option of DDP, which shards and shard do without")
+        self.gradients: Gradients = DDPGradients(self)
+        if shards: self.gradients = TreeGradients(self)
+        elif shard: self.gradients = SharedGradients(self, check_kinds(shard))
         use_own_device()
+
+    @property
+    def watches(self) -> bool:  # type: ignore[override]
+        "Only in a single process without shards does it change nothing."
+        return not self.acts()
 
     @property
     def parts(self) -> tuple[Callback, ...]:  # type: ignore[override]
         "What brings gradients together, where there is something to bring together."
-        return (self.gradients,) if self.asked or world_size() > 1 else ()
+        return (self.gradients,) if self.acts() else ()
 
-    def __repr__(self) -> str: return f"Distributed(shards={self.asked})" if self.asked else "Distributed()"
+    def __repr__(self) -> str:
+        if self.asked: return f"Distributed(shards={self.asked})"
+        return f"Distributed(shard={getattr(self.units, '__name__', self.units)})" if self.units else "Distributed()"

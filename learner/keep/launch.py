@@ -6,6 +6,7 @@
 __all__ = ['work', 'Launched', 'run_elastic', 'launch']
 
 # %% ../../nbs/keep/launch.ipynb #9e8f6bcb
+import logging
 import os
 import pickle
 import secrets
@@ -27,7 +28,7 @@ from ..base.files import open_file, read_bytes, write_bytes
 from ..base.provenance import rng_state, set_rng_state
 from ..base.words import check_number, check_whole
 from .distributed import Distributed
-from .ranks import OtherRankError, RankError, described
+from .ranks import OtherRankError, RankError, described, wait_for_all
 from .shards import shards_of
 from ..loop.learner import Learner
 from ..loop.resume import set_random
@@ -112,6 +113,25 @@ class _SentView(View):
     def end(self, results: Any, interrupted: bool, why: str = "") -> None:
         self._send("end", dict(results), interrupted, why)
 
+# %% ../../nbs/keep/launch.ipynb #b7a7fe75
+def _packed_error(error: BaseException) -> bytes | None:
+    "An exception as bytes; None for one that cannot be sent, and for one that would end the parent."
+    if not isinstance(error, Exception): return None
+    vars(error).pop("blamed", None)  # it holds the stages that were open
+    try:
+        from cloudpickle import dumps  # type: ignore[import-untyped,unused-ignore]
+        return bytes(dumps(error))
+    except Exception: return None
+
+def _unpacked_error(rank: int, text: str, trace: str, packed: bytes | None) -> Exception:
+    "The error of a worker, as it is raised in the parent."
+    try:
+        error = pickle.loads(packed or b"")
+        if not isinstance(error, Exception) or described(error) != text: raise ValueError
+    except Exception: error = RankError(f"rank {rank}: {text}")
+    error.add_note(f"rank {rank} has failed, and the others have ended with it; its traceback:\n{trace}")
+    return error
+
 # %% ../../nbs/keep/launch.ipynb #632b7eb5
 def _show_at_home(home: Connection, callbacks: list[Callback]) -> None:
     "Let the first process show and print through its parent."
@@ -142,7 +162,7 @@ def work(folder: str) -> None:
         _send(home, ("home", _home(learn, guests, value) if rank == 0 else None))
     except OtherRankError: raise
     except BaseException as error:
-        _send(home, ("error", f"rank {rank}: {described(error)}", traceback.format_exc()))
+        _send(home, ("error", rank, described(error), traceback.format_exc(), _packed_error(error)))
         raise SystemExit(1) from None
 
 # %% ../../nbs/keep/launch.ipynb #9d1f8d19
@@ -213,10 +233,7 @@ class _Showing:
         if kind == "write": getattr(sys, rest[0]).write(rest[1])
         elif kind == "view": self.show(*rest)
         elif kind == "home": self.home = rest[0] or self.home
-        else:
-            error = RankError(rest[0])
-            error.add_note(rest[1])
-            raise error
+        else: raise _unpacked_error(*rest)
 
     def show(self, state: tuple[int, dict[str, float]], words: tuple[Any, ...]) -> None:
         "Show progress here."
@@ -284,7 +301,7 @@ class Launched:
             try:
                 home = _Hearing(workers).listen()
                 seconds = 10.0
-            except RankError:
+            except Exception:
                 seconds = 10.0  # the others find out by themselves
                 raise
             finally: workers.end(seconds)
@@ -307,6 +324,21 @@ def _packed(learn: Learner, *rest: Any) -> bytes:
                 raise TypeError(f"launch: {part!r:.80} cannot be sent to another process ({own})") from error
         raise
 
+# %% ../../nbs/keep/launch.ipynb #1e48cae4
+_STOPPED = {128 + number: number for number in (signal.SIGINT, signal.SIGTERM)}  # by exit status
+
+def _in_order(function: Callable[..., None], *args: Any) -> None:
+    "What a process of the agent does; where all have stopped on a signal, they end together, with its status."
+    os.setsid()  # Ctrl-C in the terminal reaches the agent, which passes it on once
+    status: Any = 128 + signal.SIGINT
+    try: return function(*args)
+    except KeyboardInterrupt: pass
+    except SystemExit as stop:
+        if stop.code not in _STOPPED: raise
+        status = stop.code
+    wait_for_all(20.0)  # the first one may still write
+    raise SystemExit(status)
+
 # %% ../../nbs/keep/launch.ipynb #b0e141e7
 def run_elastic(function: Callable[..., None], processes: int, *args: Any) -> None:
     """Call a function of a module in several processes on this machine, with torch's elastic agent.
@@ -318,16 +350,23 @@ def run_elastic(function: Callable[..., None], processes: int, *args: Any) -> No
 
     Raises:
         RankError: One of them has failed; what it has said is on the terminal.
+        KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM has stopped all of them after the same batch.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d",
                           rdzv_endpoint="localhost:0", run_id=secrets.token_hex(4), max_restarts=0,
                           monitor_interval=0.2, start_method="spawn")
-    try: elastic_launch(config, function)(*args)
+    for name in logging.root.manager.loggerDict:  # what goes wrong is raised below
+        if name.startswith("torch.distributed.elastic"): logging.getLogger(name).setLevel(logging.CRITICAL)
+    stopped = f"stopped {processes} processes"
+    try: elastic_launch(config, _in_order)(function, *args)
+    except SignalException as error: raise stop_error(int(error.sigval), stopped) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if failure.exitcode in _STOPPED: raise stop_error(_STOPPED[failure.exitcode], stopped) from None
         raise RankError(f"rank {rank} has ended with status {failure.exitcode}; its error is above") from None
 
 # %% ../../nbs/keep/launch.ipynb #9907bb43
@@ -349,7 +388,8 @@ def launch(learn: Learner, processes: int = 2, shards: int | None = None, timeou
         An object with `train`, `validate` and `test`, which take the arguments of the learner's.
 
     Raises:
-        RankError: By a call, if a process has failed; with the traceback of that one as a note.
+        Exception: By a call, what a process has raised, with its rank and its traceback as a note.
+        RankError: By a call, if a process was killed, or has raised what cannot be sent here.
         TypeError: By a call, for a learner that cannot be sent.
 
     Example:

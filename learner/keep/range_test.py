@@ -21,7 +21,7 @@ from torch import Tensor
 from ..loop.learner import Learner
 from ..loop.frames import users_frames
 from ..loop.loop import LossError
-from ..base.words import check_number, check_whole
+from ..base.words import check_number, check_whole, kind_of
 from ..base.parts import is_optimiser, samplers_of
 from ..base.show import legend, new_axes, on_any_page
 from ..loop.stages import Callback, CancelTrainException
@@ -345,7 +345,7 @@ def _check(learn: Any, start: Any, end: Any, steps: Any, divergence: Any) -> Non
     if check_number("divergence", divergence) <= 1:
         raise ValueError(f"divergence is {divergence:g}; it must be more than 1, such as 4")
     if not isinstance(learn, Learner):
-        raise TypeError(f"lr_find takes a Learner, not a {type(learn).__name__}; make one of "
+        raise TypeError(f"lr_find takes a Learner, not {kind_of(learn)}; make one of "
                         "model, optimiser, loss_func and dataloaders")
     if learn.is_running: raise RuntimeError("lr_find was called inside a run; call it afterwards")
     if "train" not in learn.dataloaders:

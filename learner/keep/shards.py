@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..base.tree import is_leaf, is_record
+from ..base.words import kind_of
 from ..loop.data import hashed_seeds
 
 # %% ../../nbs/keep/shards.ipynb #d3aa087b
@@ -46,7 +47,7 @@ def _cut_leaf(value: Any, size: int, first: int, last: int) -> Any:
     if isinstance(value, Tensor):
         return value[first:last] if value.ndim and len(value) == size else value
     if hasattr(value, "rows"): return value.rows(first, last)
-    raise ShardError(f"a {type(value).__name__} in a batch cannot be cut into shards; give it a method "
+    raise ShardError(f"{kind_of(value)} in a batch cannot be cut into shards; give it a method "
                      "rows(first, last), or let the loader give tensors")
 
 def cut(batch: Any, size: int, first: int, last: int) -> Any:
@@ -74,7 +75,7 @@ def cut(batch: Any, size: int, first: int, last: int) -> Any:
     if hasattr(batch, "shape") and hasattr(batch, "__getitem__"):  # an array
         return batch[first:last] if batch.shape and batch.shape[0] == size else batch
     if is_record(batch):
-        raise ShardError(f"the batch is a {type(batch).__name__}, a dataclass; give it a method to(device) "
+        raise ShardError(f"the batch is {kind_of(batch)}, a dataclass; give it a method to(device) "
                          "and a method rows(first, last), or let the loader give a mapping")
     return batch
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from ..base.words import did_you_mean
+from ..base.words import did_you_mean, kind_of
 from .stages import Callback, providers_of
 from .updates import trained_parameters
 
@@ -99,7 +99,7 @@ def warn_untrained(learn: Any) -> None:
     known = {id(p) for p in (*trained_parameters(learn.optimiser), *learn.model.parameters())}
     for name, module in attached_modules(learn).items():
         if all(id(p) in known for p in module.parameters() if p.requires_grad): continue
-        warnings.warn(f"{name} is a {type(module).__name__} with parameters that the optimiser does "
+        warnings.warn(f"{name} is {kind_of(module)} with parameters that the optimiser does "
                       "not have, so they are not trained; make the optimiser of them and of "
                       "model.parameters(), or call requires_grad_(False) on the module",
                       stacklevel=2)

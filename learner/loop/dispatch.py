@@ -57,7 +57,7 @@ class OpenStage:
         self.hooked = any(hooks.values()) or bool(providers)
         if stage.action:
             replacing = _replacement(learn, stage, hooks.get("action", ()))
-            self.action = replacing or getattr(learn, stage.action)
+            self.action = replacing or learn._action(stage.action)
 
     def __enter__(self) -> None:
         if not self.before: return
@@ -416,6 +416,9 @@ class Staged(_Framed):
     def __init__(self, callbacks: Callback | Iterable[Callback] | None = None):
         self._frame = Frame()
         self._set_callbacks(as_callbacks(callbacks))
+    def _action(self, name: str) -> Callable[[], None]:
+        "The method that does the work of a stage; asked for when the stage is first opened."
+        return getattr(self, name)
 
     def __getstate__(self) -> dict[str, Any]:
         # What was made for this very object stays with it; a copy makes its own.

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Key', 'modules_of', 'holders_of', 'generators_in', 'marks_of', 'sentences', 'unready_loaders', 'Note', 'hidden_state',
-           'check_hidden', 'put_hidden']
+           'check_hidden', 'put_hidden', 'flags_of', 'changed_flags', 'put_flags']
 
 # %% ../../nbs/loop/hidden.ipynb #186dcd20
 import random
@@ -226,3 +226,30 @@ def put_hidden(learn: Any, state: Mapping[str, Any]) -> None:
         same = own is not None and (own.shape, own.dtype) == (value.shape, value.dtype)
         if own is not None and same: own.detach().copy_(value)
         else: module._buffers[name] = value.to(learn.device, copy=True)
+
+# %% ../../nbs/loop/hidden.ipynb #f900dec6
+def flags_of(learn: Any) -> dict[str, bool]:
+    "Which parameters require a gradient, by where they are."
+    return {where: parameter.requires_grad for where, parameter in _parameters(learn)}
+
+def _parameters(learn: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    for where, module in modules_of(learn).items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None: yield f"{where}.{name}", parameter
+
+def _own_flags(learn: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    "The parameters whose flags no callback answers for."
+    steering = [each for each in learn.callbacks if hasattr(each, "steers_flags")]
+    steered = {number for each in steering for number in each.steers_flags(learn)}
+    return ((where, p) for where, p in _parameters(learn) if id(p) not in steered)
+
+def changed_flags(learn: Any, before: Mapping[str, bool]) -> dict[str, bool]:
+    "The flags that hooks have changed."
+    return {where: p.requires_grad for where, p in _own_flags(learn)
+            if before.get(where, p.requires_grad) != p.requires_grad}
+
+def put_flags(learn: Any, before: Mapping[str, bool], changed: Mapping[str, bool]) -> None:
+    "Set the flags as they were in a training that is resumed."
+    for where, p in _own_flags(learn):
+        flag = changed.get(where, before.get(where, p.requires_grad))
+        if p.is_leaf and (p.is_floating_point() or p.is_complex()): p.requires_grad_(flag)

@@ -32,17 +32,20 @@ from ..base.batch import LABELS
 from ..base.parts import is_optimiser, kept_order
 from ..base.provenance import kept_rng, rng_state
 from ..base.store import read_checkpoint, save_state
-from ..base.tree import map_tensors
+from ..base.tree import uncopied
+from ..base.warned import once_by_workers
 from ..base.words import check_number, did_you_mean
 from .attached import attached_modules
 from .frames import users_frames
 from .hidden import sentences, unready_loaders
 from .loop import Loop
+from .optimiser_state import set_groups
 from .passes import passes_of
 from .resume import Cursor, begin, lengths, set_steps, state_to_resume
 from .stages import Callback
-from .state import Place, check_state, gather, loaders_of, modules_beside, order_state, put
-from .state import set_groups, state_of
+from .state import Place, check_state, gather, loaders_of, modules_beside, order_state, put, recipes
+from .state import state_of
+from .undo import all_or_nothing, lent
 
 # %% ../../nbs/loop/learner.ipynb #518d6797
 class Placed(Loop):
@@ -77,7 +80,7 @@ class Resumable(Placed):
         if "groups" in beside: set_groups(optimiser, beside["groups"])  # as they were when training stopped
         modules = {name: state_of(module) for name, module in modules_beside(self).items()}
         return {"model": state_of(self.model), "modules": modules, "optimiser": optimiser,
-                "callbacks": beside["callbacks"], "loop": beside["loop"]}
+                "callbacks": beside["callbacks"], "loop": beside["loop"], "made": recipes(self)}
 
     def _name_losses(self, loop: Mapping[str, Any]) -> None:
         "Warn of what a state does not hold."
@@ -88,7 +91,12 @@ class Resumable(Placed):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Take over a state from `state_dict`; raises ResumeError if it does not fit, and changes nothing."
         check_state(state)
-        put(self, state)
+        self._take_over(lent(state))
+
+    def _take_over(self, state: Mapping[str, Any]) -> None:
+        with all_or_nothing(self, state):
+            self.cursor.undo.note(self, state)
+            put(self, state)
         self.cursor.saved = dict(state)
 
 # %% ../../nbs/loop/learner.ipynb #29043102
@@ -124,7 +132,9 @@ class Files(Resumable):
             ResumeError: If it does not fit this learner. Nothing is changed in any of these cases.
         """
         self.check_idle("load")
-        self.load_state_dict(read_checkpoint(path))
+        state = read_checkpoint(path)
+        check_state(state)
+        self._take_over(state)
 
 # %% ../../nbs/loop/learner.ipynb #378d429a
 class Word:
@@ -233,9 +243,9 @@ class Guarded(Beside):
     def _guard(self) -> Iterator[None]:
         "What a call needs around it: signals wait for the end of a batch; what a failed call left is let go."
         if self._failed: self.release()
+        for loader in loaders_of(self).values(): renew_workers(loader, self._failed)
         self._failed = True
-        for loader in loaders_of(self).values(): renew_workers(loader)
-        with self.cursor.signals:
+        with self.cursor.signals, once_by_workers():
             try: yield
             finally: self.cursor.arriving = None
         self._failed = False
@@ -273,14 +283,15 @@ class Trainer(Guarded):
             >>> learn.train(10, resume=True)  # five epochs more
         """
         state = state_to_resume(self.cursor, resume)
-        stretches = set_steps(self.cursor, state, steps, validation_steps, epochs)
-        plan = lengths(state, epochs if stretches is None else stretches, validation_epochs)
-        rate = check_rate(state, learning_rate)
-        with self._call("train", callbacks, "train", *self.dataloaders):
-            self.cursor.num_epochs, self.cursor.validation_epochs = plan
-            self.cursor.validates, self.cursor.tests = validate, test
-            begin(self.cursor, self, state, rate)
-            with self.cursor.kept(self): self._train(self.cursor)
+        with all_or_nothing(self, state):
+            stretches = set_steps(self.cursor, state, steps, validation_steps, epochs)
+            plan = lengths(state, epochs if stretches is None else stretches, validation_epochs)
+            rate = check_rate(state, learning_rate)
+            with self._call("train", callbacks, "train", *self.dataloaders):
+                self.cursor.num_epochs, self.cursor.validation_epochs = plan
+                self.cursor.validates, self.cursor.tests = validate, test
+                begin(self.cursor, self, state, rate)
+                with self.cursor.kept(self): self._train(self.cursor)
 
 # %% ../../nbs/loop/learner.ipynb #0c5793cf
 class Trials(Trainer):
@@ -328,17 +339,8 @@ def computed_tensors(learn: Loop) -> dict[int, Any]:
     "Copies of the tensors in modules and callbacks that were computed, by the identity of the original."
     holders: list[Any] = [*learn.model.modules(), *learn.callbacks]
     for module in attached_modules(learn).values(): holders += module.modules()
-    found: dict[int, Any] = {}
-
-    def note(leaf: Tensor) -> Tensor:
-        if not isinstance(leaf, Tensor): return leaf
-        plain = leaf.layout in (torch.strided, torch.sparse_coo)  # of the others deepcopy knows nothing
-        if not (leaf.is_leaf and plain): found[id(leaf)] = leaf.detach().clone()
-        return leaf
-    for holder in holders:
-        for value in vars(holder).values():
-            if isinstance(value, Tensor | list | tuple | dict): map_tensors(note, value)
-    return found
+    values = [value for holder in holders for value in vars(holder).values()]
+    return uncopied([value for value in values if isinstance(value, Tensor | list | tuple | dict)])
 
 def copied(learn: Any, shared: dict[int, Any]) -> Any:
     "A deep copy, or an error that names what cannot be copied."
@@ -418,11 +420,14 @@ def check_rate(state: Mapping[str, Any] | None, learning_rate: float | None) -> 
     return rate
 
 # %% ../../nbs/loop/learner.ipynb #24861c83
-def renew_workers(loader: Any) -> None:
-    "Let a loader start new workers where those that persist have died, as Ctrl-C in a terminal does to them."
+def renew_workers(loader: Any, failed: bool) -> None:
+    """Let a loader start new workers in place of those that persist and have died.
+
+    Ctrl-C in a terminal reaches them too; after a call that has failed they may still be about to die.
+    """
     persisting = getattr(loader, "_iterator", None)
     workers = getattr(persisting, "_workers", None) or []
-    if workers and not all(worker.is_alive() for worker in workers): loader._iterator = None
+    if workers and (failed or not all(worker.is_alive() for worker in workers)): loader._iterator = None
 
 # %% ../../nbs/loop/learner.ipynb #7a758e18
 def clear_traceback(error: BaseException | None) -> None:

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ from ..base.history import History
 from ..base.parts import accepts, check_loaders, check_parts, is_optimiser, length_of, make_optimiser
 from ..base.parts import no_loss, not_scalar, place_model, set_learning_rate
 from ..base.batch import LABELS, call_model, loss_of, misfit, unpack, warn_again
-from ..base.words import PHASES, check_number, check_whole
+from ..base.words import PHASES, check_number, check_whole, kind_of
 from .attached import LossError, Modes, asked_by, attached_modules, check_asked, frames
 from .attached import warn_untrained
 from .frames import users_frames
@@ -171,7 +172,7 @@ class Values(Logging):
         if self.columns.waiting: self.columns.batch_done(self.batch_num, self._size())
         if values is not None:
             if not isinstance(values, Mapping):
-                raise TypeError(f"the batch routine returned a {type(values).__name__}; it may "
+                raise TypeError(f"the batch routine returned {kind_of(values)}; it may "
                                 "return a mapping of values to log, or nothing")
             for name, value in values.items():
                 self.columns.add(name, scalar(name, value, True), self._size())
@@ -357,16 +358,12 @@ class Walk(Frames):
                 self._columns(each), plan.open(self, each) as batches:
             for self.batch_num, self.batch in batches: self.act(batch_stage)
 
+    def _action(self, name: str) -> Callable[[], None]:
+        action = super()._action(name)
+        if self.ranks is None or name not in ("_train_batch", "_validation_batch"): return action
+        return partial(self.ranks.each_part, self, action)  # several processes share each batch
+
     def _train_batch(self) -> None:
-        __tracebackhide__ = True
-        if self.ranks is None: self._train_part()
-        else: self.ranks.each_part(self, self._train_part)
-
-    def _validation_batch(self) -> None:
-        if self.ranks is None: self._validation_part()
-        else: self.ranks.each_part(self, self._validation_part)
-
-    def _train_part(self) -> None:
         __tracebackhide__ = True
         try:
             values = self.train_batch()
@@ -376,7 +373,7 @@ class Walk(Frames):
             raise
         self._end_batch(values)
 
-    def _validation_part(self) -> None: self._end_batch(self.validation_batch())
+    def _validation_batch(self) -> None: self._end_batch(self.validation_batch())
 
 # %% ../../nbs/loop/loop.ipynb #14735fec
 class Framed(Walk):

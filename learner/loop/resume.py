@@ -23,15 +23,17 @@ from ..base.parts import is_optimiser, length_of, with_epochs
 from ..base.provenance import rng_state, set_rng_state
 from ..base.nested import snapshot
 from ..base.store import read_checkpoint
-from ..base.tree import to_device
+from ..base.tree import copy_tree, to_device
 from ..base.words import PHASES, check_whole, split_column
-from .hidden import Note, hidden_state, sentences, unready_loaders
+from .hidden import Note, flags_of, hidden_state, put_flags, sentences, unready_loaders
 from .loop import Plan
 from .passes import Pass, Stream, passes_of
 from .signals import Signals
 from .stages import Callback, CancelException, CancelTrainException
-from .state import Place, ResumeError, batches_from, check_state, gather, groups_of
+from .optimiser_state import groups_of
+from .state import Place, ResumeError, batches_from, check_state, gather
 from .state import has_state, loaders_of, order_state, put, put_gradients, set_order_state, with_state
+from .undo import lent
 
 # %% ../../nbs/loop/resume.ipynb #54066b27
 class Naming(Plan):
@@ -41,6 +43,7 @@ class Naming(Plan):
         super().__init__()
         self.under_way = False  # a training, with all its set-up done
         self.note: Note | None = None  # how things stood when the first training was set up
+        self.flags: dict[str, bool] = {}  # which parameters required gradients before the first training
         self.undone: list[list[str]] = []  # what going on in this process would do twice
         self.told: set[str] = set()  # warnings
 
@@ -71,6 +74,7 @@ class Arriving(Naming):
         self.began: dict[str, Any] = {}  # random numbers and the loader's order when the pass began
         self.arriving: Mapping[str, Any] | None = None  # a state, while set-up is done again
         self.streamed: Mapping[str, Any] | None = None  # with `steps`: where the stream of a state stood
+        self.undo: Any = None  # until the first batch can come: what a state has replaced
 
     def arrive(self, learn: Any) -> Mapping[str, Any]:
         "Everything is set up: put it as it was, the random numbers last."
@@ -79,6 +83,7 @@ class Arriving(Naming):
         loop, phase = state["loop"], self.place.phase
         put(learn, state)
         put_gradients(learn, loop.get("gradients"))
+        put_flags(learn, self.flags, loop.get("flags", {}))
         learn.epoch = loop.get("epoch", learn.epoch)
         if not phase and self.place.epoch: learn.results = {}
         if phase == "test" and len(learn.history) > self.first_row: learn.results = learn.history[-1]
@@ -93,7 +98,7 @@ class Arriving(Naming):
         if self.arriving: self.arrive(learn)
         passes = passes_of(learn.dataloaders, phase)
         orders = {each.prefix: order_state(loader) for each, loader in passes.items()}
-        states = {name: deepcopy(each.state_dict()) for name, each in with_state(learn.callbacks).items()}
+        states = {name: copy_tree(each.state_dict()) for name, each in with_state(learn.callbacks).items()}
         hidden = hidden_state(learn, self.note)
         self.began = {"rng": rng_state(), "orders": orders, "callbacks": states, "hidden": hidden}
 
@@ -324,9 +329,12 @@ class Cursor(Repeating):
         "The batches of a pass from this place on, for a `with`."
         try:
             if learn.evaluating:
+                self.undo = None
                 with self.once(learn): yield self.batches(learn, passes_of(learn.dataloaders, each.phase)[each])
             else:
-                with self.kept(learn): yield self.training_batches(learn)
+                with self.kept(learn):
+                    batches = self.training_batches(learn)
+                    yield batches if self.undo is None else self.settled(batches)
                 self._trained(learn)
         except CancelException:
             if each.phase == "train": self._trained(learn)
@@ -334,6 +342,13 @@ class Cursor(Repeating):
         finally:
             learn.batches_done = learn.batch_num + 1
             if self.saved is None: self.copy = None
+
+    def settled(self, batches: Iterator[Any]) -> Iterator[Any]:
+        "Batches; when the first has come, nothing can refuse a state any more."
+        first = [*islice(batches, 1)]
+        self.undo = None
+        yield from first
+        yield from batches
 
     def _trained(self, learn: Any) -> None:
         self.place, self.began = Place(learn.epoch, "validation", learn.batch_num + 1), {}
@@ -349,8 +364,10 @@ class Cursor(Repeating):
 # %% ../../nbs/loop/resume.ipynb #747ca8ee
 def begin(cursor: Cursor, learn: Any, state: Any, learning_rate: float | None) -> None:
     "Get ready to train from the beginning, or to go on from a state."
+    if not cursor.flags: cursor.flags = flags_of(learn)
     if state:
-        put(learn, state)  # or it raises, and nothing has changed
+        cursor.undo.note(learn, state)
+        put(learn, state)
         warn_of(cursor, learn, state)
     learn._ready(None if state and is_optimiser(learn.optimiser) else learning_rate)
     if not state: cursor.place, cursor.first_row = Place(), len(learn.history)
@@ -381,7 +398,9 @@ def state_to_resume(cursor: Cursor, resume: Any) -> Mapping[str, Any] | None:
             raise ResumeError("there is nothing to resume: no training was stopped here and none was loaded; call "
                               "train() without resume, or name a checkpoint: train(resume=path)")
         state = cursor.saved
-    elif isinstance(resume, Mapping): state = resume
+    elif isinstance(resume, Mapping):
+        check_state(resume)
+        state = lent(resume)
     elif isinstance(resume, (str, PathLike)) and str(resume): state = read_checkpoint(resume)
     else:
         raise ResumeError(f"resume is {resume!r}; it must be True, a state, or the path of a checkpoint "

@@ -54,11 +54,13 @@ class Signals(Holding):
     def __init__(self) -> None:
         super().__init__()
         self._before: dict[int, Any] = {}  # handlers
+        self._process = os.getpid()
 
     def __enter__(self) -> "Signals":
         self.noted = self.arrived = 0
         self.urgent = self.shared = False
         if threading.current_thread() is not threading.main_thread(): return self  # no handlers there
+        self._process = os.getpid()
         handlers = {number: signal.getsignal(number) for number in _DEFAULTS}
         self._before = {number: h for number, h in handlers.items() if _gives_way(number, h)}
         for number in self._before: signal.signal(number, self._note)
@@ -70,6 +72,7 @@ class Signals(Holding):
         if self.noted and error is None: raise self.error("stopped when all was done")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process: return _in_fork(number)
         if self.arrived:
             waits = self.holding and not self.urgent
             self.urgent = True
@@ -83,6 +86,12 @@ class Signals(Holding):
     _note.gives_way = True  # type: ignore[attr-defined]  # to a learner that is trained within a hook
 
 # %% ../../nbs/loop/signals.ipynb #a6d306ad
+def _in_fork(number: int) -> None:
+    "A loader's worker goes on at Ctrl-C, since the batch that is under way may need it; SIGTERM ends it."
+    if number == signal.SIGINT: return
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
 STOPPING = b"stopping after this batch; Ctrl-C again stops at once"
 
 def stop_error(number: int, notice: str) -> BaseException:

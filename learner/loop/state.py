@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['ResumeError', 'Place', 'order_state', 'set_order_state', 'batches_from', 'state_of', 'plain_name',
-           'check_model_state', 'check_optimiser_state', 'check_state', 'check_orders', 'check_loop_state', 'has_state',
-           'with_state', 'modules_beside', 'loaders_of', 'packed', 'gradients_left', 'gather', 'put', 'groups_of',
-           'set_groups', 'fitting_optimiser', 'check_gradients', 'put_gradients', 'trained_only', 'with_base']
+           'check_model_state', 'check_state', 'check_orders', 'check_loop_state', 'has_state', 'with_state',
+           'modules_beside', 'loaders_of', 'packed', 'gradients_left', 'gather', 'put', 'fitting_optimiser',
+           'put_gradients', 'trained_only', 'with_base']
 
 # %% ../../nbs/loop/state.ipynb #a5a8bd58
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
-from copy import deepcopy
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -20,14 +19,18 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..base.hashing import hash_state
-from ..base.history import Mean
+from ..base.history import Mean, pack_rows, unpack_rows
+from ..base.made import kept_argument, recipe_of
 from ..base.parts import generators_of, is_optimiser, make_optimiser, samplers_of
 from ..base.provenance import kept_rng, rng_state, set_rng_state
 from ..base.tree import to_device
-from ..base.words import PHASES, PrintableError, did_you_mean
+from ..base.words import PHASES, PrintableError, did_you_mean, kind_of
 from .attached import attached_modules, by_class
-from .hidden import check_hidden, hidden_state, put_hidden
+from .hidden import changed_flags, check_hidden, hidden_state, put_hidden
+from .optimiser_state import check_gradients, check_optimiser_state, groups_of
+from .optimiser_state import set_groups
 from .passes import passes_of
+from .resolution import only_watches
 from .stages import Callback
 
 # %% ../../nbs/loop/state.ipynb #d6929a95
@@ -78,11 +81,10 @@ def batches_from(
     "A pass that goes on in its middle; it is read from the start where the loader cannot jump."
     if own is not None and order is not None:
         if getattr(loader, "num_workers", 0): warnings.warn(f"{WORKERS}; {EXACT}", stacklevel=2)
-        try: loader.load_state_dict(own)
-        except Exception as error:
-            raise ResumeError(f"the training loader does not take its state: {error!r:.100}; the "
-                              "rest of the state is in place already") from error
-        return _from_own(iter(loader), loader, order)
+        try:
+            loader.load_state_dict(own)
+            return _from_own(iter(loader), loader, order)
+        except Exception as error: raise _refused(error) from error
     set_rng_state(rng)
     if first and hasattr(loader, "batches_from"): return loader.batches_from(first)
     if first and getattr(loader, "persistent_workers", False):
@@ -98,10 +100,14 @@ def batches_from(
 # %% ../../nbs/loop/state.ipynb #1b3a2f04
 def _from_own(batches: Iterator[Any], loader: Any, order: Mapping[str, Any]) -> Iterator[Any]:
     "What a loader with a state of its own gives; its generators are put back after it has begun."
-    first = next(batches, None)
+    try: first = [*islice(batches, 1)]  # some look at their state only now
+    except Exception as error: raise _refused(error) from error
     set_order_state(loader, order)  # beginning has drawn numbers that the next pass needs
-    if first is not None: yield first
+    yield from first
     yield from batches
+
+def _refused(error: Exception) -> ResumeError:
+    return ResumeError(f"the training loader does not go on from its state: {error!r:.100}")
 
 # %% ../../nbs/loop/state.ipynb #112e94d1
 def state_of(module: nn.Module) -> dict[str, Any]:
@@ -116,7 +122,7 @@ def check_model_state(model: nn.Module, state: Any, kind: str = "model") -> None
     "Raise ResumeError unless a state has the names, shapes and dtypes of a module."
     other = f"it is of another {kind}"
     if not isinstance(state, Mapping):
-        raise ResumeError(f"the {kind}'s state is a {type(state).__name__}, not a mapping of tensors")
+        raise ResumeError(f"the {kind}'s state is {kind_of(state)}, not a mapping of tensors")
     own = state_of(model)
     for name in own.keys() - state.keys():
         raise ResumeError(f"the state has no {name}, which the {kind} has; {other}")
@@ -127,53 +133,13 @@ def check_model_state(model: nn.Module, state: Any, kind: str = "model") -> None
         if not isinstance(tensor, Tensor) or is_lazy(tensor): continue
         found = state[name]
         if not isinstance(found, Tensor):
-            raise ResumeError(f"{name} is a {type(found).__name__} in the state, not a tensor; {other}")
+            raise ResumeError(f"{name} is {kind_of(found)} in the state, not a tensor; {other}")
         if (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
             raise ResumeError(f"{name} is {_form(found)} in the state, and {_form(tensor)} in the "
                               f"{kind}; {other}")
 
 def _form(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-# %% ../../nbs/loop/state.ipynb #8b5fe1d1
-def check_optimiser_state(optimiser: Any, state: Any) -> None:
-    "Raise ResumeError unless a state has the groups and the shapes of an optimiser."
-    if isinstance(optimiser, Mapping):
-        if not isinstance(state, Mapping) or state.keys() != optimiser.keys():
-            raise ResumeError(f"the state is not one of the optimisers {', '.join(optimiser)}")
-        for name, each in optimiser.items(): check_optimiser_state(each, state[name])
-        return
-    match state:
-        case {"param_groups": list(groups), "state": dict(values)}: pass
-        case _: raise ResumeError("the state of the optimiser has no param_groups or no state")
-    if not all(isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups):
-        raise ResumeError("the state of the optimiser has a group without params")
-    sizes, found = ([len(group["params"]) for group in each] for each in (optimiser.param_groups, groups))
-    if sizes != found:
-        raise ResumeError(f"the state is of an optimiser with {found} parameters in its groups, "
-                          f"and this one has {sizes}")
-    for group in groups:
-        if not isinstance(group.get("lr", 0.0), (int, float, Tensor)):
-            raise ResumeError(f"the learning rate in the state is {group['lr']!r:.40}, not a number")
-    kind = type(optimiser)
-    other_shapes = ("LBFGS", "Adafactor")  # of torch's optimisers these have tensors of other shapes
-    if kind.__module__.startswith("torch.optim") and kind.__name__ not in other_shapes:
-        _check_moments(optimiser, values)
-
-def _check_moments(optimiser: Any, values: Mapping[Any, Any]) -> None:
-    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-    for index, entries in values.items():
-        if type(index) is not int or not 0 <= index < len(parameters):
-            raise ResumeError(f"the state of the optimiser names a parameter {index!r:.40}, "
-                              f"and there are {len(parameters)}")
-        if not isinstance(entries, Mapping):
-            raise ResumeError(f"the entry for parameter {index} in the state of the optimiser is a "
-                              f"{type(entries).__name__}, not a mapping")
-        if is_lazy(parameters[index]): continue  # a forward pass will tell
-        for name, value in entries.items():
-            if isinstance(value, Tensor) and value.ndim and value.shape != parameters[index].shape:
-                raise ResumeError(f"{name} of parameter {index} is {_form(value)} in the state of the "
-                                  f"optimiser, and the parameter is {_form(parameters[index])}")
 
 # %% ../../nbs/loop/state.ipynb #f1b8a9d1
 def check_state(state: Any) -> None:
@@ -192,7 +158,9 @@ def _check_random(rng: Any) -> None:
 
 def _check_began(began: Mapping[str, Any]) -> None:
     "Raise an error unless it says how a pass began; an order is for its loader to judge."
-    began["order"]
+    for name in ("order", "rng"):
+        if not isinstance(began[name], Mapping): raise TypeError(name)
+    if bool(began["order"]) != bool(began["rng"]): raise ValueError("order")
     if began["rng"]: _check_random(began["rng"])  # a stream keeps its own
 
 def _check_stream(stream: Mapping[str, Any]) -> None:
@@ -205,9 +173,11 @@ def _check_stream(stream: Mapping[str, Any]) -> None:
 # %% ../../nbs/loop/state.ipynb #55129e28
 def check_orders(learn: Any, loop: Mapping[str, Any]) -> None:
     "Raise ResumeError unless the loaders take the orders in a state; they stay as they are."
-    loaders, began = loaders_of(learn), loop.get("began") or (loop.get("stream") or {}).get("began")
-    orders = [*loop["orders"].items()]
-    if began and began["order"] != {}: orders.append(("train", began["order"]))
+    loaders, orders = loaders_of(learn), [*loop["orders"].items()]
+    for began in (loop.get("began"), (loop.get("stream") or {}).get("began")):
+        if began and began["order"] != {}: orders.append(("train", began["order"]))
+    if loop["place"][1] == "train" and loop["place"][2] and "train" not in loop["orders"]:
+        raise ResumeError("the state has no order of the train loader, and training stands within its pass")
     for name, order in orders:
         if name not in loaders: continue
         before = order_state(loaders[name])
@@ -223,35 +193,61 @@ def _check_unkept(epoch: Any, unkept: Any) -> None:
         isinstance(each, list) and [*map(type, each)] == [str] * 3 for each in unkept)
     if not fits: raise ResumeError("the state does not say which attributes it leaves out")
 
+# %% ../../nbs/loop/state.ipynb #a75db6a9
+def _check_counts(loop: Mapping[str, Any]) -> None:
+    place = loop["place"]
+    counts = [place[0], place[2], loop["first_row"], loop["num_epochs"] - 1, loop["validation_epochs"] - 1]
+    whole = [type(loop[name]) is int for name in ("first_row", "num_epochs", "validation_epochs")]
+    if place[1] not in ("", *PHASES) or not all(whole) or not all(0 <= n < 2**53 for n in counts):
+        raise ResumeError(f"the state has an impossible place {place!r:.80}, or impossible counts of epochs")
+    plan = loop.get("plan", {})
+    for name in ("steps", "validation_steps"):
+        steps = plan.get(name) if isinstance(plan, Mapping) else plan
+        if steps is not None and (type(steps) is not int or not 0 < steps < 2**53):
+            raise ResumeError(f"the state plans {steps!r:.40} steps; it must be a whole number of at least 1")
+
+def _check_mean(state: Mapping[str, Any]) -> None:
+    "Raise an error unless it is the state of a mean, which may be NaN, as its count may not."
+    total = state["total"]
+    if not isinstance(total, Tensor) or total.ndim: raise TypeError("total")
+    if not 0 <= float(state["count"]) < float("inf"): raise ValueError("count")
+    mean = Mean()
+    mean.load_state_dict(state)
+    mean.compute()
+
 # %% ../../nbs/loop/state.ipynb #94ec16bc
 def check_loop_state(loop: Any) -> None:
     "Raise ResumeError unless a value says where a training stands."
     match loop:
         case {"place": [int(), str(), int()] as place, "under_way": bool(), "num_epochs": int(),
-              "validation_epochs": int(), "first_row": int(), "rows": list(rows), "results": dict(),
+              "validation_epochs": int(), "first_row": int(), "rows": dict(rows), "results": dict(),
               "steps": dict(), "keep_steps": bool(), "row_steps": dict(),
               "means": dict(means), "rng": dict(rng), "orders": dict(), "optimiser": str()}: pass
         case _: raise ResumeError("the state does not say where training stands; save() makes whole ones")
     if not isinstance(loop.get("learning_rate"), int | float | None):
         raise ResumeError("the learning rate in the state is not a number")
-    if not isinstance(loop.get("began"), dict | None):
+    began = loop.get("began")
+    if not isinstance(began, dict | None):
         raise ResumeError("the state does not say how its pass began; save() makes whole ones")
     _check_unkept(loop.get("epoch", 0), loop.get("unkept", []))
+    flags = loop.get("flags", {})
+    if not isinstance(flags, dict) or not {*map(type, flags.values())} <= {bool}:
+        raise ResumeError("the state does not say which parameters require gradients")
+    if not isinstance(loop.get("stream"), dict | None):
+        raise ResumeError("the state does not say where its stream of batches stood; save() makes whole ones")
     if not isinstance(loop.get("half"), str | None):
         raise ResumeError("the state does not say in words how training was stopped")
-    counts = (place[0], place[2], *(loop[name] for name in ("num_epochs", "first_row")))
-    if place[1] not in ("", *PHASES) or not all(0 <= count < 2**53 for count in counts):
-        raise ResumeError(f"the state has an impossible place {place!r:.80}")
-    if not all(isinstance(row, dict) for row in rows):
-        raise ResumeError("the state has a row of the history that is not a mapping")
+    _check_counts(loop)
+    try: unpack_rows(rows)
+    except ValueError as error: raise ResumeError(f"the state is damaged: {error}") from None
+    if place[1] in ("train", "validation") and "epoch" not in loop["results"]:
+        raise ResumeError("the results in the state have no epoch, and training stands within one")
     try:
-        for mean in means.values(): Mean().load_state_dict(mean)
+        for mean in means.values(): _check_mean(mean)
         for steps in (*loop["steps"].values(), *loop["row_steps"].values()): steps.double()
         _check_random(rng)
-        if place[1] == "train" and place[2]: _check_began(loop["began"])
+        if began or (place[1] == "train" and place[2]): _check_began(loop["began"])
         if loop.get("stream"): _check_stream(loop["stream"])
-        for name in ("steps", "validation_steps"):
-            if not isinstance(loop.get("plan", {}).get(name), int | None): raise TypeError(name)
     except Exception as error:
         raise ResumeError(f"the means, steps or random numbers in the state are damaged: {error!r:.100}") from error
 
@@ -287,6 +283,18 @@ def gradients_left(learn: Any) -> list[Any] | None:
     if all(gradient is None for gradient in found): return None
     return [None if gradient is None else gradient.detach().clone() for gradient in found]
 
+# %% ../../nbs/loop/state.ipynb #2fbadedf
+def recipes(learn: Any) -> dict[str, Any]:
+    "How the parts of a learner were made, as far as it is known; see `made`."
+    names = ("model", "optimiser", "loss_func", "dataloaders")
+    at: dict[str, Any] = {"labels": learn.labels_at, "inputs": learn.inputs_at}
+    for name, value in at.items():
+        try: at[name] = kept_argument(name, value)
+        except TypeError: at[name] = {"type": repr(value)}
+    parts = {name: recipe_of(getattr(learn, name)) for name in names}
+    callbacks = [{**(recipe_of(each) or {}), "watches": only_watches(each)} for each in learn._resolved.added]
+    return {**parts, **at, "callbacks": callbacks}
+
 # %% ../../nbs/loop/state.ipynb #7f294a71
 def gather(learn: Any) -> dict[str, Any]:
     "The state of callbacks and loop: everything that the model and the optimiser do not hold."
@@ -301,7 +309,7 @@ def gather(learn: Any) -> dict[str, Any]:
         "place": list(place), "under_way": learn.is_running and cursor.under_way,
         "num_epochs": learn.num_epochs, "validation_epochs": cursor.validation_epochs,
         "first_row": cursor.first_row, "learning_rate": cursor.learning_rate, "epoch": learn.epoch,
-        "rows": deepcopy(history.rows), "results": dict(learn.results),
+        "rows": pack_rows(history.rows), "results": dict(learn.results),
         "steps": packed(history.steps), "keep_steps": history.keep_steps, "row_steps": packed(learn._steps),
         "means": {name: mean.state_dict() for name, mean in means.items()} if within else {},
         "rng": again["rng"] if again else rng_state(), "orders": orders,
@@ -310,6 +318,7 @@ def gather(learn: Any) -> dict[str, Any]:
         "plan": {"steps": cursor.steps, "validation_steps": cursor.validation_steps},
         "stream": cursor.stream_state(loader),
         "gradients": gradients_left(learn) if learn.is_running and cursor.under_way else None,
+        "flags": changed_flags(learn, cursor.flags),
         "hidden": again.get("hidden") or hidden_state(learn, cursor.note), "unkept": cursor.unkept(learn),
     }
     callbacks = again.get("callbacks") or {
@@ -319,7 +328,7 @@ def gather(learn: Any) -> dict[str, Any]:
 
 # %% ../../nbs/loop/state.ipynb #d5406456
 def put(learn: Any, state: Mapping[str, Any]) -> None:
-    "Put a state into a learner, or raise ResumeError and change nothing."
+    "Put a state into a learner; where it raises ResumeError, some of it may be in place."
     loop, state = state["loop"], with_base(learn, state)
     modules = {"model": learn.model, **modules_beside(learn)} if "model" in state else {}
     states = {"model": state.get("model"), **state.get("modules", {})}
@@ -329,27 +338,39 @@ def put(learn: Any, state: Mapping[str, Any]) -> None:
     optimiser = fitting_optimiser(learn, state)
     check_orders(learn, loop)
     if "hidden" in loop: _check_hidden(learn, loop["hidden"])
-    given, undo = to_device(state["callbacks"], learn.device), []
-    try:
-        for name, callback in with_state(learn.callbacks).items():
-            if name not in given: continue
-            undo.append((callback, deepcopy(callback.state_dict())))
-            try: callback.load_state_dict(given[name])
-            except Exception as error:
-                raise ResumeError(f"the state of {name} does not fit: {error}") from error
-        if state.get("optimiser") is not None:
-            if optimiser is learn.optimiser: undo.append((optimiser, optimiser.state_dict()))
-            try: optimiser.load_state_dict(state["optimiser"])
-            except Exception as error:
-                raise ResumeError(f"the optimiser does not take its state: {error}") from error
-        for name, module in modules.items(): _put_module(name, module, states[name])
-    except BaseException:
-        for part, before in undo:
-            with suppress(Exception): part.load_state_dict(before)
-        raise
+    _put_callbacks(learn, state["callbacks"])
+    if state.get("optimiser") is not None: _put_optimiser(optimiser, state["optimiser"])
+    for name, module in modules.items(): _put_module(name, module, states[name])
     if "groups" in state: set_groups(optimiser, state["groups"])
     learn.optimiser = optimiser
     _put_loop(learn, loop)
+    _check_loaded(learn, state["callbacks"])
+
+# %% ../../nbs/loop/state.ipynb #bb5d8e16
+def _put_callbacks(learn: Any, states: Mapping[str, Any]) -> None:
+    given = to_device(states, learn.device)
+    for name, callback in with_state(learn.callbacks).items():
+        if name not in given: continue
+        try: callback.load_state_dict(given[name])
+        except Exception as error:
+            raise ResumeError(f"the state of {name} does not fit: {error}") from error
+
+def _check_loaded(learn: Any, states: Mapping[str, Any]) -> None:
+    "Ask the callbacks that can tell only now whether their states fit the learner."
+    for name, callback in with_state(learn.callbacks).items():
+        if name not in states or not hasattr(callback, "check_loaded"): continue
+        try: callback.check_loaded(learn)
+        except Exception as error:
+            raise ResumeError(f"the state of {name} does not fit: {error}") from error
+
+def _put_optimiser(optimiser: Any, state: Any) -> None:
+    try: optimiser.load_state_dict(state)
+    except Exception as error:
+        raise ResumeError(f"the optimiser does not take its state: {error}") from error
+    for each in optimiser.values() if isinstance(optimiser, Mapping) else [optimiser]:
+        for name in getattr(each, "defaults", {}):
+            if all(name in group for group in each.param_groups): continue
+            raise ResumeError(f"the state of the optimiser has a group without {name}")
 
 # %% ../../nbs/loop/state.ipynb #d2af6769
 def _check_hidden(learn: Any, hidden: Any) -> None:
@@ -359,7 +380,7 @@ def _check_hidden(learn: Any, hidden: Any) -> None:
 def _put_loop(learn: Any, loop: Mapping[str, Any]) -> None:
     history, cursor = learn.history, learn.cursor
     if "hidden" in loop: put_hidden(learn, loop["hidden"])
-    history.rows, history.keep_steps = deepcopy(loop["rows"]), loop["keep_steps"]
+    history.rows, history.keep_steps = unpack_rows(loop["rows"]), loop["keep_steps"]
     history.steps = {name: values.tolist() for name, values in loop["steps"].items()}
     cursor.place, cursor.first_row = Place(*loop["place"]), loop["first_row"]
     if cursor.place.phase: learn.results = dict(loop["results"])
@@ -369,19 +390,7 @@ def _put_loop(learn: Any, loop: Mapping[str, Any]) -> None:
 def _put_module(name: str, module: nn.Module, state: Mapping[str, Any]) -> None:
     try: module.load_state_dict({each: state[plain_name(each)] for each in module.state_dict()})
     except Exception as error:  # names and shapes fit, so a module has its own way of loading
-        raise ResumeError(f"the {name} does not take its state: {error}; "
-                          "some of its weights may be new already") from error
-
-def groups_of(optimiser: Any) -> list[dict[str, Any]]:
-    "The groups of an optimiser, or of its state; of several optimisers all."
-    if isinstance(optimiser, Mapping) and "param_groups" not in optimiser:
-        return [group for each in optimiser.values() for group in groups_of(each)]
-    if isinstance(optimiser, Mapping): return list(optimiser["param_groups"])
-    return list(getattr(optimiser, "param_groups", []))
-
-def set_groups(optimiser: Any, saved: Iterable[Mapping[str, Any]]) -> None:
-    "Set the hyperparameters of all groups."
-    for group, values in zip(groups_of(optimiser), saved, strict=False): group.update(deepcopy(values))
+        raise ResumeError(f"the {name} does not take its state: {error}") from error
 
 def fitting_optimiser(learn: Any, state: Mapping[str, Any]) -> Any:
     "The optimiser, made if there is only a factory; raises ResumeError if the state does not fit it."
@@ -394,18 +403,11 @@ def fitting_optimiser(learn: Any, state: Mapping[str, Any]) -> Any:
         optimiser = make_optimiser(optimiser, learn.trained(), rate)
     kind, own = state["loop"]["optimiser"], type(optimiser).__name__
     if kind != own: raise ResumeError(f"the state is of {kind}, and the optimiser is {own}; use {kind}")
-    check_optimiser_state(optimiser, saved)
-    check_gradients(optimiser, state["loop"].get("gradients"))
+    try:
+        check_optimiser_state(optimiser, saved)
+        check_gradients(optimiser, state["loop"].get("gradients"))
+    except ValueError as error: raise ResumeError(str(error)) from None
     return optimiser
-
-def check_gradients(optimiser: Any, gradients: Any) -> None:
-    "Raise ResumeError unless gradients are those of an optimiser's parameters."
-    if gradients is None: return
-    shapes = [p.shape for group in groups_of(optimiser) for p in group["params"]]
-    fit = isinstance(gradients, list) and len(gradients) == len(shapes) and all(
-        gradient is None or (isinstance(gradient, Tensor) and gradient.shape == shape)
-        for gradient, shape in zip(gradients, shapes, strict=True))
-    if not fit: raise ResumeError("the gradients in the state are not those of the optimiser's parameters")
 
 # %% ../../nbs/loop/state.ipynb #bf05b766
 def put_gradients(learn: Any, gradients: Any) -> None:

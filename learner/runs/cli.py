@@ -23,7 +23,7 @@ from .command import Command, UsageError, help_parser, say, split_words
 from .config import from_record, registered, resolve
 from .registry import import_named
 from .rundir import RunError, check_layout, create_run, is_locked, is_run, run_path
-from .runfiles import RunFiles, read_run
+from .runfiles import RunFiles, mapping_in, read_run
 from .rundir import new_name as free_name
 
 # %% ../../nbs/runs/cli.ipynb #3f80631c
@@ -163,18 +163,30 @@ def mistakes() -> Iterator[None]:
         raise UsageError(_as_line(error).partition("\n")[0]) from error
 
 # %% ../../nbs/runs/cli.ipynb #377af90f
-def _begin(
-    processes: int, config: str, run_dir: str, quiet: bool, detach: bool, options: dict[str, Any],
-) -> None:
-    "Train in this process, or in several."
+def _trained(
+    call: str, processes: int, quiet: bool, detach: bool, *args: Any, **options: Any,
+) -> Any:
+    "Call a function that trains, in this process, or in several, which return nothing."
     if processes > 1:
         from learner.keep.launch import run_elastic
         from learner.runs.facts import command_line
-        options |= {"command": command_line()}
-        run_elastic(_train_together, processes, config, run_dir, quiet, options)
-    else:
-        from learner.runs.runs import train_run
-        train_run(config, run_dir, callbacks=_console(quiet, detach), **options)
+        if call != "resume_run": options |= {"command": command_line()}
+        run_elastic(_train_together, processes, call, quiet, args, options)
+        return None
+    from learner.runs import runs
+    return getattr(runs, call)(*args, callbacks=_console(quiet, detach), **options)
+
+def _processes(files: RunFiles, asked: int | None, detach: bool = False) -> int:
+    "How many processes train a run again: as many as are asked for, or as it had."
+    _check_least("processes", asked, 1)
+    count = mapping_in(files.meta, "facts").get("processes", 1) if asked is None else asked
+    had = f"{files.folder} was trained by {count!r:.20} processes"
+    if asked is None and count not in range(1, max(2, os.cpu_count() or 1) + 1):
+        raise UsageError(f"{had}, which are more than this machine has processors; say how many: --processes=2")
+    if detach and count > 1:
+        raise UsageError(f"{f'{had}, and ' if asked is None else ''}--detach trains in one process; "
+                         f"{'add --processes=1' if asked is None else 'leave out --processes'}")
+    return int(count)
 
 # %% ../../nbs/runs/cli.ipynb #f805bb61
 @command
@@ -211,19 +223,19 @@ def _train(
         options: dict[str, Any] = {"fingerprints": fingerprints} if fingerprints else {}
         options |= {"log_every": log_every, "tensorboard": tensorboard, "hash_data": hash_data}
         options |= {"overwrite": overwrite, "overrides": settings, "allow": allowed}
-        _begin(processes, config, run_dir, quiet, detach, options)
+        _trained("train_run", processes, quiet, detach, config, run_dir, **options)
     _report(run_dir)
 
 # %% ../../nbs/runs/cli.ipynb #f8d60b79
-def _train_together(config: str, run_dir: str, quiet: bool, options: dict[str, Any]) -> None:
+def _train_together(
+    call: str, quiet: bool, args: tuple[Any, ...], options: dict[str, Any],
+) -> None:
     "What each of several processes does: only the first of them writes."
     from learner.keep.distributed import Distributed
-    from learner.runs.runs import train_run
+    from learner.runs import runs
     _search_here()
-    first = os.environ["RANK"] == "0"
-    if not first: options |= {"plots": False}
-    callbacks = [Distributed(), *_console(quiet or not first)]
-    with _ends_in_order(): train_run(config, run_dir, callbacks=callbacks, **options)
+    callbacks = [Distributed(), *_console(quiet or not runs.is_first())]
+    with _ends_in_order(): getattr(runs, call)(*args, callbacks=callbacks, **options)
 
 # %% ../../nbs/runs/cli.ipynb #3003981c
 @command
@@ -231,6 +243,7 @@ def _resume(
     run_dir: str,  # a run that was stopped, or has been trained too little
     /, *,
     epochs: int | None = None,  # in all; null: as many as were asked for
+    processes: int | None = None,  # that train together; null: as many as the run had
     allow: Sequence[str] = (),  # a module of your own that the run names
     quiet: bool = False,  # print no rows
     detach: bool = False,  # train in the background, and survive the terminal
@@ -238,6 +251,7 @@ def _resume(
     "Go on exactly where a run has stopped."
     _check_least("epochs", epochs, 1)
     files = check_record(run_dir, allow)
+    count = _processes(files, processes, detach)
     done = len(files.rows)
     if files.status == "finished" and done and (epochs is None or epochs <= done):
         more = f"{_resume_line(run_dir)} --epochs={done + 1}"
@@ -246,8 +260,7 @@ def _resume(
     if detach: _detach(run_dir)
     if not quiet: say(f"{run_dir}, {_epochs(done)} done: loading PyTorch ...")
     with _training(run_dir):
-        from learner.runs.runs import resume_run
-        resume_run(run_dir, epochs, allow, _console(quiet, detach))
+        _trained("resume_run", count, quiet, detach, run_dir, epochs, tuple(allow))
     _report(run_dir)
 
 # %% ../../nbs/runs/cli.ipynb #96a72c22
@@ -258,8 +271,8 @@ def _watch(
 ) -> None:
     "Show the training of a run, which another process trains, as it goes."
     with mistakes():
-        from learner.runs.live import watch
-        watch(run_dir)
+        from learner.runs.live import watch_run
+        watch_run(run_dir)
 
 @command
 def _stop(
@@ -306,16 +319,19 @@ def _rerun(
     new_dir: str,  # a new folder
     /, *,
     overwrite: bool = False,  # move a run that is there aside
+    processes: int | None = None,  # that train together; null: as many as the run had
     allow: Sequence[str] = (),  # a module of your own that the run names
     quiet: bool = False,  # print no rows
 ) -> None:
     "Train again with the same settings and seed, and say whether the result is the same."
     if not overwrite and os.path.lexists(new_dir): create_run(new_dir)
-    check_record(run_dir, allow)
+    count = _processes(check_record(run_dir, allow), processes)
     with _training(new_dir):
-        from learner.runs.runs import rerun
-        found = rerun(run_dir, new_dir, allow, _console(quiet), overwrite)
+        found = _trained("rerun", count, quiet, False, run_dir, new_dir, tuple(allow), overwrite=overwrite)
     _report(new_dir)
+    if found is None:
+        from learner.runs.runs import Rerun
+        found = Rerun(None, read_run(run_dir), read_run(new_dir))
     say(found)
 
 # %% ../../nbs/runs/cli.ipynb #2e81f7d2
@@ -357,12 +373,17 @@ def _compare(
 
 @command
 def _show(
-    config: str,  # a registered name, a file of settings, module:function, or a run
+    config: str,  # a registered name, a file of settings, module:function, a run, or a checkpoint
     /, *,
     allow: Sequence[str] = (),  # a module of your own that a run names
     **settings: Any,
 ) -> None:
-    "Print all settings with their values, as a file that can be trained from."
+    "Print all settings with their values, as a file that can be trained from; or what a checkpoint holds."
+    if os.path.isfile(config) and not config.endswith((".yaml", ".yml", ".json")):
+        with mistakes():
+            from learner.runs.made import describe
+            say(describe(config))
+            return
     _search_here()
     say(resolve(config, settings, allow=list(allow) or None), end="")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.files import list_names
-from ..base.words import PrintableError, did_you_mean, flatten, printable, shortened
+from ..base.words import did_you_mean, flatten, kind_of, printable, PrintableError, shortened
 from ..keep.fingerprints import FingerprintError, Record, first_difference, read_fingerprints
 from .ranking import format_cell
 from .rundir import RunError, is_run
@@ -61,7 +61,7 @@ def _side(given: Any, name: str) -> _Side:
     if isinstance(records, list) and all(isinstance(record, Mapping) and "batch" in record
                                          for record in records):
         return _Side(f"{name} fingerprints", records=records)
-    raise CompareError(f"the {name} is a {type(given).__name__}; give a run folder, a history or "
+    raise CompareError(f"the {name} is {kind_of(given)}; give a run folder, a history or "
                        "fingerprints")
 
 def _of_run(run: RunFiles) -> _Side:

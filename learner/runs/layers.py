@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..base.words import did_you_mean
+from ..base.words import kind_of, nearest
 from .registry import ConfigError, Entry, find_part, registered
 from .signature import NOTHING, Form, Setting, Text, add_to, read_signature, without_text
 
@@ -92,7 +92,7 @@ class Part:
             what = f"{where}: {self.entry.name}" if where else self.entry.name
             raise ConfigError(f"{what} cannot be built: {error}".partition("\n")[0]) from error
         if self.kind == "model" and not hasattr(made, "parameters"):
-            what = f"{self.entry.name} made a {type(made).__name__}"
+            what = f"{self.entry.name} made {kind_of(made)}"
             raise ConfigError(f"{where}: {what}, which is not a model")
         return made
 
@@ -142,10 +142,11 @@ def _unknown(part: Part, prefix: str, name: str, known: Mapping[str, Setting]) -
     "The message for a name that is not a setting."
     if part.kind == "optimiser" and name == "lr":
         return f"{prefix}lr: set learning_rate instead, which every optimiser gets"
-    near = did_you_mean(name, known).replace("mean ", f"mean {prefix}")
-    inner = [key for key, setting in known.items() if name in _settings_of_default(setting)]
-    if not near and inner: near = f"; did you mean {prefix}{inner[0]}.{name}?"
-    near = near or f"; it has {', '.join(known) or 'none'}"
+    paths = {inner: f"{key}.{inner}" for key, setting in known.items()
+             for inner in _settings_of_default(setting)} | {key: key for key in known}
+    meant = nearest(name, paths)
+    near = f"; it has {', '.join(known) or 'none'}"
+    if meant: near = f"; did you mean {prefix}{paths[meant]}?"
     label = part.name or (part.entry.name or part.entry.recorded if part.entry else "")
     return f"{prefix}{name}: {label} has no setting {name}{near}"
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..base.files import AnyPath, append_text, make_folder
 from ..base.history import History
 from ..base.parts import is_optimiser, length_of
-from ..base.words import format_value, mode_of, as_number, plain
+from ..base.words import as_number, check_whole, format_value, mode_of, plain
 from ..loop.learner import Learner
 from ..loop.stages import Callback
 from .runfiles import GrowingTable
@@ -148,7 +148,7 @@ class StepLogger(Destination):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Continue the numbers of the steps."
-        self.values.num_steps = int(state["num_steps"])
+        self.values.num_steps = check_whole("num_steps", state["num_steps"], 0)
 
 # %% ../../nbs/runs/loggers.ipynb #aa3f2ff5
 class PassLogger(StepLogger):

@@ -140,11 +140,13 @@ def _first_facts(run: "RunFrame", learn: Learner, made: Settings | None) -> dict
     for phase in ("train", "validation"):
         if run.options["hash_data"] and phase in learn.dataloaders:
             data[phase] = loader_hash(learn.dataloaders[phase])
+    facts = {"device": str(learn.device), **host_facts()}
+    if learn.ranks is not None: facts["processes"] = learn.ranks.world
     return {
         "command": command_line() if run.command is None else run.command, "cwd": os.getcwd(),
         "started": datetime.now(UTC), "seconds": 0.0,
         "seed": torch.initial_seed() if seed is None else seed,
-        "versions": versions(), "facts": {"device": str(learn.device), **host_facts()},
+        "versions": versions(), "facts": facts,
         "data": data, "initial_model": model_hash(learn.model),
         "parent": None if parent is None else hash_file(parent),
     }

@@ -22,7 +22,7 @@ from ..base.checkpoints import checkpoint_place, list_checkpoints
 from ..base.files import AnyPath, FileError, append_text, is_file, open_file, parse_json
 from ..base.files import list_names, read_bytes, read_text, write_text
 from ..base.files import write_json as write_plain_json
-from ..base.words import csv_lines, did_you_mean, plain, printable
+from ..base.words import csv_lines, did_you_mean, kind_of, plain, printable
 from .rundir import FORMAT, VERSION, RunError, check_name, is_locked
 from .rundir import is_run, run_path
 
@@ -105,7 +105,7 @@ def read_json(path: AnyPath, most: int = _MOST) -> dict[str, Any]:
     with _named(path):
         value = parse_json(read_bytes(path, _LARGEST["json"]), depth=_DEEPEST, count=most)
     if not isinstance(value, dict):
-        raise RunError(f"{path} is damaged: it holds a {type(value).__name__}, not an object")
+        raise RunError(f"{path} is damaged: it holds {kind_of(value)}, not an object")
     return value
 
 # %% ../../nbs/runs/runfiles.ipynb #3dd5aead

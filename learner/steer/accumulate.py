@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..base.batch import unpack
-from ..base.words import check_whole
+from ..base.parts import is_optimiser
+from ..base.words import as_number, check_whole
 from ..loop.learner import Learner
 from ..loop.stages import Callback, CallbackError, CancelStepException
 from ..loop.updates import gradients_of, trained_parameters
@@ -91,10 +92,31 @@ def _unpacked(kept: Any, device: torch.device) -> Tensor | None:
     return torch.sparse_coo_tensor(parts[0], parts[1], kept["shape"], check_invariants=True,
                                    is_coalesced=kept["coalesced"])
 
-def _shape(kept: Any) -> tuple[int, ...]:
-    return tuple(kept["shape"] if isinstance(kept, Mapping) else kept.shape)
-
 _STATE = ("batches", "total", "unit", "divisor", "gradients")
+
+# %% ../../nbs/steer/accumulate.ipynb #39277577
+def _check_group(state: Mapping[str, Any]) -> None:
+    "Raise ValueError for values that no open group can have."
+    check_whole("batches", state["batches"], 0)
+    for name in ("total", "unit", "divisor"):
+        value = as_number(state[name])
+        if state[name] is None and name == "divisor": continue
+        if value is None or isinstance(value, bool) or not 0 <= value < inf:
+            raise ValueError(f"load_state_dict: {name} is {state[name]!r:.40}; it must be a number of at least 0")
+    if not isinstance(state["gradients"], list):
+        raise ValueError("load_state_dict: the gradients are not a list")
+
+def _check_gradients(parameters: list[Tensor], gradients: list[Any]) -> None:
+    "Raise ValueError unless gradients are those of parameters."
+    forms = [(tuple(p.shape), p.dtype) for p in parameters]
+    try: found = [_unpacked(gradient, torch.device("cpu")) for gradient in gradients]
+    except Exception: found = []
+    fits = len(found) == len(forms) and all(
+        gradient is None or (tuple(gradient.shape), gradient.dtype) == form
+        for gradient, form in zip(found, forms, strict=True))
+    if not fits:
+        raise ValueError("Accumulate: the gradients of the loaded state do not fit the "
+                         "parameters of the optimiser; load the state of the same model")
 
 # %% ../../nbs/steer/accumulate.ipynb #95cfa444
 class _WithState(Callback):
@@ -117,20 +139,22 @@ class _WithState(Callback):
         for name in _STATE:
             if state and name not in state:
                 raise ValueError(f"load_state_dict: the state has no {name}; it has {sorted(state)}")
+        if state: _check_group(state)
         self._loaded = dict(state) or None
         if self._optimiser is None: return
         self._group = _Group()
         if self._loaded is not None: self._restore(self._loaded)
 
+    def check_loaded(self, learn: Learner) -> None:
+        "Raise ValueError unless the gradients that were loaded fit the optimiser."
+        if self._loaded is None or not is_optimiser(learn.optimiser): return
+        _check_gradients(trained_parameters(learn.optimiser), self._loaded["gradients"])
+
     def _restore(self, state: Mapping[str, Any]) -> None:
         "Put the gradients of an earlier run back."
         self._loaded, gradients = None, state["gradients"]
         parameters = trained_parameters(self._optimiser)
-        if [tuple(p.shape) for p in parameters] != [
-                tuple(p.shape) if g is None else _shape(g)
-                for p, g in zip(parameters, gradients, strict=False)]:
-            raise ValueError("Accumulate: the gradients of the loaded state do not fit the "
-                             "parameters of the optimiser; load the state of the same model")
+        _check_gradients(parameters, gradients)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = _unpacked(gradient, parameter.device)
         for name in _STATE[:-1]:

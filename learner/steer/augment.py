@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..loop.learner import Learner
 from ..loop.passes import PASSES
-from ..base.words import check_number, check_whole, did_you_mean
+from ..base.words import check_number, check_whole, did_you_mean, kind_of
 from ..base.parts import accepts
 from ..base.provenance import kept_rng
 from ..loop.stages import Callback, CallbackError
@@ -31,7 +31,7 @@ from ..base.tree import map_tensors
 def _images(name: str, images: Any) -> Tensor:
     "The images; raises TypeError for what is not a batch of them."
     if isinstance(images, Tensor) and images.ndim == 4: return images
-    what = f"a {type(images).__name__}"
+    what = f"{kind_of(images)}"
     if isinstance(images, Tensor): what = f"a tensor of shape {tuple(images.shape)}"
     raise TypeError(f"{name} got {what}; it takes a batch of images, a tensor NxCxHxW; pass "
                     "Learner(..., inputs=...) to give the model the images alone")
@@ -219,7 +219,7 @@ def _made(function: Callable[[Any], Any], data: Any) -> Any:
     try: made = function(data)
     except (TypeError, AttributeError) as error:
         if isinstance(data, Tensor): raise
-        raise TypeError(f"{_name_of(function)} got a {type(data).__name__}: {error}; write it for "
+        raise TypeError(f"{_name_of(function)} got {kind_of(data)}: {error}; write it for "
                         "that, or pass Learner(..., inputs=...) to give it one tensor") from error
     if made is None:
         raise TypeError(f"{_name_of(function)} returned None; it must return the data that it "
@@ -261,7 +261,7 @@ class BatchTransform(Callback):
             return
         made = self.function(learn.data, learn.labels)
         if not isinstance(made, tuple) or len(made) != 2:
-            raise TypeError(f"{self}: the function returned a {type(made).__name__}; with "
+            raise TypeError(f"{self}: the function returned {kind_of(made)}; with "
                             "labels=True it returns a pair, the data and the labels")
         learn.data, learn.labels = made
         learn.batch_size = size_of(learn.labels)
@@ -391,7 +391,7 @@ def _stretch(side: Tensor, size: int) -> tuple[Tensor, Tensor]:
 def _stacked(outputs: list[Any]) -> Tensor:
     for output in outputs:
         if not isinstance(output, Tensor):
-            raise TypeError(f"TTA: the model gave a {type(output).__name__}, and only tensors have "
+            raise TypeError(f"TTA: the model gave {kind_of(output)}, and only tensors have "
                             "a mean; pass combine=, a function of the list of outputs")
         if output.shape != outputs[0].shape:
             raise ValueError(f"TTA: the views give predictions of shapes {tuple(outputs[0].shape)} "

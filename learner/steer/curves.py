@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..base.words import did_you_mean
+from ..base.words import check_whole, did_you_mean
 
 # %% ../../nbs/steer/curves.ipynb #01cd803f
 Curve = Callable[[float], float]  # of the progress, from 0 to 1
@@ -215,6 +215,8 @@ class _Stepped:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Go on from where another stood."
         names = ("last_step", "total_steps", "shares")
+        if check_whole("last_step", state["last_step"], 0) > 2**53: raise ValueError("last_step is too large")
+        if state["total_steps"] is not None: check_whole("total_steps", state["total_steps"])
         vars(self).update({name: deepcopy(state[name]) for name in names})
 
 # %% ../../nbs/steer/curves.ipynb #ab6d1d52

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..base.words import check_whole, did_you_mean
+from ..base.words import check_whole, did_you_mean, kind_of
 from ..loop.learner import Learner
 from ..loop.stages import Callback
 from ..loop.updates import trained_parameters
@@ -26,7 +26,7 @@ def _check_filter(filter: Any) -> list[Any]:
     filters = [filter] if single else list(filter)
     for each in filters:
         if isinstance(each, nn.Module):
-            raise TypeError(f"filter is a {type(each).__name__}; name it instead, as in \"body.0\"")
+            raise TypeError(f"filter is {kind_of(each)}; name it instead, as in \"body.0\"")
         if isinstance(each, type): good = issubclass(each, nn.Module)
         else: good = isinstance(each, str) or callable(each)
         if not good:

@@ -51,8 +51,8 @@ def contribution(callback: Callback) -> InGraph | str | None:
     if "in_graph" in vars(kind): return vars(kind)["in_graph"](callback)
     said = next((base for base in kind.__mro__ if "in_graph" in vars(base)), None)
     if said is None: return None
-    return (f"{kind.__name__} may do something else than {said.__name__}; define in_graph in "
-            f"{kind.__name__}, or take {said.__name__} itself")
+    return (f"it may do something other than {said.__name__}; define in_graph in {kind.__name__}, "
+            f"or use {said.__name__} itself")
 
 # %% ../../nbs/steer/in_graph.ipynb #30f46fe6
 FUSED = ("predict", "loss", "backward", "step")  # the stages that are one graph
@@ -65,20 +65,25 @@ def _place(stage: str, kind: str) -> str:
     "Where a hook of a fused stage is called: before the graph, after it, or in the gap."
     if (stage, kind) == ("predict", "before"): return "before"
     if (stage, kind) == ("step", "after"): return "after"
-    return "gap" if kind in ("before", "after") else "none"
+    return "gap" if kind in ("before", "after") else kind
+
+_NOWHERE = {  # why a hook of another kind has no place
+    "action": "it replaces a part of the graph", "around": "it surrounds a part of the graph",
+    "cancelled": "it waits for the end of a stage that is never opened",
+    "cleanup": "it waits for the end of a stage that is never opened",
+}
 
 def _fault(hook: Hook, owner: Callback | None, place: str) -> str:
     "Why a hook cannot be called beside the graph; empty if it can."
-    if place == "none": return "it replaces or surrounds what the graph does"
-    if place != "gap": return ""
+    if place != "gap": return _NOWHERE.get(place, "")
     asked = list(inspect.signature(hook.function).parameters)
     other = [name for name in asked if name not in VALUES]
     if other:
-        return f"it asks for {other[0]} between forward pass and step, which are one graph"
-    if not asked: return "it asks for no value of the batch, and the gradients stay in the graph"
+        return f"it asks for {other[0]} between the forward pass and the step, which are one graph"
+    if not asked:
+        return "it asks for no value of the batch, so it may be meant for something in the graph"
     if owner is not None and not owner.watches:
-        kind = type(owner).__name__
-        return f"{kind} does not say watches = True, and may change what the step uses"
+        return "its class does not declare watches = True, so it may change what the step uses"
     return ""
 
 def _owner(hook: Hook) -> Callback | None:
@@ -103,8 +108,14 @@ class Verdict(NamedTuple):
     where: str  # "inside", "before", "after" or "refused"
     label: str
     why: str = ""
+    owner: Callback | None = None
+
+    def __str__(self) -> str:
+        return f"{self.where:<8} {self.label}" + (f": {self.why}" if self.why else "")
 
 # %% ../../nbs/steer/in_graph.ipynb #ef310b1c
+_KINDS = ("before", "around", "action", "after", "cancelled", "cleanup")  # in firing order
+
 class _Sorting:
     "Finds the place of each hook."
 
@@ -118,23 +129,30 @@ class _Sorting:
         for stage in FUSED:
             for fixture, maker in learn.resolution.providers.get(stage, {}).items():
                 self._refuse(maker.label, f"it provides {fixture} in a stage that is never opened")
-            for kind, hooks in learn.resolution.hooks.get(stage, {}).items():
-                for hook in hooks: self._sort(hook, _place(stage, kind))
+            hooks = learn.resolution.hooks.get(stage, {})
+            for kind in _KINDS:
+                for hook in hooks.get(kind, ()): self._sort(hook, _place(stage, kind))
         name = overridden(learn)
-        if name: self._refuse(f"{type(learn).__name__}.{name}", "the graph would pass it over")
+        if name: self._refuse(f"{type(learn).__name__}.{name}", "the graph would not call it")
+        seen = {id(verdict.owner) for verdict in self.verdicts}
+        labels = {verdict.label for verdict in self.verdicts}  # of functions
+        self.outside = [callback for callback in learn.callbacks
+                        if id(callback) not in seen and str(callback) not in labels]
 
     def _sort(self, hook: Hook, place: str) -> None:
         owner = _owner(hook)
         said = self.said.get(id(owner))
-        if isinstance(said, InGraph): self.verdicts.append(Verdict("inside", hook.label))
-        elif isinstance(said, str): self._refuse(hook.label, said)
-        elif why := _fault(hook, owner, place): self._refuse(hook.label, why)
+        fault = said if isinstance(said, str) else _fault(hook, owner, place)
+        if isinstance(said, InGraph):
+            self.verdicts.append(Verdict("inside", hook.label, owner=owner))
+        elif fault: self._refuse(hook.label, fault, owner)
         else:
             getattr(self, place).append(hook)
-            self.verdicts.append(Verdict("after" if place == "gap" else place, hook.label))
+            where = "after" if place == "gap" else place
+            self.verdicts.append(Verdict(where, hook.label, owner=owner))
 
-    def _refuse(self, label: str, why: str) -> None:
-        self.verdicts.append(Verdict("refused", label, why))
+    def _refuse(self, label: str, why: str, owner: Callback | None = None) -> None:
+        self.verdicts.append(Verdict("refused", label, why, owner))
 
 # %% ../../nbs/steer/in_graph.ipynb #e33f4b5a
 class SortedHooks(_Sorting):
@@ -148,15 +166,22 @@ class SortedHooks(_Sorting):
         before, gap, after: Hooks to be called before the graph; after it, with the values of the
             batch; and when a step was taken.
         parts: What callbacks contribute to the graph, in firing order.
+        outside: Callbacks that have no hook in the stages that are one graph.
     """
 
     def check(self) -> None:
         "Raise CallbackError for the first hook or override that is refused."
-        for where, label, why in self.verdicts:
-            if where == "refused":
-                raise CallbackError(f"WholeStep cannot take in {label}: {why}; remove one of them")
+        for where, label, why, _ in self.verdicts:
+            if where != "refused": continue
+            raise CallbackError(f"WholeStep cannot include {label} in its graph: {why}; remove "
+                                "one of the two")
 
     def lines(self) -> Iterator[str]:
-        "The verdicts as lines of text."
-        for where, label, why in self.verdicts:
-            yield f"  {where:<8} {label}" + (f": {why}" if why else "")
+        "The verdicts as lines of text, with the hooks of a callback in one line."
+        rows: dict[Any, list[Verdict]] = {}
+        for verdict in self.verdicts:
+            alone = verdict.why or verdict.owner is None
+            key = verdict.label if alone else (verdict.where, id(verdict.owner))
+            rows.setdefault(key, []).append(verdict)
+        for first, *others in rows.values():
+            yield f"  {first}" + "".join(f", {each.label.rpartition('.')[2]}" for each in others)

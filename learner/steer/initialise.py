@@ -24,7 +24,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..base.batch import size_of, unpack
 from ..base.parts import is_optimiser
 from ..base.show import new_axes
-from ..base.words import check_number, check_whole, did_you_mean
+from ..base.words import check_number, check_whole, did_you_mean, kind_of
 from ..loop.learner import Learner
 from ..loop.stages import Callback, CancelTrainException
 from .pairs import ByLayer, Follows, fan_in, gain, look, mean_slope
@@ -160,7 +160,7 @@ def _inputs(target: Learner | nn.Module, batch: Any) -> tuple[nn.Module, Any]:
     "The model and the inputs for it."
     if not isinstance(target, (Learner, nn.Module)):
         raise TypeError("weights are initialised of a Learner, or of a model with a batch, not of "
-                        f"a {type(target).__name__}")
+                        f"{kind_of(target)}")
     if isinstance(target, nn.Module):
         if batch is None: raise ValueError("a model alone has no data; pass a batch, or the "
                                            "learner")

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from ..base.provenance import kept_rng
 from ..base.tree import map_tensors
-from ..base.words import did_you_mean
+from ..base.words import check_number, did_you_mean
 from ..loop.learner import Learner
 from ..loop.stages import Callback, CallbackError, CancelStepException
 from ..loop.updates import gradients_of
@@ -217,6 +217,9 @@ class _Scaling(_Scaled):
         if missing:
             raise ValueError(f"load_state_dict: the state has no {min(missing)}; it has "
                              f"{sorted(state)}")
+        for name, value in state.items():
+            if check_number(name, value) == 0 and name == "scale":
+                raise ValueError("load_state_dict: scale is 0; it must be above 0")
         self._scaled = True  # gradients that are put back in the middle of a pass, too
         if self.scaler is not None: self.scaler.load_state_dict(dict(state))
         else: self._state = dict(state)

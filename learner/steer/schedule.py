@@ -26,7 +26,8 @@ from ..loop.stages import Callback
 from .curves import Curve, FunctionScheduler, ScheduleError, check_finite, check_name
 from .curves import get_hyperparameter, split_name
 from .schedulers import TOTALS, Groups, ParameterGroups, check_factory, class_of
-from .schedulers import name_of, open_lengths, step_wants, storable, updates_in_all
+from .schedulers import in_torch, is_setting, name_of, open_lengths, step_wants, storable
+from .schedulers import unlike, updates_in_all
 from .stopping import check_monitor, monitored
 
 if TYPE_CHECKING:
@@ -105,6 +106,19 @@ class _Lengths(_Making):
 # %% ../../nbs/steer/schedule.ipynb #d559474b
 _STATE = ("under_way", "kind", "done", "limit", "scheduler", "groups", "before")
 
+# %% ../../nbs/steer/schedule.ipynb #e6601ee9
+def _check_place(schedule: Any, state: Mapping[str, Any]) -> None:
+    "Raise an error for values with which no schedule can go on."
+    check_whole("done", state["done"], 0)
+    if state["limit"] is not None: check_whole("limit", state["limit"], -1)
+    if not isinstance(state["under_way"], bool) or not isinstance(state["scheduler"], Mapping):
+        raise ScheduleError(f"{schedule}: the state does not say where its scheduler stands")
+    for name in ("groups", "before"):
+        groups = state[name]
+        values = isinstance(groups, list) and all(isinstance(group, Mapping) for group in groups)
+        if not values or not all(map(is_setting, (v for group in groups for v in group.values()))):
+            raise ScheduleError(f"{schedule}: {name} in the state are not the values of parameter groups")
+
 # %% ../../nbs/steer/schedule.ipynb #d7495317
 class _WithState(_Lengths):
     "Where a schedule stands."
@@ -127,6 +141,7 @@ class _WithState(_Lengths):
         if missing:
             raise ScheduleError(f"{self}: the state has no {', '.join(missing)}; load what "
                                 "state_dict() gave")
+        if state: _check_place(self, state)
         kind = class_of(self.factory)
         if isinstance(kind, type): self._check_kind(state, kind)
         self._state = storable(state)
@@ -135,7 +150,12 @@ class _WithState(_Lengths):
     def _take_up(self, state: Mapping[str, Any], scheduler: Any) -> None:
         "Go on from a state."
         self._check_kind(state, type(scheduler))
-        scheduler.load_state_dict(deepcopy(state["scheduler"]))  # some take a part out of it
+        own = storable(scheduler.state_dict()) if in_torch(scheduler) else {}
+        wrong = unlike(own, state["scheduler"])
+        if wrong: raise ScheduleError(f"{self}: the state of its scheduler does not fit: {wrong}")
+        try: scheduler.load_state_dict(deepcopy(state["scheduler"]))  # some take a part out of it
+        except Exception as error:
+            raise ScheduleError(f"{self}: its scheduler does not take its state: {error!r:.100}") from error
         if self._groups is not None: self._groups.write(state["groups"])
         self.done, self.limit, self._before = state["done"], state["limit"], state["before"]
 

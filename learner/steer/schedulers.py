@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOTALS', 'WANTS', 'Groups', 'updates_per_epoch', 'updates_in_all', 'open_lengths', 'step_wants', 'check_factory',
-           'storable', 'class_of', 'name_of', 'ParameterGroups']
+           'storable', 'in_torch', 'is_setting', 'unlike', 'class_of', 'name_of', 'ParameterGroups']
 
 # %% ../../nbs/steer/schedulers.ipynb #9170afb4
 import inspect
@@ -153,6 +153,33 @@ def storable(value: Any) -> Any:
         items = [storable(item) for item in value]
         return _ABSENT if any(item is _ABSENT for item in items) else items
     return _ABSENT
+
+def in_torch(scheduler: Any) -> bool:
+    "Whether it is a scheduler of torch or of this package, whose states have a known form."
+    return type(scheduler).__module__.startswith(("torch.optim.", "learner."))
+
+def is_setting(value: Any) -> bool:
+    "Whether a value can be that of a hyperparameter: a finite number, or a list of such."
+    if isinstance(value, list | tuple): return all(map(is_setting, value))
+    number = as_number(value)
+    return value is None or (number is not None and abs(number) < 1e300)
+
+def unlike(own: Any, found: Any, name: str = "") -> str:
+    "How a state differs in form from one that a scheduler has given; empty if it does not."
+    if own is None or found is _ABSENT: return ""
+    if isinstance(own, Mapping) and isinstance(found, Mapping):
+        for key, value in own.items():
+            if key not in found: return f"it has no {key}"
+            if wrong := unlike(value, found[key], key): return wrong
+        return ""
+    if isinstance(own, list | tuple) and isinstance(found, list | tuple):
+        if len(own) != len(found): return f"{name} has {len(found)} values, and not {len(own)}"
+        return next(filter(None, (unlike(a, b, name) for a, b in zip(own, found, strict=True))), "")
+    kinds = (bool, (int, float, Tensor), str)
+    alike = any(isinstance(own, kind) and isinstance(found, kind) for kind in kinds)
+    whole = not isinstance(own, int) or isinstance(found, int)
+    finite = not isinstance(found, int | float) or abs(found) < 1e300 or abs(found) == float("inf")
+    return "" if alike and whole and finite else f"{name} is {found!r:.40}"
 
 def class_of(factory: Any) -> Any:
     "What a factory calls, without the arguments that it has been given."

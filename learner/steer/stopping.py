@@ -8,18 +8,18 @@ __all__ = ['MonitorError', 'check_monitor', 'check_mode', 'monitored', 'EarlySto
 # %% ../../nbs/steer/stopping.ipynb #07a54f9c
 import math
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from numbers import Real
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..base.tree import copy_tree
 from ..base.words import MEASURES, check_number, check_whole, did_you_mean, mode_of
 from ..base.words import split_column
 from ..loop.learner import Learner
 from ..loop.passes import passes_of
 from ..loop.stages import Callback, CancelTrainException
-from ..loop.state import modules_beside, with_state
+from ..loop.state import check_model_state, modules_beside, with_state
 
 # %% ../../nbs/steer/stopping.ipynb #2c6a79bc
 class MonitorError(ValueError):
@@ -101,13 +101,6 @@ def monitored(owner: Any, monitor: str, learn: Learner) -> float | None:
     return float(value)
 
 # %% ../../nbs/steer/stopping.ipynb #eb3eb342
-def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
-    "A copy of a state, which shares no memory with its owner."
-    def copied(value: Any) -> Any:
-        if isinstance(value, Tensor): return value.detach().clone()
-        return _copied(value) if isinstance(value, Mapping) else deepcopy(value)
-    return {name: copied(value) for name, value in state.items()}
-
 def _parts(learn: Learner) -> dict[str, Any]:
     "What belongs to the weights of an epoch, by name."
     own = [callback for callback in learn.callbacks if getattr(callback, "with_weights", False)]
@@ -118,6 +111,32 @@ def _parts(learn: Learner) -> dict[str, Any]:
 
 # %% ../../nbs/steer/stopping.ipynb #874e7cc0
 _COUNT = ("under_way", "best", "best_epoch", "waited", "reason")
+
+# %% ../../nbs/steer/stopping.ipynb #3c5f09c6
+def _check_count(state: Mapping[str, Any]) -> None:
+    "Raise ValueError for values that no count can have."
+    best, epoch = state["best"], state["best_epoch"]
+    check_whole("waited", state["waited"], 0)
+    if epoch is not None: check_whole("best_epoch", epoch, 0)
+    if not isinstance(best, Real) or isinstance(best, bool) or math.isnan(best):
+        raise ValueError(f"EarlyStopping: best is {best!r:.40}, not a number")
+    kinds = {"under_way": bool, "reason": str}
+    for name, kind in kinds.items():
+        if not isinstance(state[name], kind):
+            raise ValueError(f"EarlyStopping: {name} is {state[name]!r:.40}, not a {kind.__name__}")
+    if not isinstance(state["weights"], Mapping | None):
+        raise ValueError("EarlyStopping: the weights are not a mapping")
+
+def _check_part(name: str, part: Any, state: Mapping[str, Any], learn: Learner) -> None:
+    "Raise an error unless a part of the learner can take a state; it stays as it is."
+    if isinstance(part, nn.Module):
+        check_model_state(part, state, name)
+        return
+    before = copy_tree(part.state_dict())
+    try:
+        part.load_state_dict(copy_tree(state))
+        if hasattr(part, "check_loaded"): part.check_loaded(learn)
+    finally: part.load_state_dict(before)
 
 # %% ../../nbs/steer/stopping.ipynb #28e9f642
 class _Count(Callback):
@@ -146,7 +165,7 @@ class _Count(Callback):
         self.best, self.best_epoch, self.waited = value, learn.results["epoch"], 0
         if self.restore_best:
             parts = _parts(learn)
-            self.weights = {name: _copied(part.state_dict()) for name, part in parts.items()}
+            self.weights = {name: copy_tree(part.state_dict()) for name, part in parts.items()}
 
     def state_dict(self) -> dict[str, Any]:
         "The count so far, and the best weights if they are to be put back."
@@ -158,8 +177,18 @@ class _Count(Callback):
         if missing:
             raise ValueError(f"EarlyStopping: the state has no {', '.join(missing)}; load what "
                              "state_dict() gave")
+        _check_count(state)
         for name in _COUNT: setattr(self, name, state[name])
-        self.weights = None if state["weights"] is None else _copied(state["weights"])
+        self.weights = None if state["weights"] is None else copy_tree(state["weights"])
+
+    def check_loaded(self, learn: Learner) -> None:
+        "Raise ValueError unless the weights that were loaded can be put back at the end."
+        if self.weights is None: return
+        parts = _parts(learn)
+        for name in {*parts, *self.weights}:
+            if name not in parts or not isinstance(self.weights.get(name), Mapping):
+                raise ValueError(f"the weights of the best epoch do not fit: {name}")
+        for name, part in parts.items(): _check_part(name, part, self.weights[name], learn)
 
 # %% ../../nbs/steer/stopping.ipynb #6250baa0
 class _Stop(_Count):

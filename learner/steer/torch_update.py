@@ -85,6 +85,7 @@ class Dial:
 
     def set(self, value: Any) -> Tensor:
         "Write the number if it is another one."
+        if isinstance(value, Tensor) and value.is_cpu: value = value.item()  # a copy would wait
         if isinstance(value, Tensor): self.tensor.copy_(value)
         elif value != self.value: self.tensor.fill_(value)
         self.value = value

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..base.words import check_number, did_you_mean
+from ..base.words import check_number, check_whole, did_you_mean
 from ..loop.learner import Learner
 from ..loop.stages import Callback, CallbackError
 from ..loop.updates import trained_parameters
@@ -271,9 +271,27 @@ class _Shown(_Averaging):
             if name not in state:
                 raise ValueError(f"load_state_dict: the state has no {name}; it has "
                                  f"{sorted(state)}")
-        average = self._average = _Average()
-        average.updates = state["updates"]
-        average.values = {name: value.detach().clone() for name, value in state["averages"].items()}
+        average = _Average()
+        average.updates = check_whole("updates", state["updates"], 0)
+        for name, value in state["averages"].items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"load_state_dict: the average of {name} is {value!r:.40}, not a tensor")
+            average.values[name] = value.detach().clone()
+        if bool(average.updates) != bool(average.values):
+            raise ValueError(f"load_state_dict: the state has {len(average.values)} averages of "
+                             f"{average.updates} updates")
+        self._average = average
+
+    def check_loaded(self, learn: Learner) -> None:
+        "Raise ValueError unless the averages that were loaded fit the model."
+        if not self._average.values or any(map(is_lazy, learn.model.parameters())): return
+        places = _averaged(learn.model)
+        tensors = {name: store[key] for name, (store, key) in places.items()}
+        _check_fit(self._average.values, tensors)
+        for name, tensor in tensors.items():
+            own = self._average.values[name].dtype
+            if own != _precise(tensor):
+                raise ValueError(f"EMA: {name} of the model is {tensor.dtype}, and its average {own}")
 
 # %% ../../nbs/steer/update.ipynb #20827f57
 class _Kept(_Shown):

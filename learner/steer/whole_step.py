@@ -26,7 +26,7 @@ from ..loop.learner import Learner
 from ..loop.stages import Callback, CallbackError, CancelException, CancelStepException
 from ..loop.updates import trained_parameters
 from .in_graph import SortedHooks
-from .step_graph import Inputs, Recompiled, Step, check_hooks
+from .step_graph import Inputs, Recompiled, Step, cache_hits, check_hooks
 from .step_graph import check_optimiser_hooks, differentiated, probe
 from .torch_update import GraphError
 
@@ -55,7 +55,7 @@ def form_of(data: Any, labels: Any) -> Form:
         if isinstance(leaf, Tensor): form += [leaf.shape, leaf.dtype]
         elif leaf is None or isinstance(leaf, bool | int | float | str): form.append(leaf)
         else:
-            raise CallbackError("WholeStep cannot take in a batch with an object of the class "
+            raise CallbackError("WholeStep cannot include a batch with an object of the class "
                                 f"{type(leaf).__name__}; use tensors in tuples, lists and dicts, "
                                 "or leave WholeStep out")
     return tuple(form)
@@ -71,14 +71,13 @@ WITHOUT_STEP = "without a step"  # in a form: the gradients are added up
 
 # %% ../../nbs/steer/whole_step.ipynb #ca47df49
 class _Forms:
-    "The forms that have a graph, and those that go without."
+    "The forms of batches that have a graph, and those that go without."
 
     def __init__(self) -> None:
-        self.compiled: dict[Form, str] = {}
-        self.plain: dict[Form, str] = {}
+        self.compiled: dict[Form, str] = {}  # in words
+        self.plain: dict[Form, str] = {}  # in words, and why
         self.expected: set[str] = set()  # of the training that is resumed: forms that had a graph
-        self.made = self.late = 0  # graphs in all, and those after the first epoch
-        self.seconds = 0.0  # that they took
+        self.told: set[str] = set()  # forms that go without
 
     def wants(self, form: Form, learn: Any) -> bool:
         "Whether a form that is new is to have a graph."
@@ -86,38 +85,52 @@ class _Forms:
         words = form_in_words(form)
         if words in self.expected: return True
         length = length_of(learn.dataloaders["train"])
-        is_last = learn.batch_num > 0 and learn.batch_num + 1 == length
-        full = len(self.expected | {*self.compiled.values()}) >= MOST_GRAPHS
-        if is_last or full: self.plain[form] = words
-        return not (is_last or full)
+        if learn.batch_num > 0 and learn.batch_num + 1 == length:
+            self.go_without(form, "it is the last batch of an epoch")
+        elif len(self.expected | {*self.compiled.values()}) >= MOST_GRAPHS:
+            self.go_without(form, f"there are {MOST_GRAPHS} graphs already")
+        return form not in self.plain
 
-    def note(self, form: Form, count: int, seconds: float, late: bool) -> None:
+    def go_without(self, form: Form, why: str) -> None:
+        "Do without the compiler for a form from here on, and say so once."
+        words = self.compiled.pop(form, None) or form_in_words(form)
+        self.plain[form] = f"{words}: {why}"
+        if words in self.told: return
+        self.told.add(words)
+        print(f"WholeStep makes no graph for {words}: {why}; such batches are computed without "
+              "the compiler", flush=True)
+
+# %% ../../nbs/steer/whole_step.ipynb #671412dd
+class Graphs(_Forms):
+    "The forms that have a graph or go without, and how often the compiler was needed."
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = self.late = self.cached = 0  # graphs: all, after the first epoch, from the disk
+        self.seconds = 0.0  # that they took
+        self.uncompiled = 0  # batches that were computed without a graph
+
+    def note(self, form: Form, count: int, cached: int, seconds: float, late: bool) -> None:
         "Count graphs that were made for a form."
         self.compiled[form] = form_in_words(form)
         self.made += count
         self.late += count * late
+        self.cached += cached
         self.seconds += seconds
 
-    def give_up(self, form: Form) -> None:
-        "Do without the compiler from here on: the form needs another graph again and again."
-        self.plain[form] = self.compiled.pop(form, form_in_words(form))
-
-# %% ../../nbs/steer/whole_step.ipynb #671412dd
-class Graphs(_Forms):
-    "The forms that have a graph, and those that go without."
-
     def afresh(self) -> "Graphs":
-        "What is kept for another step: the counts, and what is expected."
+        "What is kept for another step: the counts, what is expected and what was said."
         new = Graphs()
-        new.expected, new.seconds = self.expected, self.seconds
-        new.made, new.late = self.made, self.late
+        vars(new).update(vars(self), compiled={}, plain={})
         return new
 
     def lines(self) -> Iterator[str]:
         late = f", {self.late} of them after the first epoch" if self.late else ""
-        if self.made: yield f"  {self.made} compiled in {format_seconds(self.seconds)}{late}"
+        cached = f", {self.cached} of them from the cache on the disk" if self.cached else ""
+        if self.made: yield f"  {self.made} compiled in {format_seconds(self.seconds)}{late}{cached}"
         for words in self.compiled.values(): yield f"  graph    {words}"
         for words in self.plain.values(): yield f"  eager    {words}"
+        if self.uncompiled: yield f"  batches computed without the compiler: {self.uncompiled}"
 
 # %% ../../nbs/steer/whole_step.ipynb #28235f70
 class Sums:
@@ -219,7 +232,8 @@ class _Prepared(Callback):
         with _refusing():
             used = probe(learn, [part.forward for part in self._around.parts if part.forward])
             self._step = Step(learn, self._around.parts, used, self._compiler)
-        self._sums, self.graphs = Sums(self._step.used_parameters), self.graphs.afresh()
+        self.graphs = self.graphs.afresh()
+        self._sums = Sums(self._step.used_parameters) if self._around.weighing else None
         return self._step
 
 # %% ../../nbs/steer/whole_step.ipynb #8542fb4e
@@ -230,8 +244,8 @@ class _refusing:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, GraphError):
-            raise CallbackError(f"WholeStep cannot take in this step: {error}; leave WholeStep "
-                                "out, or take that away") from error
+            raise CallbackError(f"WholeStep cannot make a graph of this step: {error}; remove "
+                                "that, or leave WholeStep out") from error
 
 # %% ../../nbs/steer/whole_step.ipynb #4b98e6a2
 _LEFT = ("WholeStep: a step that was left out has kept gradients, and a graph does not add to them; "
@@ -290,6 +304,10 @@ class _Running(_Gathering):
         learn.unseen_step = False  # SortedHooks has found a place for each hook on the step
 
 # %% ../../nbs/steer/whole_step.ipynb #7459baac
+_NOT_RECORDED = ("WholeStep: torch has not recorded this step as a CUDA graph; it is compiled, but its "
+                 "kernels are launched one by one")
+_CHANGES = f"something it depends on has changed {MOST_GRAPHS} times, each time for another graph"
+
 class _Computing(_Running):
     "Chooses between the graph and the same step without it."
 
@@ -299,29 +317,38 @@ class _Computing(_Running):
         "Predictions, loss and the values of callbacks."
         form = form_of(inputs.data, inputs.labels)
         calls = step.update.current()
-        if not step.update.is_born: return step.plain(learn, inputs)  # which makes the state
+        if not step.update.is_born: return self._plain(learn, step, inputs)  # and make the state
         if inputs.sums is not None and inputs.divisor is None: form = (*form, WITHOUT_STEP)
         with torch.no_grad():
             if form in self.graphs.compiled:
                 try: predictions, loss, _, values = step.compiled(inputs, calls)
                 except Recompiled: pass
                 else: return predictions, loss, values
-                if step.compiled.graphs >= MOST_GRAPHS: self.graphs.give_up(form)
-            elif not self.graphs.wants(form, learn): return step.plain(learn, inputs)
-            if form in self.graphs.plain: return step.plain(learn, inputs)
+                if step.compiled.graphs >= MOST_GRAPHS: self.graphs.go_without(form, _CHANGES)
+            elif not self.graphs.wants(form, learn): return self._plain(learn, step, inputs)
+            if form in self.graphs.plain: return self._plain(learn, step, inputs)
             predictions, loss, _, values = self._compiled(learn, step, inputs, calls, form)
         return predictions, loss, values
 
     def _compiled(self, learn: Learner, step: Step, inputs: Inputs, calls: Any, form: Any) -> Any:
         "Make a graph and run it, and say how long that takes."
         print(f"WholeStep compiles a graph for {form_in_words(form)} ...", end="", flush=True)
-        before, start = step.compiled.graphs, time.perf_counter()
+        before, loaded, start = step.compiled.graphs, cache_hits(), time.perf_counter()
         try:
-            with _refusing(): return step.compiled.compile(inputs, calls)
-        finally:
-            seconds = time.perf_counter() - start
-            print(f" {format_seconds(seconds)}", flush=True)
-            self.graphs.note(form, step.compiled.graphs - before, seconds, learn.epoch > 0)
+            with _refusing(): found = step.compiled.compile(inputs, calls)
+        except CallbackError:
+            print(" in vain", flush=True)
+            raise
+        seconds, cached = time.perf_counter() - start, cache_hits() - loaded
+        print(f" {format_seconds(seconds)}{' from the cache' if cached else ''}", flush=True)
+        made = step.compiled.graphs - before
+        self.graphs.note(form, made, cached, seconds, learn.epoch > 0)
+        if step.compiled.skipped: print(_NOT_RECORDED, flush=True)
+        return found
+
+    def _plain(self, learn: Learner, step: Step, inputs: Inputs) -> tuple[Any, Tensor, list[Any]]:
+        self.graphs.uncompiled += 1
+        return step.plain(learn, inputs)
 
 # %% ../../nbs/steer/whole_step.ipynb #1fd3d4af
 class _Telling(_Computing):
@@ -333,7 +360,10 @@ class _Telling(_Computing):
         if self._idle: lines = [f"{self} stands aside: {self._idle}"]
         measured = [times for path, times in learn.times.items() if path[-1] == "whole step"]
         lines += [f"  mean time {format_seconds(total / count)}" for count, total in measured]
-        return [*lines, *SortedHooks(learn).lines(), *self.graphs.lines()]
+        hooks = SortedHooks(learn)
+        outside = [str(callback) for callback in hooks.outside if callback is not self]
+        if outside: lines.append(f"  outside  {', '.join(outside)}: no hook in these stages")
+        return [*lines, *hooks.lines(), *self.graphs.lines()]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"backend": self.backend, "_compiler": self._compiler, "graphs": Graphs()}  # a copy makes its own
@@ -344,9 +374,10 @@ class _Telling(_Computing):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Go on from another training. Raises ValueError for a state of another kind."
-        if not isinstance(state.get("graphs"), list):
+        graphs = state.get("graphs")
+        if not isinstance(graphs, list) or not all(isinstance(each, str) for each in graphs):
             raise ValueError(f"load_state_dict: the state has no graphs; it has {sorted(state)}")
-        self.graphs.expected = set(state["graphs"])
+        self.graphs.expected = set(graphs)
 
     def cleanup_train(self) -> None:
         self._around = None
@@ -358,23 +389,24 @@ class _Telling(_Computing):
 class WholeStep(_Telling):
     """Computes forward pass, loss, gradients and update in one compiled graph.
 
-    What other callbacks do in between is taken into the graph (ClipGradients, Accumulate,
-    MixedPrecision in bfloat16), called before or after it, or refused by name before the first
-    step. `learn.explain()` shows which.
+    What other callbacks do in between becomes part of the graph (ClipGradients, Accumulate,
+    MixedPrecision in bfloat16), is called before or after it, or is refused by name before the
+    first step. `learn.explain()` shows which.
 
     Args:
-        backend: Of torch.compile, such as "inductor"; "auto" is inductor where the training is
-            long enough to be worth it.
+        backend: A backend of torch.compile, such as "inductor". Default: "auto", which is inductor
+            if the training is long enough to be worth the time that the graph takes to make.
 
     Raises:
+        TypeError: For a backend that is not a string.
         CallbackError: In `train`, for a hook, a method of the learner, an optimiser or a model
-            that cannot be taken in.
+            that cannot become part of a graph.
         ValueError: In `train`, for a backend that torch does not know.
 
     Example:
         >>> learn = Learner(model, optimiser, loss_func, dataloaders, WholeStep())
     """
-    priority = 10_000  # about a pass when everything else is set up
+    priority = 10_000  # it comes around a pass when everything else is set up
 
     def __init__(self, backend: str = "auto"):
         if not isinstance(backend, str):

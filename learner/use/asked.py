@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..base.batch import LABELS
 from ..base.rows import leaves_of, logits_of
 from ..base.tree import to_device
+from ..base.words import kind_of
 from ..loop.learner import Learner
 from ..loop.stages import Callback, CancelBatchException, CancelEpochException
 from .predict import predictor_of
@@ -61,7 +62,7 @@ def scores_function(model: Model) -> Callable[[Any], Tensor]:
             return found.outputs if found.probabilities is None else found.probabilities
     else:
         if not callable(model):
-            raise TypeError(f"model is a {type(model).__name__}; give a learner, a predictor, a module "
+            raise TypeError(f"model is {kind_of(model)}; give a learner, a predictor, a module "
                             "or a function of a batch")
         def ask(batch: Any) -> Any: return _called(model, batch)
 
@@ -113,7 +114,7 @@ def opened(model: Model, batch: Any) -> tuple[nn.Module, Any]:
         module = deepcopy(model).eval()
         return module, to_device(batch, next(module.parameters(), torch.empty(0)).device)
     if not isinstance(model, Learner):
-        raise TypeError(f"gradients need a learner or a module, and this is a {type(model).__name__}; "
+        raise TypeError(f"gradients need a learner or a module, and this is {kind_of(model)}; "
                         "use method=\"occlusion\", which only asks")
     with model.trial() as copy: copy.optimiser = None
     copy.labels_at, copy.inputs_at = LABELS, None

@@ -22,6 +22,7 @@ from ..base.parts import kept_order, loaders_of
 from ..base.provenance import kept_rng
 from ..base.rows import leaves_of
 from ..base.tree import map_tensors
+from ..base.words import kind_of
 
 # %% ../../nbs/use/inputs.ipynb #35224452
 class InputError(ValueError):
@@ -74,7 +75,7 @@ def as_tensor(value: Any, slot: Tensor, name: str = "inputs") -> Tensor:
     try: tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(f"{name} is a {type(value).__name__} that does not make a tensor: "
+        raise InputError(f"{name} is {kind_of(value)} that does not make a tensor: "
                          f"{reason}") from None
     if tensor.dtype == slot.dtype: return tensor
     floats = slot.is_floating_point()
@@ -213,7 +214,7 @@ def fitted(value: Any, form: Any) -> tuple[Any, bool]:
         InputError: The value has other parts, or tensors with other numbers of dimensions.
     """
     if not _same_parts(value, form):
-        raise InputError(f"the inputs are a {type(value).__name__}, and the model takes "
+        raise InputError(f"the inputs are {kind_of(value)}, and the model takes "
                          f"{', '.join(names_of(form))}")
     tensors = _zipped(value, form, as_tensor, "")
     extra = {leaf.ndim - slot.ndim

@@ -132,7 +132,7 @@ class OpenPass(_Answered):
 
 # %% ../../nbs/use/predict.ipynb #e19f4c3e
 def _classes_of(learn: Any, classes: Sequence[str] | None) -> list[str] | None:
-    return class_names(learn, next(iter(learn.dataloaders)), classes)
+    return class_names(learn, next(iter(learn.dataloaders), ""), classes)
 
 def predictor_of(learn: Any, *, example: Any = None, read: Callable[[Any], Any] | None = None,
                  classes: Sequence[str] | None = None, probabilities: str | None = None,

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.words import kind_of
+
 # %% ../../nbs/use/program.ipynb #0c62e75a
 class ProgramError(ValueError):
     "A program that is not one, or has a step that is not run."
@@ -65,7 +67,7 @@ def encode_argument(value: Any) -> Any:
     if isinstance(value, torch.device): return {"device": "here"}
     for kind, cls in _NAMED.items():
         if isinstance(value, cls): return {kind: str(value).removeprefix("torch.")}
-    raise ProgramError(f"an argument is a {type(value).__name__}, which a program cannot hold")
+    raise ProgramError(f"an argument is {kind_of(value)}, which a program cannot hold")
 
 def decode_argument(value: Any, known: Mapping[str, Any], device: torch.device) -> Any:
     "An argument of a step, with the results of earlier steps; raises ProgramError."

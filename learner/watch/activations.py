@@ -100,7 +100,11 @@ class KeptMeasurements(Measurements):
             if columns.histogram.shape[1] != self.bins:
                 raise ValueError(f"the state has histograms of {columns.histogram.shape[1]} bins, "
                                  f"but bins is {self.bins}; make the callback with as many")
-        self.batches, self.labels = state["batches"], dict(state["labels"])
+        even = all(len({*map(len, columns)}) == 1 for columns in series.values())
+        labels = {str(name): str(label) for name, label in dict(state["labels"]).items()}
+        if not even or not series.keys() <= labels.keys():
+            raise ValueError("the state has columns of different lengths, or of modules without a label")
+        self.batches, self.labels = check_whole("batches", state["batches"], 0), labels
         self._blocks, self._calls = {name: [columns] for name, columns in series.items()}, {}
 
 # %% ../../nbs/watch/activations.ipynb #556caa50

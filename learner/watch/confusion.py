@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..base.show import colour_bar, new_axes
-from ..base.words import check_whole
+from ..base.words import check_whole, kind_of
+from ..loop.frames import users_frames
 from ..loop.learner import Learner
 from .outputs import loader_to_look_at, predictions as predictions_of
 from .look import check_names, class_names, form_of
@@ -46,7 +47,7 @@ def confusion(predictions: Tensor, labels: Tensor, num_classes: int | None = Non
     """
     predicted, known = _predicted(predictions)
     if not isinstance(labels, Tensor):
-        raise TypeError(f"labels is a {type(labels).__name__}; pass a tensor of classes")
+        raise TypeError(f"labels is {kind_of(labels)}; pass a tensor of classes")
     if labels.is_floating_point() or labels.is_complex() or labels.shape != predicted.shape:
         raise ValueError(f"labels {form_of(labels)} are not classes for predictions "
                          f"{form_of(predictions)}; they must be whole numbers of shape "
@@ -81,6 +82,7 @@ def _predicted(predictions: Any) -> tuple[Tensor, int | None]:
 # %% ../../nbs/watch/confusion.ipynb #23de8123
 _CELLS = 25  # classes: with more there is no room for numbers
 
+@users_frames
 def plot_confusion(
     matrix: Tensor,
     classes: Sequence[str] | None = None,
@@ -145,6 +147,7 @@ def _write_numbers(ax: Any, counts: Tensor, shares: Tensor, normalise: bool) -> 
         ax.text(j, i, text, ha="center", va="center", size=points, color=colour)
 
 # %% ../../nbs/watch/confusion.ipynb #17bdd5fd
+@users_frames
 def confusion_matrix(
     learn: Learner,
     phase: str = "validation",

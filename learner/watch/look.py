@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..base.show import show_images
-from ..base.words import check_whole
+from ..base.words import check_whole, kind_of
+from ..loop.frames import users_frames
 from ..loop.learner import Learner
 from ..loop.stages import Callback, CancelEpochException, CancelTrainException
 from .outputs import Predictions, are_scores, class_names, flat, leaves_of
@@ -46,7 +47,7 @@ def form_of(value: Any) -> str:
     "Shape and dtype of a tensor, or the type of anything else, for messages."
     if isinstance(value, Tensor):
         return f"of shape {tuple(value.shape)} and {value.dtype}".replace("torch.", "")
-    return f"in a {type(value).__name__}"
+    return f"in {kind_of(value)}"
 
 # %% ../../nbs/watch/look.ipynb #b3123e93
 def _images(inputs: Any, advice: str) -> Tensor:
@@ -56,7 +57,7 @@ def _images(inputs: Any, advice: str) -> Tensor:
         if not leaf.numel() or leaf.is_complex(): continue
         coloured = leaf.ndim == 4 and (leaf.shape[1] in (1, 3) or leaf.shape[3] == 3)
         if leaf.ndim == 3 or coloured: return leaf
-    shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves) or f"a {type(inputs).__name__}"
+    shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves) or f"{kind_of(inputs)}"
     raise TypeError(f"the inputs are not images: their shape is {shapes} and not Nx1xHxW, Nx3xHxW, "
                     f"NxHxWx3 or NxHxW; {advice}")
 
@@ -87,6 +88,7 @@ class _FirstBatch(Callback):
         self.before_predict(learn)
 
 # %% ../../nbs/watch/look.ipynb #3bc6c2a8
+@users_frames
 def show_batch(
     learn: Learner,
     phase: str = "train",
@@ -164,6 +166,7 @@ def _guesses(
     return titles, ["green" if ok else "red" for ok in right] if scored else None
 
 # %% ../../nbs/watch/look.ipynb #ad208001
+@users_frames
 def show_predictions(
     learn: Learner,
     phase: str = "validation",
@@ -194,6 +197,7 @@ def show_predictions(
     return _draw(rows, names, False, ax)
 
 # %% ../../nbs/watch/look.ipynb #8cceea4a
+@users_frames
 def show_top_losses(
     learn: Learner,
     phase: str = "validation",

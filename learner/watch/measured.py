@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..base.show import colour_bar, legend, new_axes, on_any_page, plot_curves
 from ..base.tree import map_tensors
-from ..base.words import did_you_mean
+from ..base.words import did_you_mean, kind_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,7 +66,7 @@ def check_pick(pick: Any) -> None:
             raise TypeError(f"modules: {name} is not a type of module; {fix}")
     if types: return
     if isinstance(pick, nn.Module) or not callable(pick):
-        what = f"a {type(pick).__name__}" if isinstance(pick, nn.Module) else repr(pick)
+        what = f"{kind_of(pick)}" if isinstance(pick, nn.Module) else repr(pick)
         raise TypeError(f"modules is {what}; {fix}")
     signature = inspect.signature(pick)
     try: signature.bind("name", nn.Identity())

@@ -9,7 +9,6 @@ __all__ = ['Pair', 'MetricError', 'form_of', 'FunctionMean', 'metric_name', 'nam
 # %% ../../nbs/watch/metric_forms.ipynb #5a8399f6
 import inspect
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from functools import partial
@@ -22,7 +21,8 @@ from ..base.batch import size_of
 from ..base.history import Mean
 from ..base.tree import map_tensors
 from ..base.parts import accepts
-from ..base.words import as_number, did_you_mean
+from ..base.warned import quiet
+from ..base.words import as_number, did_you_mean, kind_of
 
 # %% ../../nbs/watch/metric_forms.ipynb #c1af9fe1
 class MetricError(ValueError):
@@ -31,7 +31,7 @@ class MetricError(ValueError):
 def form_of(value: Any) -> str:
     "A value in a message: a tensor's shape, else its type."
     if isinstance(value, Tensor): return str(tuple(value.shape))
-    return "None" if value is None else f"a {type(value).__name__}"
+    return "None" if value is None else f"{kind_of(value)}"
 
 # %% ../../nbs/watch/metric_forms.ipynb #7edf51db
 class _Merging:
@@ -280,8 +280,7 @@ def compute(name: str, metric: Any) -> dict[str, float]:
 
 def try_out(metrics: Mapping[str, Any]) -> None:
     "Raise an error for a metric that has seen a batch and cannot give numbers; it is not changed."
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one batch may have too few examples for it
+    with quiet():  # one batch may have too few examples for it
         for name, metric in metrics.items():
             try: compute(name, deepcopy(metric))
             except (MetricError, TypeError, LookupError, AttributeError, NameError): raise
@@ -301,15 +300,30 @@ def state_of(metric: Any) -> Any:
                 for name, part in metric.named_modules() if hasattr(part, "metric_state")}
     return metric.state_dict() if hasattr(metric, "state_dict") else copied(vars(metric))
 
+def _check_alike(own: Mapping[str, Any], state: Any) -> None:
+    "Raise MetricError unless a state has the values of a metric, each of its own kind."
+    for name, value in own.items():
+        if name not in state: raise MetricError(f"the state of the metric has no {name}")
+        for kind in (Tensor, list, Mapping):
+            if isinstance(value, kind) != isinstance(state[name], kind) and value is not None:
+                raise MetricError(f"{name} in the state of the metric is {form_of(state[name])}, "
+                                  f"not {form_of(value)}")
+
 def set_state_of(metric: Any, state: Any) -> None:
-    "Let a metric of the same kind go on from there."
+    "Let a metric of the same kind go on from there; raises an error for a state of another form."
     if hasattr(metric, "metric_state"):
         parts = dict(metric.named_modules())
         for name, saved in state.items():
+            _check_alike(parts[name].metric_state, saved["values"])
             for key, value in copied(saved["values"]).items(): setattr(parts[name], key, value)
             parts[name]._update_count, parts[name]._computed = saved["count"], None
-    elif hasattr(metric, "state_dict"): metric.load_state_dict(state)
-    else: vars(metric).update(copied(state))
+    elif isinstance(metric, FunctionMean): metric.load_state_dict(state)
+    elif hasattr(metric, "state_dict"):
+        _check_alike(metric.state_dict(), state)
+        metric.load_state_dict(state)
+    else:
+        _check_alike(vars(metric), state)
+        vars(metric).update(copied(state))
 
 def copied(tree: Any) -> Any:
     "A tree whose tensors are copies that belong to no graph."

@@ -8,9 +8,8 @@ __all__ = ['adds_up', 'Chunk', 'PassMetrics', 'glance', 'Metrics']
 # %% ../../nbs/watch/metrics.ipynb #a8da8009
 import re
 import sys
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterable
+from contextlib import nullcontext, suppress
 from copy import deepcopy
 from importlib import import_module
 from importlib.util import find_spec
@@ -21,7 +20,9 @@ from torch import Tensor
 
 from ..base.batch import size_of, unpack
 from ..base.tree import map_tensors
+from ..base.warned import ignored, quiet
 from ..base.words import PHASES, did_you_mean
+from ..loop.frames import users_frames
 from ..loop.learner import Learner
 from ..loop.passes import Pass
 from ..loop.stages import Callback
@@ -30,14 +31,11 @@ from .metric_forms import metric_name, name_metrics, picker, picks_labels, say_w
 from .metric_forms import state_of, try_out
 
 # %% ../../nbs/watch/metrics.ipynb #729d1607
-@contextmanager
-def _quiet() -> Iterator[None]:
-    "Silence warnings about parts of PyTorch that torcheval uses."
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
-        warnings.filterwarnings("ignore", "The reduce argument of torch.scatter", UserWarning)
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(eval)?\b")
-        yield
+_TORCHEVALS = (  # warnings, about parts of PyTorch that it uses
+    ignored(".*torch.jit", DeprecationWarning),
+    ignored("The reduce argument of torch.scatter", UserWarning),
+    ignored("", FutureWarning, r"torch(eval)?\b"),
+)
 
 class _Later:
     "A module that is imported when something is taken from it."
@@ -52,8 +50,7 @@ def _torcheval() -> Any:
     hidden = "torcheval.metrics" not in loaded and name not in loaded and bool(find_spec(name))
     if hidden: loaded[name] = None  # type: ignore[assignment]
     try:
-        with _quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+        with quiet(*_TORCHEVALS, ignored("", FutureWarning)):
             from torcheval import metrics
     finally:
         if hidden: del loaded[name]
@@ -163,7 +160,7 @@ class PassMetrics(_Copies):
             if self.chunk.count == self.chunk.room: self.flush()
             return
         self.flush()
-        with _quiet() if self.kind is None else nullcontext():
+        with quiet(*_TORCHEVALS) if self.kind is None else nullcontext():
             _update(self.running, predictions, labels, size)
         if kind != self.kind:
             self.kind, self.chunk = kind, Chunk(self._room(predictions, labels) if plain else 0)
@@ -179,12 +176,13 @@ class PassMetrics(_Copies):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        with _quiet():
+        with quiet(*_TORCHEVALS):
             for name, metric in self.running.items(): set_state_of(metric, state["running"][name])
         self.kind = None if state["none_yet"] else tuple(state["kind"] or ())
         if self.kind:
             shapes, dtypes = self.kind[:2], self.kind[2:]
             self.kind = *map(torch.Size, shapes), *(getattr(torch, dtype) for dtype in dtypes)
+        if not 0 <= state["room"] <= self.max_batches: raise MetricError(f"room is {state['room']!r:.40}")
         self.chunk = Chunk(state["room"])
         for row in zip(*state["held"], strict=True): self.chunk.add(*row)
 
@@ -201,8 +199,7 @@ def glance(now: PassMetrics) -> dict[str, float]:
     "The results so far of the metrics that give one number and keep little; they stay as they are."
     held = [store[:now.chunk.count].flatten(0, 1) for store in now.chunk.stores]
     found: dict[str, float] = {}
-    with _quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # there may be too few examples yet
+    with quiet():  # there may be too few examples yet
         for name, metric in now.running.items():
             if _keeps(vars(metric)) > _LITTLE: continue
             with suppress(Exception):  # whatever is wrong is reported by the pass itself
@@ -348,9 +345,9 @@ class Metrics(_Logging):
         >>> [Metrics(accuracy=MulticlassAccuracy(), of="kind"), Metrics(error=F.l1_loss, of="size")]
     """
 
-    def __init__(
-        self, *metrics: Any, phases: str | Iterable[str] = PHASES, of: Any = None, **named: Any
-    ):
+    @users_frames
+    def __init__(self, *metrics: Any, phases: str | Iterable[str] = PHASES, of: Any = None,
+                 **named: Any):
         if not metrics and not named:
             raise ValueError("Metrics() measures nothing; "
                              "give it a metric, as in Metrics(accuracy=...)")

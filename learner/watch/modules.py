@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..base.tree import map_tensors
-from ..base.words import check_whole
+from ..base.words import check_whole, kind_of
 from ..loop.learner import Learner
 from ..loop.stages import CancelEpochException
 
@@ -286,7 +286,7 @@ def summary(learn: Learner, depth: int | None = None) -> Summary:
     """
     if not isinstance(learn, Learner):
         raise TypeError("summary takes a Learner, which has the data; "
-                        f"this is a {type(learn).__name__}")
+                        f"this is {kind_of(learn)}")
     if depth is not None: depth = check_whole("depth", depth, 0)
     lazy = [name or "(model)" for name, module in learn.model.named_modules()
             if any(map(is_lazy, module._parameters.values()))]

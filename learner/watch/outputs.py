@@ -25,7 +25,7 @@ from ..base.provenance import kept_rng
 from ..base.batch import LABELS, size_of, unpack
 from ..base.rows import check_rows, join_rows, leaves_of, logits_of, take
 from ..base.tree import map_tensors
-from ..base.words import check_whole, did_you_mean
+from ..base.words import check_whole, did_you_mean, kind_of
 from ..loop.learner import Learner
 from ..loop.frames import users_frames
 from ..loop.passes import PASSES
@@ -148,7 +148,7 @@ def class_names(
     Raises:
         TypeError: what was found is not a list of names.
     """
-    part: Any = learn.dataloaders[phase]
+    part: Any = learn.dataloaders.get(phase)
     places: list[Any] = [learn.dataloaders, part]
     while hasattr(part, "dataset"):  # a Subset has one too
         part = part.dataset
@@ -182,7 +182,7 @@ def loader_to_look_at(learn: Any, phase: Any) -> Any:
 def check_idle(learn: Any) -> None:
     "Raise TypeError for what is not a learner, RuntimeError for one in the middle of a run."
     if not isinstance(learn, Learner):
-        raise TypeError(f"learn is a {type(learn).__name__}; pass a Learner")
+        raise TypeError(f"learn is {kind_of(learn)}; pass a Learner")
     if learn.is_running:
         raise RuntimeError("the learner is in the middle of a run; look at it afterwards")
 

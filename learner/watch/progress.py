@@ -61,11 +61,10 @@ class _Watching(Callback):
     def _close(self, stage: str, learn: Learner) -> None:
         completed, self.completed = self.completed, False
         if not self.view or self.opened_by != stage: return
-        returned = "epoch" not in learn.results  # else it is the test that follows a training
-        told = self.view.epochs or (returned and not self.view.repeats)
-        fresh = {} if told else learn.results
-        results = {name: value for name, value in fresh.items() if name not in self.known}
         view, self.view, self.next_look = self.view, None, math.inf
+        fresh = {} if view.epochs else learn.results
+        results = {name: value for name, value in fresh.items() if name not in self.known}
+        view.returned = "epoch" not in learn.results  # else it is the test that follows a training
         why, self.why = self.why, ""
         view.end(results, not completed, why)
 
@@ -99,7 +98,7 @@ class _Looking(_Watching):
         if self.view is None: return
         loss = getattr(learn, "loss", None)  # a routine may leave none
         self.view.values = {}
-        for callback in learn.callbacks:
+        for callback in learn.callbacks if batches > self.view.skipped else ():
             if isinstance(callback, Metrics): self.view.values |= callback.glance()
         self.view.update(batches, None if loss is None else loss.item())
         self.next_look = monotonic() + self.pause

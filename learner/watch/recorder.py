@@ -194,7 +194,10 @@ class KeptCurves(Curves):
         if names != self.names:
             raise RecorderError(f"the state holds {', '.join(names)}, but this is {self}; "
                                 "record the same quantities")
-        self.log.num_steps = int(state["num_steps"])
+        if values.ndim != 2 or len(values) != 1 + len(names):
+            raise RecorderError(f"the state has values of shape {tuple(values.shape)}, but {self} "
+                                f"needs {1 + len(names)} rows")
+        self.log.num_steps = check_whole("num_steps", state["num_steps"], 0)
         self.blocks, self.log.points = [values.clone()], []
 
 # %% ../../nbs/watch/recorder.ipynb #cb5daa3a

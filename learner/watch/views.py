@@ -27,7 +27,7 @@ class View:
         epochs: to come; 0 where a single pass is shown.
     """
     live = False  # whether there is something to redraw while a pass runs
-    repeats = True  # shows results also where the call returns them: `validate`, and `test` by hand
+    returned = False  # whether the call returns its results too: `validate`, and `test` by hand
     skipped = 0  # batches of the pass that were done before it was resumed
 
     def __init__(self, first: int, epochs: int):

@@ -419,3 +419,40 @@ def test_folders_are_made_and_are_on_the_disk(tmp_path, monkeypatch):
     make_folder(tmp_path / "a" / "b")
     (tmp_path / "file").touch()
     with pytest.raises(OSError): make_folder(tmp_path / "file" / "c")
+
+
+def test_a_file_with_another_name_elsewhere_is_not_added_to_and_may_be_replaced(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    os.link(tmp_path / "mine", tmp_path / "stdout.txt")
+    with pytest.raises(FileError, match=r"stdout.txt has another name somewhere else \(a hard link\), so nothing is added to it"): append_text(tmp_path / "stdout.txt", "x")
+    assert read_text(tmp_path / "stdout.txt") == "mine"
+    write_text(tmp_path / "stdout.txt", "new")
+    assert (tmp_path / "mine").read_text() == "mine" and read_text(tmp_path / "stdout.txt") == "new"
+
+
+def test_what_is_exchanged_while_it_is_read_is_neither_followed_nor_waited_for(tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for kind in ("pipe", "link", "folder", "circle"): trap(folder / kind, kind, tmp_path / "secret")
+    (folder / "plain").write_text("plain")
+    stop = threading.Event()
+
+    def exchange():
+        while not stop.is_set():
+            for kind in ("plain", "pipe", "link", "circle"):
+                os.link(folder / kind, folder / "new", follow_symlinks=False)
+                os.replace(folder / "new", folder / "x")
+    thread = threading.Thread(target=exchange)
+    thread.start()
+    found, end = set(), time.monotonic() + 1
+    try:
+        while time.monotonic() < end:
+            for work in (read_text, lambda p, **o: write_text(p, "plain", sync=False, **o), lambda p, **o: append_text(p, "", **o)):
+                try: found.add(work(folder / "x", inside=tmp_path))
+                except (FileError, OSError) as error: found.add(type(error))
+    finally:
+        stop.set()
+        thread.join()
+    assert FileError in found and "secret" not in found and found <= {"plain", None, FileError, FileNotFoundError, OSError}
+    assert (tmp_path / "secret").read_text() == "secret"

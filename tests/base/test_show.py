@@ -2,6 +2,7 @@ import math
 import os
 import subprocess
 import sys
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from learner.base import show
 from learner.base.show import new_axes, plot_curves, show_image, show_images, smoothed
 
 HABIT = {
@@ -448,3 +450,16 @@ def test_bad_curves_draw_nothing(curves, kind, message):
             plot_curves(curves, ax=axes)
         assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
     assert (len(ax.lines), ax.get_xlabel(), plt.get_fignums()) == (0, "", [])
+
+
+def test_a_notebook_puts_no_background_behind_a_picture(monkeypatch):
+    inline = pytest.importorskip("matplotlib_inline.backend_inline")
+    monkeypatch.setattr(show, "_in_notebook", lambda: True)
+    ax = new_axes(None, (4, 2))
+    ax.plot([1, 2])
+    assert inline._fetch_figure_metadata(ax.figure) is None  # else JupyterLab fills it with black on a light page
+    picture = BytesIO()
+    ax.figure.canvas.print_figure(picture, facecolor=ax.figure.get_facecolor())
+    picture.seek(0)
+    assert plt.imread(picture)[0, 0, 3] == 0  # one sees the page
+    plt.close(ax.figure)

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-LONG = ("trainer", "several_processes")  # they start the command line seven times, and seven processes
+LONG = ("trainer", "several_processes", "background", "faster")  # they start many processes, or compile
 OTHERS = sorted(path.stem for path in (DOCS / "coming_from").glob("*.md") if path.stem != "index")
 
 

@@ -82,6 +82,11 @@ def test_every_internal_link_and_anchor_is_there(site, parsed):
     assert [*faults_of_links(site, parsed)] == []
 
 
+def test_links_are_relative(parsed):
+    "So the site may lie in a folder of a host, or be opened from the disk."
+    assert [f"{name}: {link}" for name, page in parsed.items() for link in [*page.links, *page.loads] if link.startswith("/")] == []
+
+
 def test_a_link_that_leads_nowhere_would_be_found(site, parsed, tmp_path):
     path = tmp_path / "bad.html"
     path.write_text('<a href="nowhere.html">x</a><a href="index.html#nothing">y</a>', encoding="utf-8")
@@ -157,13 +162,15 @@ def test_the_reference_is_one_file_too(site):
         assert f"\n# {name}\n" in whole
         assert f"(reference/{name}.html)" in index
     assert "after_any_batch" in whole and "meta.json" in whole
+    for path in (ROOT / "docs/start").glob("[!.]*.ipynb"): assert f"(start/{path.stem}.html)" in index
+    for name in ("WholeStep", "Distributed", "launch", "export", "verify"): assert re.search(rf"\b{name}\b", index), name
     for link in re.findall(r"\]\(([^)]+)\)", index): assert (site / link).is_file(), link
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
              "--disable-sync", "--no-first-run", "--disable-quic"]
-SEEN = ("index", "start/ten_minutes", "start/trainer", "coming_from/lightning", "reference/Learner", "reference/hooks",
+SEEN = ("index", "start/ten_minutes", "start/trainer", "start/background", "start/faster", "coming_from/lightning", "reference/Learner", "reference/hooks",
         "reference/command_line", "gallery/index", "nbs/loop/loop", "nbs/watch/measured")
 
 
@@ -212,12 +219,18 @@ def test_pages_in_a_browser_without_a_network(address, browser, width, scheme):
     assert light == (scheme == "light")
 
 
+SOUGHT = {"EarlyStopping": "reference/EarlyStopping.html", "WholeStep": "start/faster.html", "watch_run": "start/background.html",
+          "launch": "start/several_processes.html", "verify": "start/use_a_model.html", "predict": "start/use_a_model.html"}
+
+
 def test_search_works_without_a_network(address, browser):
     page, faults = watched(browser, address)
-    page.goto(f"{address}/index.html")
-    page.fill(".sidebar-search", "EarlyStopping")
-    page.press(".sidebar-search", "Enter")
-    page.wait_for_selector("ul.search li a")
-    found = page.eval_on_selector_all("ul.search li a", "links => links.map(link => link.textContent)")
-    assert any("EarlyStopping" in text for text in found)
+    for word, wanted in SOUGHT.items():
+        page.goto(f"{address}/index.html")
+        page.fill(".sidebar-search", word)
+        page.press(".sidebar-search", "Enter")
+        page.wait_for_selector("ul.search li a")
+        page.wait_for_function("document.querySelector('.search-summary').textContent.includes('found')")
+        found = page.eval_on_selector_all("ul.search li a", "links => links.map(link => link.getAttribute('href'))")
+        assert any(link.startswith(wanted) for link in found), (word, found[:10])
     assert faults == []

@@ -1,126 +1,26 @@
 """Several processes: the same bits on 1, 2 and 4, exact means, and no rank that hangs. Ranks are forks of this process."""
 import contextlib
-import io
+import functools
 import itertools
 import os
-import pickle
 import signal
 import time
-from multiprocessing.connection import Pipe, wait
 
 import pytest
 import torch
-import torch.nn.functional as F
+from processes import LONG, At, as_forks, ctrl_c, group, make, metrics, outcome, values
 from torch import nn
 
-from learner.base.hashing import hash_state
-from learner.base.provenance import seed_everything
 from learner.keep.checkpoint import Checkpoint
 from learner.keep.distributed import Distributed
-from learner.keep.ranks import OtherRankError, described
+from learner.keep.ranks import OtherRankError
 from learner.keep.shards import ShardError
-from learner.loop.data import DataLoaders
-from learner.loop.learner import Learner
 from learner.loop.stages import Callback, CancelBatchException, CancelEpochException, CancelTrainException
 from learner.steer.accumulate import Accumulate
 from learner.steer.stopping import EarlyStopping
-from learner.watch.metrics import Metrics
 from learner.watch.progress import Progress
 
-torch.set_num_threads(1)  # forks of a process with a pool of threads would wait for it
-LONG = os.environ.get("LEARNER_LONG") == "1"
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forks")
-pytestmark = [needs_fork, pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-              pytest.mark.filterwarnings("ignore:.*TypedStorage.*")]
-
-
-def rank_of(function, rank, world, store, end):
-    "What a rank does, in a fork: it sends what the function returns or raises, and ends."
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LEARNER_STORE": f"file://{store}"}
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    out, began = io.StringIO(), time.monotonic()
-    with contextlib.redirect_stdout(out):
-        try: kind, value = "value", function(rank)
-        except OtherRankError as error: kind, value = "other", error.text
-        except BaseException as error: kind, value = "error", described(error)
-    end.send_bytes(pickle.dumps((kind, value, out.getvalue(), time.monotonic() - began)))
-    os._exit(0)
-
-
-def group(world, function, tmp_path, seconds=60):
-    "Run a function in ranks; the kind and the value that each has sent: None for one that was killed."
-    store, found, ends, processes = tmp_path / f"store {time.monotonic_ns()}", [None] * world, {}, []
-    for rank in range(world):
-        ours, theirs = Pipe(duplex=False)
-        process = os.fork()
-        if not process: rank_of(function, rank, world, store, theirs)
-        theirs.close()
-        processes.append(process)
-        ends[ours] = rank
-    until = time.monotonic() + seconds
-    while ends and time.monotonic() < until:
-        for end in wait(list(ends), 0.2):
-            with contextlib.suppress(EOFError): found[ends[end]] = pickle.loads(end.recv_bytes())
-            del ends[end]
-    hung = list(ends.values())
-    for process in processes:
-        with contextlib.suppress(ProcessLookupError): os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
-    assert not hung, f"ranks {hung} hang"
-    return found
-
-
-def values(world, function, tmp_path, seconds=60):
-    "What each rank has returned; an error of one is one of the test."
-    found = group(world, function, tmp_path, seconds)
-    assert all(each and each[0] == "value" for each in found), found
-    return [each[1] for each in found]
-
-
-def data(examples=46, batch_size=8, seed=1):
-    torch.manual_seed(seed)
-    images, labels = torch.randn(examples, 6), torch.randint(3, (examples,))
-    return DataLoaders.from_tensors(train=(images, labels), validation=(images[:13], labels[:13]), batch_size=batch_size)
-
-
-def make(*callbacks, seed=0, dropout=0.3, examples=46, batch_size=8, optimiser=torch.optim.AdamW, loaders=None):
-    loaders = loaders or data(examples, batch_size)
-    seed_everything(seed)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3))
-    return Learner(model, optimiser, F.cross_entropy, loaders, callbacks, device="cpu")
-
-
-def metrics():
-    import torchmetrics
-    from torcheval.metrics import MulticlassAUROC, MulticlassF1Score
-    return Metrics(f1=MulticlassF1Score(num_classes=3, average="macro"), auroc=MulticlassAUROC(num_classes=3),
-                   accuracy=torchmetrics.Accuracy("multiclass", num_classes=3), own=lambda p, y: (p.argmax(1) == y).double().mean())
-
-
-def outcome(learn):
-    "All that has to be the same: a hash of weights and optimiser, and the history to the last bit."
-    prints = learn.fingerprint()
-    return prints["model"], prints["optimiser"], prints["rng"], hash_state({"rows": learn.history.rows, "steps": learn.history.steps})
-
-
-class At(Callback):
-    "Does something in one hook, epoch and batch."
-    priority = 5
-    watches = True
-
-    def __init__(self, hook, do, rank=None, epoch=1, batch=2):
-        self.place = {"epoch": epoch, "batch": batch}
-        self.do, self.rank, self.done = do, rank, False
-        setattr(self, hook, self.hook)
-
-    def hook(self, learn):
-        if self.done or (self.rank is not None and learn.ranks and learn.ranks.rank != self.rank): return
-        if learn.phase == "train" and (len(learn.history), learn.batch_num) < (self.place["epoch"], self.place["batch"]): return
-        self.done = True
-        self.do()
-
-
-def ctrl_c(): signal.raise_signal(signal.SIGINT)
+pytestmark = as_forks
 
 
 # ------------------------------------------------------------------------------------------------ the same bits
@@ -253,7 +153,8 @@ def test_the_first_rank_alone_writes_and_shows_and_collectives_are_few(tmp_path)
 
     (calls, counted), other = values(2, train, tmp_path)
     assert (calls, other[0]) == (12, 0) and counted == other[1]
-    assert counted["sum"] == 2 * (6 + 2) + 4 + 1 and counted["add_up"] == 0  # batches, passes, the call
+    assert counted["sum"] == 2 * (6 + 2) + 4 + 2 + 1 + 12 * 3 + 2 and counted["add_up"] == 0
+    # batches, passes, the call's two ends, DDP; a batch's checkpoint (whether, all here, its means), and an epoch's
     assert counted["gather"] == 4 + 1 + 12  # passes, the beginning of the call, a checkpoint a batch
     assert Checkpoint.latest(tmp_path / "run").stem == "epoch-0002"
 
@@ -289,21 +190,42 @@ def cancel(kind):
 def kill(): os.kill(os.getpid(), signal.SIGKILL)
 def terminate(): os.kill(os.getpid(), signal.SIGTERM)
 
-HOOKS = ["before_train", "before_epoch", "before_training", "before_batch", "before_prepare", "after_loss", "before_backward",
+HOOKS = ["before_train", "before_epoch", "before_training", "before_batch", "before_prepare", "before_predict", "after_loss", "before_backward",
          "after_backward", "before_step", "after_step", "after_batch", "after_training", "before_validation", "after_validation_batch",
          "after_validation", "after_epoch", "after_train"]
-FAILURES = {"fail": fail, "kill": kill, "batch": cancel(CancelBatchException), "epoch": cancel(CancelEpochException),
-            "train": cancel(CancelTrainException)}
-SHORT = [("fail", "after_loss", 1, None), ("kill", "before_step", 1, 4), ("train", "after_epoch", 0, None), ("batch", "after_loss", 1, 4)]
-ALL = [*itertools.product(FAILURES, HOOKS, (0, 1), (None, 4))] if LONG else SHORT
+FAILURES = {"fail": fail, "kill": kill, "ctrl_c": ctrl_c, "terminate": terminate, "batch": cancel(CancelBatchException),
+            "epoch": cancel(CancelEpochException), "train": cancel(CancelTrainException)}
+MODES = [{"shards": 4}, {}, {"shard": True}]
+EVERY = [(what, hook, bad, MODES[number % 3]) for number, (what, hook, bad) in enumerate(itertools.product(FAILURES, HOOKS, (0, 1)))]
+SHORT = [("fail", "after_loss", 1, {}), ("kill", "before_step", 1, MODES[0]), ("train", "after_epoch", 0, {}), ("batch", "after_loss", 1, MODES[0]),
+         ("fail", "before_train", 0, MODES[2]), ("kill", "after_validation_batch", 0, {}), ("ctrl_c", "before_predict", 1, MODES[2]),
+         ("terminate", "after_epoch", 0, MODES[0]), ("batch", "after_batch", 0, MODES[0]), ("train", "before_epoch", 1, {}),
+         ("epoch", "before_predict", 0, MODES[2]), ("train", "before_validation", 0, MODES[0])]
 
 
-@pytest.mark.parametrize(("what", "hook", "bad", "shards"), ALL)
-def test_a_rank_that_fails_ends_all_with_its_error_shown_once(tmp_path, what, hook, bad, shards):
+@functools.cache
+def end_of_whole(shards):
+    "Where a training ends that nothing stops, in one process that computes the same parts."
+    learn = make(Distributed(shards=shards))
+    learn.train(3, learning_rate=0.01)
+    return outcome(learn), [parameter.detach() for parameter in learn.model.parameters()]
+
+
+def check_goes_on(folder, shards):
+    "From the last checkpoint, one process with as many parts comes to the same end; with shards, to the last bit."
+    rest = make(Distributed(shards=shards or 2), seed=7)
+    rest.train(resume=Checkpoint.latest(folder))
+    bits, weights = end_of_whole(shards or 2)
+    if shards: assert outcome(rest) == bits
+    for one, other in zip(rest.model.parameters(), weights, strict=True): torch.testing.assert_close(one.detach(), other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("what", "hook", "bad", "options"), EVERY if LONG else SHORT)
+def test_a_rank_that_fails_ends_all_with_its_error_shown_once(tmp_path, what, hook, bad, options):
     folder = tmp_path / "run"
 
     def train(rank):
-        learn = make(Distributed(shards=shards, timeout=30), Checkpoint(folder, steps=2), At(hook, FAILURES[what], bad))
+        learn = make(Distributed(timeout=60, **options), Checkpoint(folder, steps=2), At(hook, FAILURES[what], bad))
         learn.train(3, learning_rate=0.01)
 
     began = time.monotonic()
@@ -315,15 +237,12 @@ def test_a_rank_that_fails_ends_all_with_its_error_shown_once(tmp_path, what, ho
     elif what == "fail":
         assert kinds[bad] == "error" and found[bad][1].startswith(f"ValueError: bad data (in At.{hook}")
         assert kinds[1 - bad] == "other" and found[1 - bad][1].startswith(f"rank {bad}: ValueError: bad data (in At.{hook}")
+    elif what in ("ctrl_c", "terminate"):
+        stop = "KeyboardInterrupt" if what == "ctrl_c" else "SystemExit: 143"
+        assert kinds == ["error", "error"] and all(each[1].startswith(stop) for each in found), found
     elif kinds == ["value", "value"]: pass  # the stage ends for both where it would have ended anyway
     else: assert sorted(kinds) == ["error", "other"], found
-    if Checkpoint.latest(folder) is None: return
-    if shards:
-        whole = make(Distributed(shards=shards))
-        whole.train(3, learning_rate=0.01)
-        rest = make(Distributed(shards=shards), seed=7)
-        rest.train(resume=Checkpoint.latest(folder))
-        assert outcome(rest) == outcome(whole)
+    if Checkpoint.latest(folder) is not None: check_goes_on(folder, options.get("shards"))
 
 
 @pytest.mark.parametrize(("press", "shards"), [(ctrl_c, 4), (terminate, None)])
@@ -344,6 +263,20 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_batch(tmp_path, press, sh
         assert found[0][1] == outcome(straight)
 
 
+@pytest.mark.parametrize("shards", [None, 4])
+def test_a_batch_that_all_ranks_cancel_is_left_out_and_training_goes_on(tmp_path, shards):
+    def cancel(): raise CancelBatchException
+
+    def train(rank):
+        learn = make(Distributed(shards=shards), At("after_loss", cancel, epoch=0, batch=1), metrics())
+        learn.train(2, learning_rate=0.01)
+        return outcome(learn)
+
+    one, other = values(2, train, tmp_path)
+    assert one == other
+    if shards: assert one == train(None)
+
+
 def test_what_one_rank_does_alone_is_an_error_that_says_where(tmp_path):
     def train(rank):
         learn = make(Distributed())
@@ -353,3 +286,55 @@ def test_what_one_rank_does_alone_is_an_error_that_says_where(tmp_path):
     found = group(2, train, tmp_path)
     assert sorted(each[0] for each in found) == ["error", "other"]
     assert any("random numbers differ" in each[1] and "batch 3" in each[1] for each in found), found
+
+
+# ------------------------------------------------------------------------------------------------ the debug mode
+
+class Alone(Callback):
+    "Makes a collective on one rank only."
+
+    def __init__(self, hook, rank, make):
+        self.rank, self.make = rank, make
+        setattr(self, hook, self.on_one_rank)
+
+    def on_one_rank(self, learn):
+        if learn.ranks.rank == self.rank and learn.batch_num == 2: self.make(learn)
+
+
+def all_reduce(learn): torch.distributed.all_reduce(torch.zeros(3))
+def barrier(learn): torch.distributed.barrier()
+def gather(learn): learn.ranks.group.gather(1)
+
+
+@pytest.mark.parametrize(("hook", "rank", "make_it", "options"), [
+    ("after_batch", 0, all_reduce, {}), ("after_loss", 1, gather, {"shards": 4}), ("after_training", 1, barrier, {"shard": True}),
+    ("before_step", 0, gather, {})])
+def test_a_collective_on_one_rank_only_is_an_error_that_names_the_hook_and_the_rank(tmp_path, hook, rank, make_it, options):
+    def train(_):
+        learn = make(Distributed(debug=True, timeout=20, **options), Alone(hook, rank, make_it), examples=24)
+        learn.train(1, learning_rate=0.01)
+
+    began = time.monotonic()
+    found = group(2, train, tmp_path, 40)
+    assert time.monotonic() - began < 15
+    assert sorted(each[0] for each in found) in (["error", "other"], ["other", "other"]), found
+    name = {all_reduce: "allreduce", gather: "allgather", barrier: "barrier"}[make_it]
+    for each in found: assert f"rank {rank} makes {name} in Alone.{hook} (" in each[1], found
+
+
+def test_a_function_is_named_too_and_without_a_mistake_the_debug_mode_changes_no_bit(tmp_path):
+    def named(rank):
+        learn = make(Distributed(debug=True))
+        learn.on("after_epoch", lambda learn: learn.ranks.rank or gather(learn))
+        learn.train(1)
+
+    assert all("rank 0 makes allgather in FunctionCallback.after_epoch" in each[1] or "lambda" in each[1] for each in group(2, named, tmp_path))
+    for options in ({}, {"shards": 4}, {"shard": True}):
+        def train(rank, options=options):
+            ends = []
+            for debug in (False, True):
+                learn = make(Distributed(debug=debug, **options), metrics(), EarlyStopping("train_loss", 3), Checkpoint(tmp_path / f"{debug} {options}"))
+                learn.train(1, learning_rate=0.01)
+                ends.append(outcome(learn)[:2])
+            return ends
+        for ends in values(2, train, tmp_path): assert ends[0] == ends[1]

@@ -40,9 +40,21 @@ class Slow(Callback):
         if (epoch, batch_num) == (0, 3): print("here", flush=True)
 
 
+class DataError(ValueError):
+    "The user's own."
+
+
+class OddError(ValueError):
+    def __init__(self, place, what): super().__init__(f"{place}: {what}")  # pickle cannot make it again
+
+
 class Bad(Callback):
+    def __init__(self, error): self.error = error
+
     def after_loss(self, learn, batch_num):
-        if learn.ranks and learn.ranks.rank == 1 and batch_num == 2: raise ZeroDivisionError("bad data")
+        if learn.ranks and learn.ranks.rank == 1 and batch_num == 2:
+            if self.error is None: os.kill(os.getpid(), signal.SIGKILL)
+            raise self.error()
 
 
 def make(*callbacks):
@@ -77,13 +89,28 @@ def test_what_was_trained_in_two_processes_comes_home_also_after_ctrl_c(capsys):
     with pytest.raises(ValueError, match="nothing to resume"): learn.train(resume=True)
 
 
-def test_an_error_of_a_worker_is_raised_here_once():
-    learn = make(Bad())
+@pytest.mark.parametrize(("error", "kind", "words"), [
+    (lambda: DataError("bad data"), DataError, "^bad data\n"),
+    (lambda: OddError("here", "bad data"), RankError, r"rank 1: OddError: here: bad data \(in Bad.after_loss \(epoch 0, batch 2\)"),
+    (None, RankError, "rank 1: it has ended without a word")])
+def test_an_error_of_a_worker_is_raised_here_once_as_it_is(error, kind, words):
+    learn = make(Bad(error))
     began = time.monotonic()
-    with pytest.raises(RankError, match=r"rank 1: ZeroDivisionError: bad data \(in Bad.after_loss \(epoch 0, batch 2\)") as raised:
-        launch(learn, processes=2).train(1, learning_rate=0.01)
-    assert "Traceback" in raised.value.__notes__[0] and time.monotonic() - began < 90
+    with pytest.raises(kind, match=words) as raised: launch(learn, processes=2).train(1, learning_rate=0.01)
+    assert type(raised.value) is kind and time.monotonic() - began < 90
+    notes = "\n".join(raised.value.__notes__)
+    if error: assert "rank 1 has failed" in notes and "in Bad.after_loss (epoch 0, batch 2)" in notes and "Traceback" in notes
     assert not learn.history.rows and learn.ranks is None
+
+
+def test_weights_in_parts_come_home_whole():
+    plain, learn = make(), make()
+    plain.model[3].p = learn.model[3].p = 0.0
+    plain.train(1, learning_rate=0.01)
+    launch(learn, processes=2, shard=True).train(1, learning_rate=0.01)
+    for one, other in zip(plain.model.parameters(), learn.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    assert learn.validate()["validation_loss"] == pytest.approx(learn.history[0]["validation_loss"], rel=1e-5)
 
 
 def test_mistakes_are_answered_before_anything_starts():
@@ -105,3 +132,47 @@ def test_the_command_line_trains_in_two_processes(tmp_path):
     shown, meta, rows = train("two", "--processes=2")
     assert shown.count("validation_loss") == 2 and meta["status"] == "finished" and "--processes=2" in meta["command"]
     assert len(rows.splitlines()) == len(train("one")[2].splitlines()) == 2
+
+
+@pytest.mark.long
+def test_a_run_of_two_processes_is_stopped_resumed_and_run_again_by_two(tmp_path):
+    def command(*words): return [sys.executable, "-m", "learner", *words]
+    def learner(*words): return subprocess.run(command(*words), capture_output=True, text=True, timeout=200)
+
+    run, again = str(tmp_path / "run"), str(tmp_path / "again")
+    process = subprocess.Popen(command("train", "digits", run, "--epochs=500", "--processes=2", "--quiet"), start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    until = time.monotonic() + 120
+    while not (tmp_path / "run" / "history.csv").exists() and time.monotonic() < until: time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal: to all of them
+    shown = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and f"stopped; to go on: learner resume {run}" in shown
+    meta = json.loads((tmp_path / "run" / "meta.json").read_text())
+    assert (meta["status"], meta["facts"]["processes"]) == ("stopped", 2)
+    epochs = meta["epochs_done"] + 1
+    assert learner("resume", run, f"--epochs={epochs}").returncode == 0
+    done = learner("rerun", run, again)
+    assert done.returncode == 0 and "the history is identical" in done.stdout, done
+    new = json.loads((tmp_path / "again" / "meta.json").read_text())
+    assert new["facts"]["processes"] == 2 and new["command"][:2] == ["learner", "rerun"]
+    assert learner("resume", run, f"--epochs={epochs + 1}", "--processes=1").returncode == 0
+
+
+@pytest.mark.parametrize(("had", "words", "answer"), [
+    (2, ("--detach",), "was trained by 2 processes, and --detach trains in one process; add --processes=1"),
+    (2, ("--detach", "--processes=2"), "--detach trains in one process; leave out --processes"),
+    (10**9, (), "say how many: --processes=2"), ("many", (), "say how many: --processes=2"),
+    (2, ("--processes=0",), "it must be a whole number of at least 1")])
+def test_a_number_of_processes_that_cannot_be_is_answered_in_one_line(tmp_path, monkeypatch, capsys, had, words, answer):
+    from learner.runs import cli
+    from learner.runs.runs import train_run
+    monkeypatch.chdir(tmp_path)
+    train_run("digits", "run", {"epochs": 1}, plots=False)
+    path = tmp_path / "run" / "meta.json"
+    meta = json.loads(path.read_text())
+    meta["facts"]["processes"] = had
+    path.write_text(json.dumps(meta))
+    capsys.readouterr()
+    assert cli.main(["resume", "run", "--epochs=2", *words]) == 2
+    shown = capsys.readouterr().err
+    assert answer in shown and shown.count("\n") == 1

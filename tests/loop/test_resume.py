@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from learner.base.hashing import hash_state
+from learner.base.history import pack_rows, unpack_rows
 from learner.base.nested import snapshot
 from learner.base.provenance import rng_state, seed_everything
 from learner.base.store import DamagedError, load_state, save_state
@@ -531,6 +532,14 @@ def moments(state, name): return [entry[name] for entry in state["optimiser"]["s
 def loop(change): return lambda state: change(state["loop"])
 
 
+def rows(change):
+    def changed(state):
+        table = unpack_rows(state["loop"]["rows"])
+        change(table)
+        state["loop"]["rows"] = pack_rows(table)
+    return changed
+
+
 def forget(name): return lambda state: state["callbacks"].pop(name)
 
 
@@ -565,8 +574,8 @@ CONTROLS = {
     "random numbers of Python": ("own", "batch", loop(lambda loop: other_rng("python")(loop["rng"]))),
     "random numbers of NumPy": ("own", "batch", loop(lambda loop: other_rng("numpy")(loop["rng"]))),
     "random numbers of torch left out": ("own", "batch", loop(lambda loop: loop["rng"].pop("torch"))),
-    "the last row": ("own", "batch", loop(lambda loop: loop["rows"].pop())),
-    "a value in a row": ("own", "batch", loop(lambda loop: loop["rows"][0].update(train_loss=0.0))),
+    "the last row": ("own", "batch", rows(lambda rows: rows.pop())),
+    "a value in a row": ("own", "batch", rows(lambda rows: rows[0].update(train_loss=0.0))),
     "the steps": ("own", "batch", loop(lambda loop: loop["steps"].clear())),
     "keeping steps": ("own", "batch", loop(lambda loop: loop.update(keep_steps=False))),
     "the means": ("own", "batch", loop(lambda loop: loop["means"].clear())),
@@ -1046,7 +1055,7 @@ FORGED = {
     "another shape": (model(lambda m: m.update({"1.weight": torch.ones(8, 17)})), "1.weight is float32 (8, 17) in the state, and float32 (8, 16) in the model; it is of another model"),
     "no shape": (model(lambda m: m.update({"2.running_mean": torch.tensor(1.0)})), "2.running_mean is float32 () in the state, and float32 (8,) in the model"),
     "another dtype": (model(lambda m: m.update({"1.weight": torch.ones(8, 16, dtype=torch.float64)})), "1.weight is float64 (8, 16) in the state, and float32 (8, 16) in the model"),
-    "a number as a weight": (model(lambda m: m.update({"1.weight": 3})), "1.weight is a int in the state, not a tensor; it is of another model"),
+    "a number as a weight": (model(lambda m: m.update({"1.weight": 3})), "1.weight is an int in the state, not a tensor; it is of another model"),
     "text as a weight": (model(lambda m: m.update({"5.bias": "import os"})), "5.bias is a str in the state, not a tensor; it is of another model"),
     # the optimiser
     "another optimiser": (put(optimiser="SGD"), "the state is of SGD, and the optimiser is AdamW; use SGD"),
@@ -1056,11 +1065,11 @@ FORGED = {
     "groups that are none": (optimiser(lambda o: o.update(param_groups=[1])), "the state of the optimiser has a group without params"),
     "a group more": (optimiser(lambda o: o["param_groups"].append(dict(o["param_groups"][0]))), "the state is of an optimiser with [6, 6] parameters in its groups, and this one has [6]"),
     "a parameter less": (optimiser(lambda o: o["param_groups"][0]["params"].pop()), "the state is of an optimiser with [5] parameters in its groups, and this one has [6]"),
-    "a learning rate of text": (optimiser(lambda o: o["param_groups"][0].update(lr="high")), "the learning rate in the state is 'high', not a number"),
+    "a learning rate of text": (optimiser(lambda o: o["param_groups"][0].update(lr="high")), "lr in the state of the optimiser is 'high', and in the optimiser"),
     "a moment of another shape": (optimiser(lambda o: o["state"][0].update(exp_avg=torch.ones(3))), "exp_avg of parameter 0 is float32 (3,) in the state of the optimiser, and the parameter is float32 (8, 16)"),
     "a moment of nobody": (optimiser(lambda o: o["state"].update({99: {}})), "the state of the optimiser names a parameter 99, and there are 6"),
     "a moment of text": (optimiser(lambda o: o["state"].update({"os.system": {}})), "the state of the optimiser names a parameter 'os.system', and there are 6"),
-    "moments that are none": (optimiser(lambda o: o["state"].update({0: 1})), "the entry for parameter 0 in the state of the optimiser is a int, not a mapping"),
+    "moments that are none": (optimiser(lambda o: o["state"].update({0: 1})), "the entry for parameter 0 in the state of the optimiser is an int, not a mapping"),
     # callbacks
     "callbacks that are none": (lambda s: s.update(callbacks=[]), "the state's callbacks are not a mapping of names to states"),
     "an average less": (lambda s: s["callbacks"]["EMA"].pop("averages"), "the state of EMA does not fit: load_state_dict: the state has no averages; it has ['updates']"),
@@ -1079,7 +1088,10 @@ FORGED = {
     "a pass that is none": (put(place=[1, "__init__", 4]), "the state has an impossible place [1, '__init__', 4]"),
     "an epoch before the first": (put(place=[-1, "train", 4]), "the state has an impossible place [-1, 'train', 4]"),
     "a batch before the first": (put(place=[1, "train", -4]), "the state has an impossible place [1, 'train', -4]"),
-    "rows that are none": (put(rows=[1, 2]), "the state has a row of the history that is not a mapping"),
+    "rows that are none": (put(rows=[1, 2]), SAYS_NOT),
+    "rows without values": (lambda s: s["loop"]["rows"]["columns"].clear(), "the state is damaged: the rows of the history do not fit together"),
+    "a row too many": (lambda s: s["loop"]["rows"]["columns"]["epoch"].resize_(0), "the state is damaged: the rows of the history do not fit together"),
+    "values without a row": (lambda s: s["loop"]["rows"]["columns"].update(more=[1, 2]), "the state is damaged: column more of the history has more values than rows"),
     "rows of text": (put(rows="rows"), SAYS_NOT),
     "results that are none": (put(results=[]), SAYS_NOT),
     "epochs of text": (put(num_epochs="3"), SAYS_NOT),

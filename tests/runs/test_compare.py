@@ -267,7 +267,7 @@ def test_hostile_files_end_in_a_line(base, tmp_path, put, file):
 
 
 @pytest.mark.parametrize(("make", "error", "message"), [
-    (lambda base: base / "nothing", FileNotFoundError, "there is no run"), (lambda base: 3, CompareError, "the second is a int; give a run folder"),
+    (lambda base: base / "nothing", FileNotFoundError, "there is no run"), (lambda base: 3, CompareError, "the second is an int; give a run folder"),
     (lambda base: base.parent, RunError, "is not a run"), (lambda base: base / "stdout.txt", CompareError, "is neither a run folder"),
     (lambda base: base.parent / "bas", FileNotFoundError, "did you mean base"), (lambda base: [{"loss": 1}], CompareError, "the second is a list"),
 ])

@@ -17,7 +17,7 @@ from learner.loop.learner import Learner
 from learner.loop.stages import Callback
 from learner.runs import live
 from learner.runs.background import stop_run
-from learner.runs.live import Moment, ProgressFile, ProgressReport, Watcher, outcome, watch
+from learner.runs.live import Moment, ProgressFile, ProgressReport, Watcher, outcome, watch_run
 from learner.runs.rundir import RunError, RunLock, is_locked
 from learner.runs.runfiles import RunFiles, write_json
 from learner.runs.runs import Run
@@ -189,7 +189,7 @@ def test_no_control_characters_of_a_folder_reach_the_watcher(tmp_path):
 def test_a_run_that_has_ended_is_shown_as_it_is(tmp_path, capsys):
     small(Run(tmp_path / "run", checkpoint=False, plots=False)).train(2, 0.1)
     capsys.readouterr()
-    watch(tmp_path / "run")
+    watch_run(tmp_path / "run")
     out = capsys.readouterr().out
     assert out.count("\n") == 4 and out.endswith("run: finished, 2 epochs\n")
     assert outcome(tmp_path / "run").endswith("finished, 2 epochs")

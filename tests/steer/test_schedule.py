@@ -660,6 +660,37 @@ def test_restore_best_puts_back_the_parameters_of_the_loss():
     assert loss.scale.item() == kept[2] != kept[-1]
 
 
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_restore_best_and_resume_with_a_sparse_buffer(layout):
+    class Mixed(nn.Module):
+        "A graph's adjacency beside weights; it counts its batches in it."
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+            self.register_buffer("mixing", torch.eye(4).to_sparse(layout=layout))
+        def forward(self, x):
+            if self.training: self.mixing = self.mixing * 1.01
+            return self.linear((self.mixing @ x.T).T)
+    def learner():
+        torch.manual_seed(0)
+        model = Mixed()
+        return Learner(model, torch.optim.SGD(model.parameters(), lr=0.1), F.cross_entropy, {"train": BATCHES, "validation": BATCHES[:1]},
+                       [Log("score", [3, 2, 1, 5, 6, 7]), EarlyStopping("score", mode="min", restore_best=True)], device="cpu")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse", UserWarning)  # torch: "Sparse CSR tensor support is in beta state"
+        learn, kept = learner(), []
+        learn.on("after_epoch", lambda: kept.append(learn.model.mixing.to_dense()))
+        learn.train(6)
+        assert torch.equal(learn.model.mixing.to_dense(), kept[2]) and not torch.equal(kept[2], kept[-1])
+        again, faults = learner(), [ZeroDivisionError()]
+        def fail():
+            if len(again.history) == 3 and faults: raise faults.pop()
+        again.on("after_validation_batch", fail)
+        with pytest.raises(ZeroDivisionError): again.train(6)
+        again.train(6, resume=True)
+        assert torch.equal(again.model.mixing.to_dense(), kept[2])
+
+
 class Log(Callback):
     "Logs values as if they had been measured: None leaves one out."
     def __init__(self, name, values, hook="after_validation"):

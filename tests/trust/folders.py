@@ -28,7 +28,7 @@ class Case(NamedTuple):
 
 def cases(healthy: Path) -> list[Case]:
     "The whole corpus, made from what a healthy run says."
-    makers = (special, json_contents, wrong_types, tables, texts, fingerprints, names, code, checkpoints, temporary, repositories)
+    makers = (special, others, json_contents, wrong_types, tables, texts, fingerprints, names, code, checkpoints, temporary, repositories)
     found = [case for maker in makers for case in maker(healthy)]
     assert len({case.name for case in found}) == len(found)
     return found
@@ -51,6 +51,8 @@ def put(path: Path, content: str | bytes) -> None:
 
 
 def clear(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        for folder, _, _ in os.walk(path): Path(folder).chmod(0o700)  # one may be locked up
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
@@ -102,6 +104,32 @@ def special(_: Path) -> Iterator[Case]:
                 clear(run / name)
                 make(run / name, outside)
             yield Case(f"{kind}: {name}", spoil)
+
+
+# ---- what a regular file can be up to ----
+
+def others(_: Path) -> Iterator[Case]:
+    def linked(name: str) -> Callable[[Path, Path], None]:
+        def spoil(run: Path, outside: Path) -> None:
+            clear(run / name)
+            os.link(outside / "mine.txt", run / name)
+        return spoil
+    for name in FILES: yield Case(f"hard link: {name}", linked(name))
+    for label, seconds in {"future": 2**40, "past": -(2**31), "year 1": -62135596800}.items():
+        def spoil(run: Path, _: Path, seconds: int = seconds) -> None:
+            for path in run.rglob("*"): os.utime(path, (seconds, seconds), follow_symlinks=False)
+        yield Case(f"time of {label}", spoil)
+    for name in FOLDERS[:2]:
+        for mode in (0, 0o400, 0o100, 0o500):
+            def locked(run: Path, _: Path, name: str = name, mode: int = mode) -> None:
+                (run / name).mkdir(exist_ok=True)
+                (run / name).chmod(mode)
+            yield Case(f"mode {mode:o} of {name}", locked)
+    for name in ("Config.json", "META.JSON", "Checkpoints", "checkpoints/INDEX.json", "checkpoints/EPOCH-0002.safetensors", "History.csv"):
+        yield Case(f"case: {name}", lambda run, _, name=name: put(run / name, '{"config": "payload:build"}'))
+    marks = "\u202e\u2066\u200f\u061c\ufeff\u2028\u0085"
+    yield Case("marks in names", lambda run, _: put(run / f"plots/{marks}.png", b"x"))
+    yield Case("marks in settings", lambda run, _: put(run / "config.json", (run / "config.json").read_text().replace('"settings": {', f'"settings": {{"{marks}": "{marks}",', 1)))
 
 
 # ---- JSON ----

@@ -195,7 +195,7 @@ def test_without_captum_the_error_names_the_extra(monkeypatch):
     (lambda learn: attributions(learn, torch.rand(8, 8)), "channels x height x width"),
     (lambda learn: attributions(learn, torch.rand(1, 8, 8), method="gradcam"), "did you mean grad_cam"),
     (lambda learn: attributions(predictor_of(learn), torch.rand(1, 8, 8), method="grad_cam"), "gradients need a learner or a module"),
-    (lambda learn: scores_function(3), "model is a int"),
+    (lambda learn: scores_function(3), "model is an int"),
     (lambda learn: scores_function(lambda x: x.sum())(torch.ones(2, 2)), "must give each a row"),
     (lambda learn: decision_regions(plain, torch.ones(5, 1)), "two inputs"),
     (lambda learn: decision_regions(plain, torch.rand(5, 3), inputs=(0, 7)), "inputs is (0, 7)"),

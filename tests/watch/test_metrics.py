@@ -7,6 +7,7 @@ import sys
 import warnings
 from contextlib import nullcontext
 from copy import deepcopy
+from textwrap import dedent
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from learner.base.warned import quiet
 from learner.loop.learner import Learner
 from learner.loop.stages import Callback, CancelBatchException, CancelEpochException, CancelTrainException
 from learner.watch import metrics as module
@@ -107,7 +109,7 @@ def test_equals_the_metric_over_all_predictions_at_once(metric, data, labels, si
     if size == 1 and isinstance(metric, classification.BinaryHingeLoss | regression.PearsonCorrCoef):
         pytest.skip("torchmetrics cannot take the first example alone")
     whole = deepcopy(metric)
-    with module._quiet(): whole.update(data, labels)
+    with quiet(*module._TORCHEVALS): whole.update(data, labels)
     learn = given(data, labels, size, Metrics(it=metric))
     learn.train(1)
     for phase in ("train", "validation", "test"):
@@ -765,3 +767,42 @@ def test_torchvision_is_imported_when_it_is_used(tmp_path):
             "import torchvision\nFrechetInceptionDistance()")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])})
     assert done.stderr.strip() == "asked for the model"
+
+
+def test_a_warning_of_the_users_own_comes_once(capfd):
+    "It would come again after each `warnings.catch_warnings`, and from each worker of a loader in each epoch."
+    code = """
+        import warnings, torch
+        from torch.nn import functional as F
+        from torch.utils.data import DataLoader, Dataset
+        from learner.all import Callback, Learner, Metrics, MulticlassAccuracy, Progress
+        from learner.watch.views import View
+
+        class Examples(Dataset):
+            def __len__(self): return 16
+            def __getitem__(self, i):
+                warnings.warn("the dataset warns")
+                return torch.ones(4), torch.tensor(i % 2)
+
+        def loss(predictions, labels):
+            warnings.warn("the loss warns")
+            return F.cross_entropy(predictions, labels)
+
+        class Hook(Callback):
+            def after_batch(self): warnings.warn("the hook warns")
+
+        class Eager(Progress):
+            "Looks at metrics in every batch."
+            pause = 0.0
+            def new_view(self, learn, epochs):
+                view = View(0, epochs)
+                view.live = True
+                return view
+
+        loaders = {name: DataLoader(Examples(), 4, num_workers=2) for name in ("train", "validation")}
+        Learner(torch.nn.Linear(4, 2), torch.optim.SGD, loss, loaders,
+                [Hook(), Metrics(accuracy=MulticlassAccuracy()), Eager()]).train(10, 0.1)
+        """
+    subprocess.run([sys.executable, "-c", dedent(code)], check=True)
+    shown = capfd.readouterr().err
+    assert [shown.count(f"UserWarning: the {name} warns") for name in ("dataset", "loss", "hook")] == [1, 1, 1], shown

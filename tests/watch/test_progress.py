@@ -296,6 +296,8 @@ def cells():
         "import matplotlib.pyplot\nprint(matplotlib.pyplot.get_fignums())",
         "class Stream:\n    def __iter__(self): return iter(batches)\n"
         "learn.dataloaders = {'train': Stream()}\nlearn.train(102)",
+        "learn.dataloaders = {'validation': batches}\nlearn.validate();",
+        "found = learn.validate()\nfound['validation_loss']",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
     with pytest.MonkeyPatch.context() as patch:
@@ -338,6 +340,13 @@ def test_notebook_shows_the_result_of_a_validation_once(cells):
     bar, result = cells[3]
     assert bar.data == {"text/html": "", "text/plain": ""}  # it is gone
     assert re.fullmatch(r"\{'validation_loss': 0\.\d+\}", result.data["text/plain"])
+
+
+@pytest.mark.parametrize("number, others", [(6, []), (7, ["execute_result"])])
+def test_notebook_shows_the_result_of_a_validation_that_the_cell_does_not_show(cells, number, others):
+    line, *rest = cells[number]
+    assert re.search(r"<p[^>]*>validation_loss \d\.\d{4}</p>", line.data["text/html"])
+    assert [output.output_type for output in rest] == others
 
 
 def test_notebook_leaves_no_figure_open(cells):
@@ -774,7 +783,26 @@ def test_the_graph_is_never_empty(monkeypatch):
     assert shown == []  # an error before the first batch
     graph.add("batches", 0.1, 2.0)
     graph.redraw()
+    assert shown == []  # a point is no curve
+    graph.add("batches", 0.2, 1.5)
+    graph.redraw()
     assert len(shown) == 1
+    alone = LossGraph(0, 1)
+    alone.add("batches", 1.0, 2.0)
+    alone.end()
+    assert len(shown) == 2  # an epoch of one batch has no more
+
+
+def test_no_metric_is_shown_before_a_batch_has_been_seen(monkeypatch):
+    told = []
+
+    class Told(View):
+        live = True
+        def update(self, batches, loss=None): told.append((batches, set(self.values)))
+    monkeypatch.setattr(progress, "new_view", lambda first, epochs, plot: Told(first, epochs))
+    monkeypatch.setattr(Progress, "pause", 0.0)
+    learner(Metrics(size=lambda predictions, labels: predictions.mean()), Progress()).train(1, learning_rate=0.1)
+    assert told[0] == (0, set()) and told[1] == (1, {"size"})
 
 
 def test_a_view_of_ones_own_needs_no_more_than_it_shows(capsys):
