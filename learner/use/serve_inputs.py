@@ -7,6 +7,7 @@ __all__ = ['FIELD', 'LARGER', 'RequestError', 'read_npy', 'numbers', 'fields', '
 
 # %% ../../nbs/use/serve_inputs.ipynb #9c9af6cb
 import math
+import re
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
@@ -62,8 +63,11 @@ def read_npy(data: bytes, name: str = FIELD) -> Any:
     from numpy.lib import format as npy
     file = BytesIO(data)
     try:
-        version = npy.read_magic(file)
-        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        first = npy.read_magic(file) == (1, 0)
+        read = npy.read_array_header_1_0 if first else npy.read_array_header_2_0
+        start = 10 if first else 12
+        end = start + int.from_bytes(data[8:start], "little")
+        if re.search(rb"\d\s*L", data[start:end]): raise ValueError("it was written by Python 2")
         shape, by_columns, dtype = read(file, max_header_size=1000)
     except Exception as error:  # the header is text in the syntax of Python, and may hold anything
         line = f"{name} is not a .npy file that can be read: {error}"
