@@ -4262,6 +4262,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'learner/use/serve_inputs.py'),
                                           'learner.use.serve_inputs._check_size': ( 'use/serve_inputs.html#_check_size',
                                                                                     'learner/use/serve_inputs.py'),
+                                          'learner.use.serve_inputs._header': ( 'use/serve_inputs.html#_header',
+                                                                                'learner/use/serve_inputs.py'),
                                           'learner.use.serve_inputs.fields': ( 'use/serve_inputs.html#fields',
                                                                                'learner/use/serve_inputs.py'),
                                           'learner.use.serve_inputs.kind_of': ( 'use/serve_inputs.html#kind_of',
