@@ -7,6 +7,7 @@ __all__ = ['check_installed', 'check_access', 'Service', 'serve']
 
 # %% ../../nbs/use/serve.ipynb #52ecca76
 import asyncio
+import gc
 import html
 import secrets
 import socket
@@ -85,11 +86,14 @@ class _Runs(_Reloads):
 
     def run(self) -> None:
         "Serve until Ctrl-C or SIGTERM; what was accepted is answered first."
+        gc.collect()
+        gc.freeze()  # what is loaded stays; to look at it again would hold up requests
         self.server.run_on(self._listener)
 
     def start(self) -> Self:
         "Serve in a thread, which ends with the process."
-        self._thread = Thread(target=self.run, name="server", daemon=True)
+        self._thread = Thread(target=self.server.run_on, args=(self._listener,), name="server",
+                              daemon=True)
         self._thread.start()
         self._ready.wait(60)
         return self

@@ -8,6 +8,7 @@ __all__ = ['Handler', 'Application']
 # %% ../../nbs/use/serve_app.ipynb #79e743e2
 import asyncio
 import hmac
+import json
 import logging
 import time
 import traceback
@@ -24,7 +25,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from ..base.words import did_you_mean
@@ -34,6 +35,14 @@ from .serve_batches import Limits, late
 from .serve_inputs import FIELD, RequestError
 from .serve_models import Models, Served
 from .serve_openapi import openapi
+
+# %% ../../nbs/use/serve_app.ipynb #a91fb081
+class _JSON(Response):
+    "JSON in ASCII, which half a character cannot break."
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
 
 # %% ../../nbs/use/serve_app.ipynb #751b908d
 class _Bodies:
@@ -174,25 +183,25 @@ class _Routes(_Explaining):
             async with self.bodies.read(request) as body:
                 batch = await self.batch(served, request, body)
                 rows = await self.answered(served.batcher.submit(batch))
-        return JSONResponse({"model": served.name, "predictions": rows})
+        return _JSON({"model": served.name, "predictions": rows})
 
     async def saliency(self, request: Request) -> Response:
         with self.models.find(request.path_params.get("name")) as served:
             async with self.bodies.read(request) as body:
                 batch = await self.batch(served, request, body)
-                return JSONResponse(await self.explain(served, batch))
+                return _JSON(await self.explain(served, batch))
 
     async def about(self, request: Request) -> Response:
         info = self.models.find(request.path_params.get("name")).info()
-        if "text/markdown" not in request.headers.get("accept", ""): return JSONResponse(info)
+        if "text/markdown" not in request.headers.get("accept", ""): return _JSON(info)
         return Response(info["card"], media_type="text/markdown")
 
     async def listed(self, request: Request) -> Response:
-        return JSONResponse({"models": [served.info() for served in self.models.values()]})
+        return _JSON({"models": [served.info() for served in self.models.values()]})
 
     async def health(self, request: Request) -> Response:
         if self.stopping: raise RequestError("the server is stopping", 503, retry=5)
-        return JSONResponse({"status": "ok", "models": list(self.models)})
+        return _JSON({"status": "ok", "models": list(self.models)})
 
 # %% ../../nbs/use/serve_app.ipynb #d8231f17
 class _Guarded(_Routes):
@@ -207,7 +216,7 @@ class _Guarded(_Routes):
         return Response(meter.text(), media_type="text/plain; version=0.0.4")
 
     async def openapi(self, request: Request) -> Response:
-        return JSONResponse(openapi(self.models, self.key is not None))
+        return _JSON(openapi(self.models, self.key is not None))
 
     async def page(self, name: str, kind: str, request: Request) -> Response:
         headers = {"content-security-policy": _POLICY, "x-content-type-options": "nosniff",
@@ -236,7 +245,7 @@ def _refusal(error: RequestError) -> Response:
     "The answer to a request that is refused."
     headers = {} if error.retry is None else {"retry-after": str(error.retry)}
     if error.status == 401: headers["www-authenticate"] = "Bearer"
-    return JSONResponse({"error": str(error), "field": error.field}, error.status, headers)
+    return _JSON({"error": str(error), "field": error.field}, error.status, headers)
 
 async def _not_routed(request: Request, error: Exception) -> Response:
     "The answer where there is no such route, or not by this method."
@@ -250,7 +259,7 @@ async def _not_routed(request: Request, error: Exception) -> Response:
 def _fault(error: Exception) -> Response:
     say("".join(traceback.format_exception(error)), end="", error=True)
     line = "the server has a fault, which is on its terminal"
-    return JSONResponse({"error": line, "field": None}, 500)
+    return _JSON({"error": line, "field": None}, 500)
 
 # %% ../../nbs/use/serve_app.ipynb #e4ddf66e
 Handler = Callable[[Request], Awaitable[Response]]
