@@ -364,12 +364,14 @@ def _check_loaded(learn: Any, states: Mapping[str, Any]) -> None:
             raise ResumeError(f"the state of {name} does not fit: {error}") from error
 
 def _put_optimiser(optimiser: Any, state: Any) -> None:
+    several = optimiser.values() if isinstance(optimiser, Mapping) else [optimiser]
+    needed = [group.keys() & getattr(each, "defaults", {}).keys()  # loading may add to the defaults
+              for each in several for group in each.param_groups]
     try: optimiser.load_state_dict(state)
     except Exception as error:
         raise ResumeError(f"the optimiser does not take its state: {error}") from error
-    for each in optimiser.values() if isinstance(optimiser, Mapping) else [optimiser]:
-        for name in getattr(each, "defaults", {}):
-            if all(name in group for group in each.param_groups): continue
+    for names, group in zip(needed, groups_of(optimiser), strict=True):
+        for name in sorted(names - group.keys()):
             raise ResumeError(f"the state of the optimiser has a group without {name}")
 
 # %% ../../nbs/loop/state.ipynb #d2af6769

@@ -943,3 +943,59 @@ def test_on_an_accelerator(kind):
     oracle = net()
     bare_loop(oracle, torch.optim.SGD(oracle.parameters(), lr=0.1), batches(), batches(40, seed=1), 2)
     for p, q in zip(model.parameters(), oracle.parameters(), strict=True): torch.testing.assert_close(p.cpu(), q, rtol=1e-3, atol=1e-4)
+
+
+class Lion(torch.optim.Optimizer):
+    "As third parties write one: what it knows of `defaults` is its learning rate."
+    def __init__(self, params, lr=1e-3): super().__init__(params, dict(lr=lr))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad(): loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None: continue
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                p.sub_(mean.mul(0.9).add(p.grad, alpha=0.1).sign(), alpha=group["lr"])
+                mean.mul_(0.99).add_(p.grad, alpha=0.01)
+        return loss
+
+
+class WithClosure(Learner):
+    "For LBFGS, which computes the loss again within its step."
+    def step(self):
+        def closure():
+            self.optimiser.zero_grad()
+            loss = self.loss_func(self.model(self.data), self.labels)
+            loss.backward()
+            return loss
+        self.optimiser.step(closure)
+        self.optimiser.zero_grad()
+
+
+OPTIMISERS = [Lion, *(kind for kind in vars(torch.optim).values() if isinstance(kind, type)
+                      and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer)]
+
+
+@pytest.mark.parametrize("kind", OPTIMISERS, ids=lambda kind: kind.__name__)
+def test_a_checkpoint_of_any_optimiser_is_loaded_and_trained_on(tmp_path, kind):
+    def one():
+        torch.manual_seed(0)
+        sparse = kind is torch.optim.SparseAdam
+        model = nn.Embedding(4, 3, sparse=True) if sparse else nn.Linear(5, 3, bias=False)  # Muon takes matrices
+        inputs = torch.arange(12) % 4 if sparse else torch.randn(12, 5)
+        data = [(inputs, torch.arange(12) % 3)] * 3
+        learner_of = WithClosure if kind is torch.optim.LBFGS else Learner
+        return learner_of(model, kind, F.cross_entropy, {"train": data}, device="cpu")
+    whole, first = one(), one()
+    whole.train(3, learning_rate=0.01)
+    first.train(2, learning_rate=0.01)
+    first.save(tmp_path / "c")
+    second = one()
+    for _ in range(2): second.load(tmp_path / "c")  # the second time into an optimiser that has loaded one
+    assert same(first.model, second.model)
+    second.train(3, resume=True)
+    assert same(whole.model, second.model)
+    assert whole.fingerprint()["optimiser"] == second.fingerprint()["optimiser"]
