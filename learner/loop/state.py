@@ -196,7 +196,7 @@ def _check_unkept(epoch: Any, unkept: Any) -> None:
 # %% ../../nbs/loop/state.ipynb #a75db6a9
 def _check_counts(loop: Mapping[str, Any]) -> None:
     place = loop["place"]
-    counts = [place[0], place[2], loop["first_row"], loop["num_epochs"] - 1, loop["validation_epochs"] - 1]
+    counts = [place[0], place[2], loop["first_row"], loop["num_epochs"], loop["validation_epochs"] - 1]
     whole = [type(loop[name]) is int for name in ("first_row", "num_epochs", "validation_epochs")]
     if place[1] not in ("", *PHASES) or not all(whole) or not all(0 <= n < 2**53 for n in counts):
         raise ResumeError(f"the state has an impossible place {place!r:.80}, or impossible counts of epochs")
@@ -339,7 +339,7 @@ def put(learn: Any, state: Mapping[str, Any]) -> None:
     check_orders(learn, loop)
     if "hidden" in loop: _check_hidden(learn, loop["hidden"])
     _put_callbacks(learn, state["callbacks"])
-    if state.get("optimiser") is not None: _put_optimiser(optimiser, state["optimiser"])
+    if optimiser is not None and state.get("optimiser") is not None: _put_optimiser(optimiser, state["optimiser"])
     for name, module in modules.items(): _put_module(name, module, states[name])
     if "groups" in state: set_groups(optimiser, state["groups"])
     learn.optimiser = optimiser
@@ -397,7 +397,7 @@ def _put_module(name: str, module: nn.Module, state: Mapping[str, Any]) -> None:
 def fitting_optimiser(learn: Any, state: Mapping[str, Any]) -> Any:
     "The optimiser, made if there is only a factory; raises ResumeError if the state does not fit it."
     saved, optimiser = state.get("optimiser"), learn.optimiser
-    if saved is None: return optimiser
+    if saved is None or optimiser is None: return optimiser
     if not is_optimiser(optimiser):
         groups = saved.get("param_groups")
         first = groups[0] if isinstance(groups, list) and groups else None

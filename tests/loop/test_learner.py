@@ -999,3 +999,39 @@ def test_a_checkpoint_of_any_optimiser_is_loaded_and_trained_on(tmp_path, kind):
     second.train(3, resume=True)
     assert same(whole.model, second.model)
     assert whole.fingerprint()["optimiser"] == second.fingerprint()["optimiser"]
+
+
+def test_a_checkpoint_from_before_any_training_is_loaded_and_trained(tmp_path):
+    def one(): return Learner(net(), torch.optim.SGD, F.cross_entropy, loaders(), device="cpu")
+    first, whole = one(), one()
+    first.save(tmp_path / "c")
+    first.load(tmp_path / "c")
+    second = one()
+    nn.init.zeros_(second.model[0].weight)
+    second.load(tmp_path / "c")
+    second.train(learning_rate=0.1, resume=True)
+    whole.train(1, learning_rate=0.1)
+    assert same(whole.model, second.model) and len(second.history) == 1
+    third = one()
+    third.train(2, learning_rate=0.1, resume=tmp_path / "c")
+    assert len(third.history) == 2
+
+
+def test_a_learner_without_an_optimiser_loads_a_checkpoint_and_hands_it_on_whole(tmp_path):
+    def one(optimiser=torch.optim.Adam):
+        return Learner(net(), optimiser, F.cross_entropy, loaders(), device="cpu")
+    whole, trained, measures = one(), one(), one(None)
+    whole.train(2, learning_rate=0.01)
+    trained.train(1, learning_rate=0.01)
+    trained.save(tmp_path / "c")
+    measures.load(tmp_path / "c")
+    assert same(trained.model, measures.model) and measures.optimiser is None
+    assert measures.validate() == trained.validate()
+    measures.save(tmp_path / "again")
+    last = one()
+    last.train(2, resume=tmp_path / "again")
+    assert same(whole.model, last.model)
+    with pytest.raises(TypeError, match="optimiser is None"): measures.train(2, resume=True)
+    measures.optimiser = torch.optim.Adam
+    measures.train(2, resume=True)
+    assert same(whole.model, measures.model)
