@@ -57,6 +57,18 @@ def kept_argument(what: str, value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 # %% ../../nbs/base/made.ipynb #a1f377e2
+def _check_once(what: str, value: Any, seen: set[int]) -> None:
+    "Raise ValueError for a part that is in an argument for the second time."
+    if isinstance(value, Mapping):
+        recipe = value.get("made_by")
+        if recipe is not None and id(recipe) in seen:
+            raise ValueError(f"{what}: the same {recipe['class'].partition(':')[2]} is given twice, and loading "
+                             "would build two of it; give it once, and share it within the class")
+        seen.add(id(recipe))
+        for item in value.values(): _check_once(what, item, seen)
+    elif isinstance(value, list | tuple):
+        for item in value: _check_once(what, item, seen)
+
 def made(kind: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Build a part that knows how it was made.
 
@@ -73,6 +85,7 @@ def made(kind: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     Raises:
         TypeError: Another process would not find `kind`, an argument cannot be written down, or
             what `kind` returns does not take attributes.
+        ValueError: The same part is given twice, also within other parts.
 
     Example:
         >>> made(torch.nn.Linear, 8, out_features=3).made_by["kwargs"]
@@ -82,6 +95,7 @@ def made(kind: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     name = place.partition(":")[2]
     recipe = {"class": place, "args": [kept_argument(f"made({name}): argument {i}", a) for i, a in enumerate(args)],
               "kwargs": {key: kept_argument(f"made({name}): {key}", value) for key, value in kwargs.items()}}
+    _check_once(f"made({name})", recipe, set())
     part = kind(*args, **kwargs)
     try: part.made_by = recipe
     except AttributeError:
@@ -98,12 +112,18 @@ def recipe_of(part: Any) -> dict[str, Any] | None:
 
     Returns:
         The class and arguments of one that was made; the "place" of a function, or of the class of
-        an optimiser; otherwise only the "type". None for None.
+        an optimiser; otherwise, and for a partial that holds arguments, only the "type". None for
+        None. A partial of an optimiser counts as its class: the state holds its settings.
     """
     if part is None: return None
     recipe = getattr(part, "made_by", None)
     if recipe is not None: return dict(recipe)
-    while isinstance(part, partial): part = part.func
+    bare = part
+    while isinstance(bare, partial): bare = bare.func
+    of_optimiser = isinstance(bare, type) and issubclass(bare, Optimizer)
+    if isinstance(part, partial) and (part.args or part.keywords) and not of_optimiser:
+        return {"type": f"partial of {getattr(bare, '__qualname__', type(bare).__name__)}"}
+    part = bare
     kind = type(part) if isinstance(part, Optimizer) else part
     plain = isinstance(kind, type | FunctionType)
     try: return {"place": place_of(kind)} if plain else {"type": type(part).__name__}

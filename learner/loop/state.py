@@ -26,7 +26,7 @@ from ..base.provenance import kept_rng, rng_state, set_rng_state
 from ..base.tree import to_device
 from ..base.words import PHASES, PrintableError, did_you_mean, kind_of
 from .attached import attached_modules, by_class
-from .hidden import changed_flags, check_hidden, hidden_state, put_hidden
+from .hidden import changed_flags, check_hidden, flags_of, hidden_state, put_hidden
 from .optimiser_state import check_gradients, check_optimiser_state, groups_of
 from .optimiser_state import set_groups
 from .passes import passes_of
@@ -293,7 +293,9 @@ def recipes(learn: Any) -> dict[str, Any]:
         except TypeError: at[name] = {"type": repr(value)}
     parts = {name: recipe_of(getattr(learn, name)) for name in names}
     callbacks = [{**(recipe_of(each) or {}), "watches": only_watches(each)} for each in learn._resolved.added]
-    return {**parts, **at, "callbacks": callbacks}
+    flags = learn.cursor.flags if learn.is_running else {}  # as they were before callbacks froze anything
+    frozen = [where for where, flag in (flags or flags_of(learn)).items() if not flag]
+    return {"learner": recipe_of(type(learn)), **parts, **at, "callbacks": callbacks, "frozen": frozen}
 
 # %% ../../nbs/loop/state.ipynb #7f294a71
 def gather(learn: Any) -> dict[str, Any]:
