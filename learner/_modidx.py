@@ -1445,6 +1445,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'learner.loop.attached.Modes.set': ('loop/attached.html#modes.set', 'learner/loop/attached.py'),
                                        'learner.loop.attached._named_parts': ( 'loop/attached.html#_named_parts',
                                                                                'learner/loop/attached.py'),
+                                       'learner.loop.attached._warn_of_model': ( 'loop/attached.html#_warn_of_model',
+                                                                                 'learner/loop/attached.py'),
                                        'learner.loop.attached.asked_by': ('loop/attached.html#asked_by', 'learner/loop/attached.py'),
                                        'learner.loop.attached.attached_modules': ( 'loop/attached.html#attached_modules',
                                                                                    'learner/loop/attached.py'),

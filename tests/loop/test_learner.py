@@ -29,6 +29,7 @@ from learner.loop.stages import (
     Stage,
     provides,
 )
+from learner.steer.freeze import FreezeUntil
 
 
 def tensors(n=70, seed=0):
@@ -1035,3 +1036,51 @@ def test_a_learner_without_an_optimiser_loads_a_checkpoint_and_hands_it_on_whole
     measures.optimiser = torch.optim.Adam
     measures.train(2, resume=True)
     assert same(whole.model, measures.model)
+
+
+def warned_in(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(warning.message) for warning in caught]
+
+
+def test_parameters_that_no_optimiser_has_are_named_once():
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    learn = learner(model, optimiser=torch.optim.SGD)
+    assert warned_in(lambda: learn.train(1, learning_rate=0.1)) == []
+    model[1] = nn.Linear(4, 3)
+    before = model[1].weight.clone()
+    assert warned_in(lambda: learn.train(2)) == [
+        "2 parameters of the model, such as 1.weight, are in no group of the optimiser, so training does not change them; "
+        "make the optimiser again, call optimiser.add_param_group, or freeze them with requires_grad_(False)"]
+    assert torch.equal(before, model[1].weight)  # as the warning says
+    learn.optimiser.add_param_group({"params": [model[1].weight]})
+    [message] = warned_in(lambda: learn.train(1))
+    assert message.startswith("1.bias of the model is in no group of the optimiser, so training does not change it; ")
+    assert not torch.equal(before, model[1].weight)
+    model[1].bias.requires_grad_(False)
+    assert warned_in(lambda: learn.train(1)) == []
+
+
+def test_layers_that_are_unfrozen_after_the_optimiser_was_made_are_named():
+    def only_trainable(parameters, lr): return torch.optim.SGD([p for p in parameters if p.requires_grad], lr=lr)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    model[0].requires_grad_(False)
+    learn = learner(model, optimiser=only_trainable)
+    assert warned_in(lambda: learn.train(1, learning_rate=0.1)) == []
+    model[0].requires_grad_(True)
+    [message] = warned_in(lambda: learn.train(1))
+    assert message.startswith("2 parameters of the model, such as 0.weight, are in no group")
+
+
+def test_parameters_that_wait_or_are_shared_are_not_named():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down, self.head = nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False), nn.Linear(5, 3)
+            self.down.weight = self.up.weight
+
+        def forward(self, x): return self.head(self.down(self.up(x)))
+    learn = learner(Tied(), optimiser=torch.optim.SGD, callbacks=FreezeUntil(1, "up"))
+    assert warned_in(lambda: learn.train(2, learning_rate=0.1)) == []
