@@ -601,6 +601,7 @@ def test_last_epoch_without_an_initial_rate_is_refused_and_changes_nothing():
 
 
 @pytest.mark.parametrize("name", ["StepLR", "LambdaLR", "SequentialLR", "progress", "EpochSchedule"])
+@pytest.mark.filterwarnings("ignore:.*in no group of the optimiser")
 def test_a_group_that_is_added_in_training_is_refused_and_one_between_trainings_is_scheduled(name):
     def make(): return EpochSchedule(OPEN["ExponentialLR"]) if name == "EpochSchedule" else ALL[name]()
     def only_weight(model): return torch.optim.SGD([model.weight], lr=0.1, momentum=0.9)

@@ -428,6 +428,7 @@ def test_it_logs_the_norm_before_clipping():
     assert learn.history.steps["train_gradient_norm"] == pytest.approx(norms, abs=1e-12) and max(norms) > 1
 
 
+@pytest.mark.filterwarnings("ignore:.*in no group of the optimiser")
 def test_gradients_that_the_optimiser_does_not_step_are_left_out_of_the_norm():
     "They are never dropped, and so would grow and grow."
     model = net()
@@ -781,6 +782,7 @@ def loaded(callback, state):
     (fine_tune_head, ValueError, "FreezeUntil: 0.weight is not in the optimiser and would never be trained; make the optimiser from all parameters of the model"),
     (lambda: loaded(FreezeUntil(1, "0"), {}), ValueError, "load_state_dict: the state has no epochs; it has []"),
 ])
+@pytest.mark.filterwarnings("ignore:.*in no group of the optimiser")
 def test_messages(do, error, message):
     with pytest.raises(error) as caught: do()
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
