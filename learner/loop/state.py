@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ResumeError', 'Place', 'order_state', 'set_order_state', 'batches_from', 'state_of', 'plain_name',
            'check_model_state', 'check_state', 'check_orders', 'check_loop_state', 'has_state', 'with_state',
-           'modules_beside', 'loaders_of', 'packed', 'gradients_left', 'gather', 'put', 'fitting_optimiser',
+           'modules_beside', 'loaders_of', 'packed', 'gradients_left', 'lost', 'gather', 'put', 'fitting_optimiser',
            'put_gradients', 'trained_only', 'with_base']
 
 # %% ../../nbs/loop/state.ipynb #a5a8bd58
@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from ..base.hashing import hash_state
 from ..base.history import Mean, pack_rows, unpack_rows
-from ..base.made import kept_argument, recipe_of
+from ..base.made import kept_argument, lost_parts, recipe_of
 from ..base.parts import generators_of, is_optimiser, make_optimiser, samplers_of
 from ..base.provenance import kept_rng, rng_state, set_rng_state
 from ..base.tree import to_device
@@ -293,9 +293,15 @@ def recipes(learn: Any) -> dict[str, Any]:
         except TypeError: at[name] = {"type": repr(value)}
     parts = {name: recipe_of(getattr(learn, name)) for name in names}
     callbacks = [{**(recipe_of(each) or {}), "watches": only_watches(each)} for each in learn._resolved.added]
-    flags = learn.cursor.flags if learn.is_running else {}  # as they were before callbacks froze anything
+    under_way = learn.is_running or learn.cursor.saved is not None
+    flags = learn.cursor.flags if under_way else {}  # as they were before callbacks froze anything
     frozen = [where for where, flag in (flags or flags_of(learn)).items() if not flag]
     return {"learner": recipe_of(type(learn)), **parts, **at, "callbacks": callbacks, "frozen": frozen}
+
+# %% ../../nbs/loop/state.ipynb #5a20d122
+def lost(learn: Any, state: Mapping[str, Any]) -> list[str]:
+    "Sentences about what a training that goes on from a state has lost of what steered it."
+    return lost_parts(state["made"], recipes(learn)) if "made" in state else []
 
 # %% ../../nbs/loop/state.ipynb #7f294a71
 def gather(learn: Any) -> dict[str, Any]:

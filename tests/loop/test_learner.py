@@ -7,6 +7,7 @@ import signal
 import traceback
 import warnings
 import weakref
+from functools import partial
 from time import perf_counter
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from learner.base.batch import BatchError
 from learner.base.history import History, HistoryError, Mean
+from learner.base.made import made
 from learner.loop.learner import Learner
 from learner.loop.loop import LossError
 from learner.loop.stages import (
@@ -1084,3 +1086,65 @@ def test_parameters_that_wait_or_are_shared_are_not_named():
         def forward(self, x): return self.head(self.down(self.up(x)))
     learn = learner(Tied(), optimiser=torch.optim.SGD, callbacks=FreezeUntil(1, "up"))
     assert warned_in(lambda: learn.train(2, learning_rate=0.1)) == []
+
+
+class Halves(Callback):
+    "Steers: the loss is halved."
+    def after_loss(self, learn): learn.loss = learn.loss / 2
+
+
+class Looks(Callback):
+    watches = True
+
+
+def resumable(tmp_path, loss_func=F.cross_entropy, callbacks=(), way="resume"):
+    "What is said when a training with a loss and callbacks of its own goes on in a learner."
+    learn = Learner(net(), torch.optim.SGD, loss_func, loaders(), callbacks, device="cpu")
+    if way == "resume": return learn, lambda: learn.train(2, resume=tmp_path / "c")
+    learn.load(tmp_path / "c")
+    return learn, lambda: learn.train(2, resume=True)
+
+
+def squared(predictions, labels): return F.mse_loss(predictions, F.one_hot(labels, 3).float())
+
+
+@pytest.mark.parametrize("way", ["resume", "load"])
+def test_what_steered_a_training_that_goes_on_is_missed(tmp_path, way):
+    first = Learner(net(), torch.optim.SGD, F.cross_entropy, loaders(), [Halves(), Looks(), Halves()], device="cpu")
+    first.on("after_batch", lambda: None)
+    first.train(1, learning_rate=0.1)
+    first.save(tmp_path / "c")
+    learn, go_on = resumable(tmp_path, callbacks=[Halves(), Halves()], way=way)
+    assert warned_in(go_on) == [] and len(learn.history) == 2
+    learn, go_on = resumable(tmp_path, callbacks=Halves(), way=way)
+    assert warned_in(go_on) == ["the training that is resumed was steered by callbacks that this learner does not have: Halves; add them to get the same result"]
+    learn, go_on = resumable(tmp_path, loss_func=squared, way=way)
+    assert warned_in(go_on) == [
+        "the training that is resumed was steered by callbacks that this learner does not have: Halves, Halves; add them to get the same result",
+        "the training that is resumed had the loss cross_entropy, and goes on with squared; give the learner the loss that it had to get the same result"]
+
+
+@pytest.mark.parametrize(("then", "now", "said"), [
+    (lambda: made(nn.CrossEntropyLoss, label_smoothing=0.1), lambda: made(nn.CrossEntropyLoss, label_smoothing=0.2), "goes on with CrossEntropyLoss with other arguments"),
+    (lambda: made(nn.CrossEntropyLoss, torch.ones(3)), lambda: made(nn.CrossEntropyLoss, torch.ones(3)), None),
+    (lambda: made(nn.CrossEntropyLoss, torch.ones(3)), lambda: made(nn.CrossEntropyLoss, 2 * torch.ones(3)), "goes on with CrossEntropyLoss with other arguments"),
+    (lambda: nn.CrossEntropyLoss(), lambda: made(nn.CrossEntropyLoss), None), (lambda: F.cross_entropy, lambda: nn.CrossEntropyLoss(), "goes on with CrossEntropyLoss"),
+    (lambda: partial(F.cross_entropy, label_smoothing=0.1), lambda: F.cross_entropy, "had the loss partial of cross_entropy, and goes on with cross_entropy"),
+    (lambda: lambda p, y: F.cross_entropy(p, y), lambda: lambda p, y: F.cross_entropy(p, y), None)])
+def test_another_loss_of_a_training_that_goes_on_is_named(tmp_path, then, now, said):
+    first = Learner(net(), torch.optim.SGD, then(), loaders(), device="cpu")
+    first.train(1, learning_rate=0.1)
+    first.save(tmp_path / "c")
+    _, go_on = resumable(tmp_path, now())
+    warned = warned_in(go_on)
+    assert ([said in message for message in warned] == [True]) if said else warned == []
+
+
+@pytest.mark.parametrize("forged", [7, {}, {"callbacks": 3}, {"callbacks": [3, {}, {"type": ["\x1b"]}], "loss_func": 3}])
+def test_a_forged_record_of_parts_breaks_no_resumption(tmp_path, forged):
+    first = Learner(net(), torch.optim.SGD, F.cross_entropy, loaders(), device="cpu")
+    first.train(1, learning_rate=0.1)
+    state = {**first.state_dict(), "made": forged}
+    learn = Learner(net(), torch.optim.SGD, F.cross_entropy, loaders(), device="cpu")
+    assert not any("\x1b" in message for message in warned_in(lambda: learn.train(2, resume=state)))
+    assert len(learn.history) == 2

@@ -1219,6 +1219,7 @@ def test_the_scale_of_float16_goes_on(tmp_path):
     assert load_state(tmp_path / "c12")["callbacks"]["MixedPrecision"]["scale"] != 2.0**24
 
 
+@pytest.mark.filterwarnings("ignore:.*callbacks that this learner does not have")
 def test_compiled_and_plain_learners_load_each_others_states(tmp_path):
     def learner(*more, seed=0):
         seed_everything(seed)
