@@ -326,6 +326,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'learner.base.store._fill': ('base/store.html#_fill', 'learner/base/store.py'),
                                     'learner.base.store._hash_again': ('base/store.html#_hash_again', 'learner/base/store.py'),
                                     'learner.base.store._hashing': ('base/store.html#_hashing', 'learner/base/store.py'),
+                                    'learner.base.store._is_plain_folder': ('base/store.html#_is_plain_folder', 'learner/base/store.py'),
                                     'learner.base.store._load': ('base/store.html#_load', 'learner/base/store.py'),
                                     'learner.base.store._make_head': ('base/store.html#_make_head', 'learner/base/store.py'),
                                     'learner.base.store._parse_entry': ('base/store.html#_parse_entry', 'learner/base/store.py'),

@@ -1148,3 +1148,10 @@ def test_a_forged_record_of_parts_breaks_no_resumption(tmp_path, forged):
     learn = Learner(net(), torch.optim.SGD, F.cross_entropy, loaders(), device="cpu")
     assert not any("\x1b" in message for message in warned_in(lambda: learn.train(2, resume=state)))
     assert len(learn.history) == 2
+
+
+def test_a_folder_without_a_checkpoint_is_named(tmp_path):
+    learn = learner()
+    for call in (lambda: learn.load(tmp_path), lambda: learn.train(1, resume=tmp_path)):
+        with pytest.raises(FileNotFoundError, match="^the folder .* holds no checkpoint; name a file"): call()
+    assert len(learn.history) == 0
