@@ -1155,3 +1155,9 @@ def test_a_folder_without_a_checkpoint_is_named(tmp_path):
     for call in (lambda: learn.load(tmp_path), lambda: learn.train(1, resume=tmp_path)):
         with pytest.raises(FileNotFoundError, match="^the folder .* holds no checkpoint; name a file"): call()
     assert len(learn.history) == 0
+
+
+def test_a_loss_of_numpy_is_not_a_tensor():
+    learn = learner(loss_func=lambda predictions, labels: predictions.detach().numpy().mean())
+    with pytest.raises(LossError, match="^loss_func returned a float32; the loss must be a scalar tensor"): learn.train(1)
+    with pytest.raises(LossError, match="must be a scalar tensor"): learn.validate()

@@ -1169,7 +1169,7 @@ def test_files_that_are_none_are_refused_and_change_nothing(tmp_path, way):
     torch.save({"model": learn.model.state_dict()}, tmp_path / "model.pt")
     refused(DamagedError, "model.pt is not a checkpoint", tmp_path / "model.pt")
     (tmp_path / "empty").mkdir()
-    refused(DamagedError, "empty is a folder", tmp_path / "empty")
+    refused(FileNotFoundError, "empty holds no checkpoint", tmp_path / "empty")
     good = (tmp_path / "good").read_bytes()
     for bad in (b"", good[:-1], good[:100] + pickle.dumps(Trap()) + good[100:], good.replace(b"train", b"tRain", 1)):
         (tmp_path / "c").write_bytes(bad)
