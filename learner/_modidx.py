@@ -3131,6 +3131,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'learner.steer.freeze._Frozen._held_by_others': ( 'steer/freeze.html#_frozen._held_by_others',
                                                                                         'learner/steer/freeze.py'),
                                       'learner.steer.freeze._Frozen._thaw': ('steer/freeze.html#_frozen._thaw', 'learner/steer/freeze.py'),
+                                      'learner.steer.freeze._Frozen.steers_flags': ( 'steer/freeze.html#_frozen.steers_flags',
+                                                                                     'learner/steer/freeze.py'),
                                       'learner.steer.freeze._check_filter': ('steer/freeze.html#_check_filter', 'learner/steer/freeze.py'),
                                       'learner.steer.freeze._name_of': ('steer/freeze.html#_name_of', 'learner/steer/freeze.py'),
                                       'learner.steer.freeze._pick': ('steer/freeze.html#_pick', 'learner/steer/freeze.py'),
