@@ -196,8 +196,7 @@ def _check_unkept(epoch: Any, unkept: Any) -> None:
 # %% ../../nbs/loop/state.ipynb #a75db6a9
 def _check_counts(loop: Mapping[str, Any]) -> None:
     place = loop["place"]
-    epochs = loop["num_epochs"] - loop["under_way"]  # 0 before the first training
-    counts = [place[0], place[2], loop["first_row"], epochs, loop["validation_epochs"] - 1]
+    counts = [place[0], place[2], loop["first_row"], loop["num_epochs"], loop["validation_epochs"] - 1]
     whole = [type(loop[name]) is int for name in ("first_row", "num_epochs", "validation_epochs")]
     if place[1] not in ("", *PHASES) or not all(whole) or not all(0 <= n < 2**53 for n in counts):
         raise ResumeError(f"the state has an impossible place {place!r:.80}, or impossible counts of epochs")
