@@ -190,10 +190,11 @@ class _Stored(Callback):
     def _name(self, learn: Learner) -> str:
         return checkpoint_name(len(learn.history), learn.place.batch)
 
-    def _save(self, learn: Learner) -> None:
+    def _save(self, learn: Learner, name: str | None = None) -> None:
         if learn.ranks is not None: learn.ranks.sum(learn, point="a checkpoint")  # or the ranks are apart
         self._last_time, self.taken = monotonic(), 0
-        state, name, best = learn.state_dict(), self._name(learn), self._best.found or {}
+        state, best = learn.state_dict(), self._best.found or {}
+        name = name or self._name(learn)
         if self.only_trained: state = trained_only(learn, state, self._hashes)
         if not learn.is_main: return None
         if not self.background:
@@ -270,7 +271,9 @@ class _Saving(_Opening):
 
     cancelled_epoch = after_epoch
 
-    def cancelled_train(self, learn: Learner) -> None: self._save(learn)  # it has come to its end
+    def cancelled_train(self, learn: Learner) -> None:
+        rows = len(learn.history)  # the file of the last epoch stays: other weights may be back now
+        self._save(learn, checkpoint_name(rows, end=rows > 0))
 
     def before_interrupt(self, learn: Learner) -> None:
         self._save(learn)

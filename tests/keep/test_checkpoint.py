@@ -22,7 +22,7 @@ from learner.base.provenance import kept_rng
 from learner.base.store import DamagedError, list_checkpoints, load_state
 from learner.keep import checkpoint
 from learner.keep.checkpoint import Checkpoint, CheckpointError
-from learner.loop.stages import Callback
+from learner.loop.stages import Callback, CancelTrainException
 from learner.steer.stopping import EarlyStopping, MonitorError
 
 LONG = os.environ.get("LEARNER_LONG") == "1"
@@ -302,6 +302,39 @@ def test_where_early_stopping_has_ended_training_there_is_nothing_more_to_do(tmp
     train(fresh, 9, resume=tmp_path / "run")
     assert len(fresh.history) == 2 and seen(fresh)[0].shape[0] == 4 and len(seen(fresh)) == 4  # the test alone
     assert hash_state({"m": fresh.model.state_dict()}) == hash_state({"m": learn.model.state_dict()})
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize(("keep", "left"), [(1, []), (3, ["epoch-0002"])])
+def test_the_best_file_keeps_its_epoch_where_early_stopping_puts_other_weights_back(tmp_path, keep, left, background):
+    def learner(seed=0):
+        stopping = EarlyStopping(patience=2, min_delta=100.0, restore_best=True)
+        return make("plain", stopping, Checkpoint(tmp_path / "run", keep=keep, background=background), seed=seed)
+    learn = learner()
+    train(learn, 9)
+    losses = learn.history["validation_loss"]
+    assert len(losses) == 3 and min(losses) == losses[2]  # the best, though not by as much as stopping asks for
+    assert names(tmp_path / "run") == [*left, "epoch-0003", "epoch-0003-end"]
+    best = learner()
+    best.load(Checkpoint.best(tmp_path / "run"))
+    assert Checkpoint.best(tmp_path / "run").stem == "epoch-0003" and best.validate()["validation_loss"] == losses[2]
+    assert learn.validate()["validation_loss"] == losses[0]
+    assert Checkpoint.latest(tmp_path / "run").stem == "epoch-0003-end"
+    fresh = learner(9)
+    train(fresh, 9, resume=tmp_path / "run")  # there is nothing more to do
+    assert hash_state({"m": fresh.model.state_dict()}) == hash_state({"m": learn.model.state_dict()}) and len(fresh.history) == 3
+
+
+def test_a_training_that_a_callback_has_ended_goes_on_when_more_epochs_are_asked_for(tmp_path):
+    def ends(learn, epoch):
+        if epoch == 1: raise CancelTrainException
+    learn = make("plain", Checkpoint(tmp_path / "run", steps=1, keep=None))
+    learn.on("after_epoch", ends)
+    train(learn, 2)
+    assert Checkpoint.latest(tmp_path / "run").stem == "epoch-0002-end"
+    fresh = make("plain", Checkpoint(tmp_path / "run", steps=1, keep=None), seed=9)
+    train(fresh, EPOCHS, resume=tmp_path / "run")
+    assert Checkpoint.latest(tmp_path / "run").stem == f"epoch-{EPOCHS:04}" and len(fresh.history) == EPOCHS
 
 
 # ---------------------------------------------------------------------------------------------------- disks
