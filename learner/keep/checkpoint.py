@@ -27,7 +27,8 @@ from ..loop.hidden import unready_loaders
 from ..loop.learner import Learner
 from ..loop.state import trained_only
 from ..loop.stages import Callback
-from ..steer.stopping import MonitorError, check_mode, check_monitor, monitored
+from ..steer.stopping import MonitorError, another_monitor, check_mode, check_monitor
+from ..steer.stopping import monitored
 
 # %% ../../nbs/keep/checkpoint.ipynb #d0800420
 _INDEX = "index.json"  # beside the checkpoints: whose they are, and which is the best
@@ -144,6 +145,7 @@ class _Best:
         self.monitor = monitor
         self.mode = None if monitor is None else check_mode("Checkpoint", monitor, mode)
         self.found: dict[str, Any] | None = None
+        self.replaced = ""  # what to tell of a state with the best by another column
         self.measured = True  # in this training
 
     def begin(self, owner: Callback, learn: Learner) -> None:
@@ -157,6 +159,15 @@ class _Best:
         except MonitorError as error:
             self.measured = False
             warnings.warn(f"{error}; without one, no checkpoint is the best", stacklevel=3)
+
+    def take(self, owner: Callback, found: Mapping[str, Any] | None) -> None:
+        "Go on from the best of a state; one by another column cannot be compared and is forgotten."
+        self.found = None if found is None else dict(found)
+        self.replaced = ""
+        if found is None or self.monitor is None: return
+        before, now = [found["monitor"], found["mode"]], [self.monitor, str(self.mode)]
+        self.replaced = another_monitor(owner, before, now)
+        if self.replaced: self.found = None
 
     def look(self, owner: Callback, learn: Learner, name: str) -> None:
         "Compare the epoch that has just ended; raises MonitorError."
@@ -215,7 +226,7 @@ class _Remembering(_Stored):
     def _look_ahead(self, learn: Learner) -> None:
         "Warn of a best value that never comes, and of batches that cannot be given again."
         self._best.begin(self, learn)
-        learn.cursor.tell(unready_loaders(learn))
+        learn.cursor.tell([*unready_loaders(learn), *filter(None, [self._best.replaced])])
 
     def state_dict(self) -> dict[str, Any]:
         "Whose checkpoints these are, which is the best, and how far the next is."
@@ -229,7 +240,7 @@ class _Remembering(_Stored):
             case _: raise ValueError("the state does not say which checkpoint is the best")
         if not isinstance(state["training"], str): raise ValueError("the state does not name its training")
         self.training, self.taken = state["training"], check_whole("taken", state["taken"], 0)
-        self._best.found = None if best is None else dict(best)
+        self._best.take(self, best)
 
 # %% ../../nbs/keep/checkpoint.ipynb #33e091c9
 class _Opening(_Remembering):

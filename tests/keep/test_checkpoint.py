@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -335,6 +336,38 @@ def test_a_training_that_a_callback_has_ended_goes_on_when_more_epochs_are_asked
     fresh = make("plain", Checkpoint(tmp_path / "run", steps=1, keep=None), seed=9)
     train(fresh, EPOCHS, resume=tmp_path / "run")
     assert Checkpoint.latest(tmp_path / "run").stem == f"epoch-{EPOCHS:04}" and len(fresh.history) == EPOCHS
+
+
+def improving(folder, monitor):
+    "A training in which one score gets worse and the other better, judged by one of them."
+    better, worse = Value(*map(float, range(9)), name="good"), Value(*map(float, range(9)), name="bad")
+    mode = {"good": "max", "bad": "min"}[monitor]
+    stopping = EarlyStopping(monitor, patience=1, mode=mode, restore_best=True)
+    return make("plain", better, worse, stopping, Checkpoint(folder, best=monitor, mode=mode))
+
+
+def test_a_callback_that_judges_by_another_column_starts_over_with_a_warning(tmp_path):
+    learn = improving(tmp_path / "run", "bad")
+    train(learn, 1)
+    assert json.loads((tmp_path / "run" / "index.json").read_text())["value"] == 0.0
+    fresh = improving(tmp_path / "run", "good")
+    with pytest.warns(UserWarning) as told: train(fresh, 5, resume=tmp_path / "run")
+    messages = sorted(str(warning.message) for warning in told)
+    by = "the training that is resumed was judged by bad (mode=\"min\"), and this callback judges by good (mode=\"max\"); it starts over, without the best value so far"
+    assert messages == [f"Checkpoint('{tmp_path / 'run'}'): {by}", f"EarlyStopping: {by}"]
+    assert len(fresh.history) == 5  # each epoch is better than the one before
+    index = json.loads((tmp_path / "run" / "index.json").read_text())
+    assert (index["checkpoint"], index["monitor"], index["value"], index["mode"]) == ("epoch-0005.safetensors", "good", 4.0, "max")
+
+
+def test_a_callback_that_judges_by_the_same_column_goes_on_with_its_count(tmp_path):
+    learn = improving(tmp_path / "run", "bad")
+    train(learn, 1)
+    fresh = improving(tmp_path / "run", "bad")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(fresh, 5, resume=tmp_path / "run")
+    assert len(fresh.history) == 2 and Checkpoint.best(tmp_path / "run").stem == "epoch-0001"
 
 
 # ---------------------------------------------------------------------------------------------------- disks
