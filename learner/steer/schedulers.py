@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..base.parts import length_of
+from ..base.parts import RATE_BEFORE, length_of
 from ..base.words import as_number, check_whole
 from ..loop.learner import Learner
 from .curves import ScheduleError
@@ -256,6 +256,14 @@ class ParameterGroups:
     def main(self, kept: Sequence[Mapping[str, Any]]) -> list[float]:
         "The main value of each group, which tells whether somebody has changed it."
         return [float(group[self.sets[0]]) for group in kept if self.sets[0] in group]
+
+    def keep_proportions(self, before: Groups) -> None:
+        "Where the schedule has ended at 0, note the rates that the groups had before it."
+        groups = self.optimiser.param_groups
+        at_zero = not any(float(group.get("lr", 1.0)) for group in groups)
+        for group, values in zip(groups, before, strict=False):
+            if not at_zero: group.pop(RATE_BEFORE, None)
+            elif values.get("lr"): group[RATE_BEFORE] = float(values["lr"])
 
     def release(self, before: Groups) -> None:
         "Take the scheduler's notes away, and what it has put around the optimiser's step."
