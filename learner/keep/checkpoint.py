@@ -138,8 +138,8 @@ class _Writer:
         if failure is not None: raise failure
 
 # %% ../../nbs/keep/checkpoint.ipynb #67f8acb6
-class _Best:
-    "Remembers which epoch had the best value of a column."
+class _Monitored:
+    "A column, and the best of a state as far as it is by this column."
 
     def __init__(self, monitor: str | None, mode: str | None):
         self.monitor = monitor
@@ -168,6 +168,10 @@ class _Best:
         before, now = [found["monitor"], found["mode"]], [self.monitor, str(self.mode)]
         self.replaced = another_monitor(owner, before, now)
         if self.replaced: self.found = None
+
+# %% ../../nbs/keep/checkpoint.ipynb #bd310e81
+class _Best(_Monitored):
+    "Remembers which epoch had the best value of a column."
 
     def look(self, owner: Callback, learn: Learner, name: str) -> None:
         "Compare the epoch that has just ended; raises MonitorError."
@@ -252,7 +256,23 @@ class _Opening(_Remembering):
         self.check_folder(learn)  # another training may have come first
 
 # %% ../../nbs/keep/checkpoint.ipynb #038e7c9b
-class _Saving(_Opening):
+class _Ending(_Opening):
+    "What a Checkpoint saves when training ends early, and how it lets go of its folder."
+
+    def cancelled_train(self, learn: Learner) -> None:
+        rows = len(learn.history)  # the file of the last epoch stays: other weights may be back now
+        self._save(learn, checkpoint_name(rows, end=rows > 0))
+
+    def before_interrupt(self, learn: Learner) -> None:
+        self._save(learn)
+        self._writer.wait()
+
+    def cleanup_train(self) -> None:
+        try: self._writer.wait()
+        finally: self._folder.close()
+
+# %% ../../nbs/keep/checkpoint.ipynb #b52d03f1
+class _Saving(_Ending):
     "When a Checkpoint saves."
     steps: int | None
     minutes: float | None
@@ -281,18 +301,6 @@ class _Saving(_Opening):
         if self.every or (best and best["checkpoint"] == name): self._save(learn)
 
     cancelled_epoch = after_epoch
-
-    def cancelled_train(self, learn: Learner) -> None:
-        rows = len(learn.history)  # the file of the last epoch stays: other weights may be back now
-        self._save(learn, checkpoint_name(rows, end=rows > 0))
-
-    def before_interrupt(self, learn: Learner) -> None:
-        self._save(learn)
-        self._writer.wait()
-
-    def cleanup_train(self) -> None:
-        try: self._writer.wait()
-        finally: self._folder.close()
 
 # %% ../../nbs/keep/checkpoint.ipynb #9259f27c
 class _Found:
