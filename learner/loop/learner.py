@@ -38,10 +38,11 @@ from ..base.words import check_number, did_you_mean
 from .attached import attached_modules
 from .frames import users_frames
 from .hidden import sentences, unready_loaders
+from .lengths import lengths, set_steps
 from .loop import Loop
 from .optimiser_state import set_groups
 from .passes import passes_of
-from .resume import Cursor, begin, lengths, set_steps, state_to_resume
+from .resume import Cursor, begin, state_to_resume
 from .stages import Callback
 from .state import Place, check_state, gather, loaders_of, modules_beside, order_state, put, recipes
 from .state import state_of
