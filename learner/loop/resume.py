@@ -73,6 +73,7 @@ class Arriving(Naming):
         self.began: dict[str, Any] = {}  # random numbers and the loader's order when the pass began
         self.arriving: Mapping[str, Any] | None = None  # a state, while set-up is done again
         self.stream: Stream | None = None  # with `steps`: the training batches, across epochs
+        self.next_pass = 0  # of a stream, in the next call of `train`: no order comes twice
         self.streamed: Mapping[str, Any] | None = None  # with `steps`: where the stream of a state stood
         self.undo: Any = None  # until the first batch can come: what a state has replaced
 
@@ -208,11 +209,13 @@ class Flow(Batches):
         "The stream of a training that counts batches, where it stands."
         def begin(stream: Stream) -> None:
             tell_epoch(loader, stream.passes)
+            self.next_pass = stream.passes + 1
             stream.began = {"rng": rng_state(), "order": order_state(loader)}
         if self.stream is None:
             self.stream, was = Stream(loader, begin), self.streamed
-            if was is not None and was["given"]: self.go_on(self.stream, loader, was)
-            elif was is not None: self.stream.passes = was["passes"]
+            if was is None: self.stream.passes = max(self.next_pass, self.first_row)
+            elif was["given"]: self.go_on(self.stream, loader, was)
+            else: self.stream.passes = was["passes"]
             self.streamed = None
         return self.stream
 
@@ -228,7 +231,7 @@ class Flow(Batches):
     def plan_state(self) -> dict[str, Any]:
         "How long the training is, and how far it has got in batches, for a state."
         return {"steps": self.steps, "validation_steps": self.validation_steps,
-                "done": self.done, "stretch": self.stretch}
+                "done": self.done, "stretch": self.stretch, "next_pass": self.next_pass}
 
     def stream_state(self, loader: Any) -> dict[str, Any] | None:
         "Where the stream stands, for a state."

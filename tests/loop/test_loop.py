@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from learner.base.batch import total
 from learner.loop.data import TensorLoader
@@ -207,6 +207,50 @@ def test_a_training_by_steps_refuses_to_be_shorter_than_it_is(then, message):
     with pytest.raises(ValueError, match=message): learn.train(**then, resume=True)
     learn.train(resume=True)
     assert torch.equal(weights(learn), by_hand(itertools.cycle(PARTS), 20)) and len(learn.history) == 4
+
+
+def read_by(learn):
+    found = []
+    learn.on("after_prepare", lambda data: found.append(data.tolist()))
+    return found
+
+
+@pytest.mark.parametrize("way", ["process", "state"])
+@pytest.mark.parametrize("kind", ["tensors", "distributed"])
+def test_each_call_by_steps_reads_the_loader_in_another_order(kind, way):
+    def learner():
+        if kind == "tensors": return made(shuffled("tensors"))
+        data = TensorDataset(X, Y)
+        return made(DataLoader(data, 8, sampler=DistributedSampler(data, num_replicas=1, rank=0)))
+    torch.manual_seed(3)
+    learn, orders = learner(), []
+    for _ in range(3):
+        found = read_by(learn)
+        learn.train(steps=3, learning_rate=0.01)
+        orders.append(str(found[:3]))
+        if way == "state":
+            state, learn = learn.state_dict(), learner()
+            learn.load_state_dict(state)
+    assert len({*orders}) == 3
+
+
+@pytest.mark.parametrize("way", ["process", "state"])
+@pytest.mark.parametrize("at", [1, 3, 8, 9])
+def test_the_second_call_by_steps_goes_on_exactly(at, way):
+    def learner():
+        torch.manual_seed(5)
+        learn = made(shuffled("tensors"), dropout=0.4)
+        learn.train(steps=3, learning_rate=0.01)
+        return learn
+    whole = learner()
+    whole.train(steps=20, validation_steps=6)
+    learn = learner()
+    with pytest.raises(KeyboardInterrupt): learn.train(steps=20, validation_steps=6, callbacks=Stop(at))
+    if way == "state":
+        state, learn = learn.state_dict(), made(shuffled("tensors"), dropout=0.4)
+        learn.train(resume=state)
+    else: learn.train(resume=True)
+    assert torch.equal(weights(whole), weights(learn)) and whole.history.rows == learn.history.rows
 
 
 def test_a_training_by_steps_that_a_callback_ended_has_ended():
