@@ -2011,6 +2011,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'learner.loop.resume.TrainingBatches.training_batches': ( 'loop/resume.html#trainingbatches.training_batches',
                                                                                                'learner/loop/resume.py'),
                                      'learner.loop.resume.begin': ('loop/resume.html#begin', 'learner/loop/resume.py'),
+                                     'learner.loop.resume.check_length': ('loop/resume.html#check_length', 'learner/loop/resume.py'),
                                      'learner.loop.resume.kept_state': ('loop/resume.html#kept_state', 'learner/loop/resume.py'),
                                      'learner.loop.resume.set_random': ('loop/resume.html#set_random', 'learner/loop/resume.py'),
                                      'learner.loop.resume.state_to_resume': ('loop/resume.html#state_to_resume', 'learner/loop/resume.py'),

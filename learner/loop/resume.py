@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['AGAIN', 'COUNTED', 'Naming', 'Arriving', 'set_random', 'Standing', 'tell_epoch', 'Batches', 'Flow', 'TrainingBatches',
-           'Keeping', 'kept_state', 'Repeating', 'Cursor', 'begin', 'warn_of', 'state_to_resume', 'Rewind']
+           'Keeping', 'kept_state', 'Repeating', 'Cursor', 'check_length', 'begin', 'warn_of', 'state_to_resume',
+           'Rewind']
 
 # %% ../../nbs/loop/resume.ipynb #7467fc4f
 import warnings
@@ -228,10 +229,11 @@ class Flow(Batches):
         stream.batches = batches_from(loader, stream.given, stream.began["rng"], was["loader"], order)
         set_rng_state(rng)
 
-    def plan_state(self) -> dict[str, Any]:
-        "How long the training is, and how far it has got in batches, for a state."
+    def plan_state(self, loader: Any) -> dict[str, Any]:
+        "How long the training and its loader are, and how far it has got in batches, for a state."
         return {"steps": self.steps, "validation_steps": self.validation_steps,
-                "done": self.done, "stretch": self.stretch, "next_pass": self.next_pass}
+                "done": self.done, "stretch": self.stretch, "next_pass": self.next_pass,
+                "length": length_of(loader)}
 
     def stream_state(self, loader: Any) -> dict[str, Any] | None:
         "Where the stream stands, for a state."
@@ -378,11 +380,24 @@ class Cursor(Repeating):
         self.saved = None
         return super().arrive(learn)
 
+# %% ../../nbs/loop/resume.ipynb #9ec75cab
+def check_length(learn: Any, loop: Mapping[str, Any]) -> None:
+    "Raise ResumeError if training stands within a pass over a loader that has another length now."
+    _, phase, batch = loop["place"]
+    stream = loop.get("stream")
+    given = batch if phase == "train" else 0
+    if stream: given = stream["given"]
+    was, now = (loop.get("plan") or {}).get("length"), length_of(learn.dataloaders["train"])
+    if given and None not in (was, now) and was != now:
+        raise ResumeError(f"the training loader has {now} batches, and it had {was} where the training to resume "
+                          f"stopped after batch {given} of a pass; give it the data and the batch size that it had")
+
 # %% ../../nbs/loop/resume.ipynb #747ca8ee
 def begin(cursor: Cursor, learn: Any, state: Any, learning_rate: float | None) -> None:
     "Get ready to train from the beginning, or to go on from a state."
     if not cursor.flags: cursor.flags = flags_of(learn)
     if state:
+        check_length(learn, state["loop"])
         cursor.undo.note(learn, state)
         put(learn, state)
         warn_of(cursor, learn, state)

@@ -318,7 +318,7 @@ def gather(learn: Any) -> dict[str, Any]:
         "rng": again["rng"] if again else rng_state(), "orders": orders,
         "optimiser": type(learn.optimiser).__name__, "began": dict(began) if within else None,
         "loader": loader.state_dict() if within and has_state(loader) else None,
-        "plan": cursor.plan_state(),
+        "plan": cursor.plan_state(loader),
         "stream": cursor.stream_state(loader),
         "gradients": gradients_left(learn) if learn.is_running and cursor.under_way else None,
         "flags": changed_flags(learn, cursor.flags),

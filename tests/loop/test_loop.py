@@ -253,6 +253,27 @@ def test_the_second_call_by_steps_goes_on_exactly(at, way):
     assert torch.equal(weights(whole), weights(learn)) and whole.history.rows == learn.history.rows
 
 
+@pytest.mark.parametrize("options", [dict(epochs=2), dict(steps=14)])
+def test_another_batch_size_within_a_pass_is_refused_and_changes_nothing(options):
+    learn = made(TensorLoader((X, Y), 5, shuffle=True))
+    with pytest.raises(KeyboardInterrupt): learn.train(**options, learning_rate=0.01, callbacks=Stop(4))
+    before, loaders = weights(learn), learn.dataloaders
+    learn.dataloaders = {"train": TensorLoader((X, Y), 10, shuffle=True)}
+    with pytest.raises(ResumeError, match="the training loader has 5 batches, and it had 10 where .* stopped after batch 4 of a pass; give it"):
+        learn.train(resume=True)
+    assert torch.equal(before, weights(learn)) and learn.place.batch == 4
+    learn.dataloaders = loaders
+    learn.train(resume=True)
+
+
+def test_between_two_epochs_the_batch_size_may_change():
+    learn = made(TensorLoader((X, Y), 5, shuffle=True))
+    learn.train(1, 0.01)
+    learn.dataloaders = {"train": TensorLoader((X, Y), 10, shuffle=True)}
+    learn.train(2, resume=learn.state_dict())
+    assert len(learn.history) == 2
+
+
 def test_a_training_by_steps_that_a_callback_ended_has_ended():
     learn = made(validation=PARTS)
     def end(epoch):
