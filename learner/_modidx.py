@@ -1779,6 +1779,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'learner.loop.learner.summary_of': ('loop/learner.html#summary_of', 'learner/loop/learner.py')},
             'learner.loop.lengths': { 'learner.loop.lengths.begun_epochs': ('loop/lengths.html#begun_epochs', 'learner/loop/lengths.py'),
                                       'learner.loop.lengths.lengths': ('loop/lengths.html#lengths', 'learner/loop/lengths.py'),
+                                      'learner.loop.lengths.set_passes': ('loop/lengths.html#set_passes', 'learner/loop/lengths.py'),
                                       'learner.loop.lengths.set_steps': ('loop/lengths.html#set_steps', 'learner/loop/lengths.py')},
             'learner.loop.loop': { 'learner.loop.loop.Calls': ('loop/loop.html#calls', 'learner/loop/loop.py'),
                                    'learner.loop.loop.Calls._evaluate': ('loop/loop.html#calls._evaluate', 'learner/loop/loop.py'),

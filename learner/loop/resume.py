@@ -233,7 +233,7 @@ class Flow(Batches):
         "How long the training and its loader are, and how far it has got in batches, for a state."
         return {"steps": self.steps, "validation_steps": self.validation_steps,
                 "done": self.done, "stretch": self.stretch, "next_pass": self.next_pass,
-                "length": length_of(loader)}
+                "length": length_of(loader), "validates": self.validates, "tests": self.tests}
 
     def stream_state(self, loader: Any) -> dict[str, Any] | None:
         "Where the stream stands, for a state."
@@ -380,7 +380,7 @@ class Cursor(Repeating):
         self.saved = None
         return super().arrive(learn)
 
-# %% ../../nbs/loop/resume.ipynb #9ec75cab
+# %% ../../nbs/loop/resume.ipynb #baf27a62
 def check_length(learn: Any, loop: Mapping[str, Any]) -> None:
     "Raise ResumeError if training stands within a pass over a loader that has another length now."
     _, phase, batch = loop["place"]

@@ -87,6 +87,22 @@ def test_validations_and_the_test_can_be_left_out(options, columns):
 
 # ---------------------------------------------------------------------------------------------------- steps
 
+@pytest.mark.parametrize("way", ["process", "state"])
+@pytest.mark.parametrize(("again", "columns"), [
+    ({}, {"epoch", "train_loss"}), (dict(validate=True, test=True), {"epoch", "train_loss", "validation_loss", "test_loss"}),
+])
+def test_what_is_left_out_stays_left_out_on_resume(again, columns, way):
+    learn = made(validation=PARTS, test=PARTS)
+    with pytest.raises(KeyboardInterrupt): learn.train(2, 0.01, validate=False, test=False, callbacks=Stop(9))
+    if way == "state":
+        state, learn = learn.state_dict(), made(validation=PARTS, test=PARTS)
+        learn.train(resume=state, **again)
+    else: learn.train(resume=True, **again)
+    assert set(learn.history[-1]) == columns
+    learn.train(1)
+    assert set(learn.history[-1]) == {"epoch", "train_loss", "validation_loss", "test_loss"}
+
+
 class Endless:
     def __iter__(self): return itertools.cycle(PARTS)
 
