@@ -38,10 +38,11 @@ from ..base.words import check_number, did_you_mean
 from .attached import attached_modules
 from .frames import users_frames
 from .hidden import sentences, unready_loaders
+from .lengths import lengths, set_passes, set_steps
 from .loop import Loop
 from .optimiser_state import set_groups
 from .passes import passes_of
-from .resume import Cursor, begin, lengths, set_steps, state_to_resume
+from .resume import Cursor, begin, state_to_resume
 from .stages import Callback
 from .state import Place, check_state, gather, loaders_of, modules_beside, order_state, put, recipes
 from .state import state_of
@@ -261,7 +262,7 @@ class Trainer(Guarded):
         validation_epochs: int | None = None, callbacks: Callback | Iterable[Callback] | None = None, *,
         resume: bool | str | PathLike[str] | Mapping[str, Any] | None = None,
         steps: int | None = None, validation_steps: int | None = None,
-        validate: bool = True, test: bool = True,
+        validate: bool | None = None, test: bool | None = None,
     ) -> None:
         """Train, validate on the way, and test once at the end if there is a test loader.
 
@@ -273,14 +274,14 @@ class Trainer(Guarded):
             resume: True to go on in this process; or a checkpoint, a folder of them, or a state.
             steps: Count batches instead of epochs: so many in all, also on a loader without end.
             validation_steps: With `steps`: batches between two validations, each a row of the history.
-            validate, test: False to leave out validations, or the test at the end.
+            validate, test: False to leave out validations, or the test at the end; on resume as before.
 
         Raises:
             ResumeError, ValueError, TypeError: Before the first batch; nothing is changed then.
 
         Example:
             >>> learn.train(5, learning_rate=0.01)
-            >>> learn.train(10, resume=True)  # five epochs more
+            >>> learn.train(10, resume=learn.state_dict())  # five epochs more
         """
         state = state_to_resume(self.cursor, resume)
         with all_or_nothing(self, state):
@@ -289,7 +290,7 @@ class Trainer(Guarded):
             rate = check_rate(state, learning_rate)
             with self._call("train", callbacks, "train", *self.dataloaders):
                 self.cursor.num_epochs, self.cursor.validation_epochs = plan
-                self.cursor.validates, self.cursor.tests = validate, test
+                set_passes(self.cursor, state, validate, test)
                 begin(self.cursor, self, state, rate)
                 with self.cursor.kept(self): self._train(self.cursor)
 

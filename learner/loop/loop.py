@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
-from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +25,7 @@ from ..base.words import PHASES, check_number, check_whole, kind_of
 from .attached import LossError, Modes, asked_by, attached_modules, check_asked, frames
 from .attached import warn_untrained
 from .frames import users_frames
-from .passes import PASSES, Columns, Pass, Stream, passes_of, scalar
+from .passes import PASSES, Columns, Pass, passes_of, scalar
 from .stages import Callback, CancelEpochException, CancelException, CancelTrainException
 from .explain import Timed
 from .updates import check_updates, guarded_updates, set_mode
@@ -193,7 +192,7 @@ class Length:
         self.trains = self.validates = self.tests = True
         self.steps: int | None = None  # batches in all; None: whole passes over the training loader
         self.validation_steps = 1  # with `steps`: batches to an epoch
-        self.stream: Stream | None = None  # with `steps`: the training batches, across epochs
+        self.done, self.stretch = 0, 0  # with `steps`: batches of the epochs before, and of this one
 
     def kept(self, loop: Any) -> AbstractContextManager[Any]:
         "Keep what is needed to go on, where what runs in the `with` does not come to its end."
@@ -205,7 +204,7 @@ class Length:
     def length(self, loop: Any) -> int | None:
         "The batches of the training pass that is under way, where that is known."
         if self.steps is None: return length_of(loop.dataloaders.get("train"))
-        return min(self.validation_steps, self.steps - loop.epoch * self.validation_steps)
+        return self.stretch
 
     def total(self, loop: Any) -> int | None:
         "The training batches of this call of `train`, where that is known."
@@ -241,10 +240,7 @@ class Plan(Length):
 
     def loader(self, loop: Any, each: Pass) -> Iterable[Any]:
         "What a pass reads."
-        loader = passes_of(loop.dataloaders, each.phase)[each]
-        if self.steps is None or each.phase != "train": return loader
-        if self.stream is None: self.stream = Stream(loader)
-        return islice(self.stream, self.length(loop))
+        return passes_of(loop.dataloaders, each.phase)[each]
 
     def batches(self, loop: Any, loader: Iterable[Any], first: int = 0) -> Iterator[tuple[int, Any]]:
         "Number the batches; of `measure_every` batches one is measured for `explain`."

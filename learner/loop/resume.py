@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AGAIN', 'COUNTED', 'Naming', 'Arriving', 'set_random', 'Standing', 'tell_epoch', 'Batches', 'Flow', 'TrainingBatches',
-           'Keeping', 'kept_state', 'Repeating', 'Cursor', 'begin', 'warn_of', 'state_to_resume', 'set_steps',
-           'lengths', 'Rewind']
+           'Keeping', 'kept_state', 'Repeating', 'Cursor', 'check_length', 'begin', 'warn_of', 'state_to_resume',
+           'Rewind']
 
 # %% ../../nbs/loop/resume.ipynb #7467fc4f
 import warnings
@@ -73,6 +73,8 @@ class Arriving(Naming):
         self.learning_rate: float | None = None  # that `train` was called with
         self.began: dict[str, Any] = {}  # random numbers and the loader's order when the pass began
         self.arriving: Mapping[str, Any] | None = None  # a state, while set-up is done again
+        self.stream: Stream | None = None  # with `steps`: the training batches, across epochs
+        self.next_pass = 0  # of a stream, in the next call of `train`: no order comes twice
         self.streamed: Mapping[str, Any] | None = None  # with `steps`: where the stream of a state stood
         self.undo: Any = None  # until the first batch can come: what a state has replaced
 
@@ -122,6 +124,7 @@ class Standing(Arriving):
         for epoch in range(first, self.num_epochs):
             if epoch > first: learn.results = {}  # what before_train logs is in the first row
             if not self.arriving: self.place = Place(epoch)
+            if self.steps is not None and not self.arriving: self.begin_stretch(self.steps)
             learn.results["epoch"] = len(learn.history)
             yield epoch
 
@@ -148,7 +151,14 @@ class Standing(Arriving):
         yield from self.from_here(learn, super().last(learn))
         self.place = Place(self.num_epochs)
 
-    def end_epoch(self, learn: Any) -> None: self.place = Place(learn.epoch + 1)
+    def begin_stretch(self, steps: int) -> None:
+        "Plan the batches of an epoch in a training that counts them."
+        self.done += self.stretch
+        self.stretch = min(self.validation_steps, steps - self.done)
+
+    def end_epoch(self, learn: Any) -> None:
+        self.place = Place(learn.epoch + 1)
+        self.done, self.stretch = self.done + self.stretch, 0
 
 # %% ../../nbs/loop/resume.ipynb #468101d0
 def tell_epoch(loader: Any, epoch: int) -> Any:
@@ -200,11 +210,13 @@ class Flow(Batches):
         "The stream of a training that counts batches, where it stands."
         def begin(stream: Stream) -> None:
             tell_epoch(loader, stream.passes)
+            self.next_pass = stream.passes + 1
             stream.began = {"rng": rng_state(), "order": order_state(loader)}
         if self.stream is None:
             self.stream, was = Stream(loader, begin), self.streamed
-            if was is not None and was["given"]: self.go_on(self.stream, loader, was)
-            elif was is not None: self.stream.passes = was["passes"]
+            if was is None: self.stream.passes = max(self.next_pass, self.first_row)
+            elif was["given"]: self.go_on(self.stream, loader, was)
+            else: self.stream.passes = was["passes"]
             self.streamed = None
         return self.stream
 
@@ -216,6 +228,12 @@ class Flow(Batches):
         set_order_state(loader, stream.began["order"])
         stream.batches = batches_from(loader, stream.given, stream.began["rng"], was["loader"], order)
         set_rng_state(rng)
+
+    def plan_state(self, loader: Any) -> dict[str, Any]:
+        "How long the training and its loader are, and how far it has got in batches, for a state."
+        return {"steps": self.steps, "validation_steps": self.validation_steps,
+                "done": self.done, "stretch": self.stretch, "next_pass": self.next_pass,
+                "length": length_of(loader), "validates": self.validates, "tests": self.tests}
 
     def stream_state(self, loader: Any) -> dict[str, Any] | None:
         "Where the stream stands, for a state."
@@ -269,6 +287,7 @@ class Keeping(TrainingBatches):
         try: yield
         except CancelTrainException:
             self.place = Place(self.num_epochs)
+            self.done, self.stretch = self.steps or 0, 0
             raise
         except CancelException: raise
         except BaseException as error:
@@ -361,17 +380,32 @@ class Cursor(Repeating):
         self.saved = None
         return super().arrive(learn)
 
+# %% ../../nbs/loop/resume.ipynb #baf27a62
+def check_length(learn: Any, loop: Mapping[str, Any]) -> None:
+    "Raise ResumeError if training stands within a pass over a loader that has another length now."
+    _, phase, batch = loop["place"]
+    stream = loop.get("stream")
+    given = batch if phase == "train" else 0
+    if stream: given = stream["given"]
+    was, now = (loop.get("plan") or {}).get("length"), length_of(learn.dataloaders["train"])
+    if given and None not in (was, now) and was != now:
+        raise ResumeError(f"the training loader has {now} batches, and it had {was} where the training to resume "
+                          f"stopped after batch {given} of a pass; give it the data and the batch size that it had")
+
 # %% ../../nbs/loop/resume.ipynb #747ca8ee
 def begin(cursor: Cursor, learn: Any, state: Any, learning_rate: float | None) -> None:
     "Get ready to train from the beginning, or to go on from a state."
     if not cursor.flags: cursor.flags = flags_of(learn)
     if state:
+        check_length(learn, state["loop"])
         cursor.undo.note(learn, state)
         put(learn, state)
         warn_of(cursor, learn, state)
     learn._ready(None if state and is_optimiser(learn.optimiser) else learning_rate)
     if not state: cursor.place, cursor.first_row = Place(), len(learn.history)
     if not cursor.place.phase: learn.results = {}
+    if cursor.place.phase == "test" and cursor.place.epoch < cursor.num_epochs:  # more is asked for
+        cursor.place = Place(cursor.place.epoch)
     cursor.trains = cursor.place.phase != "test"
     cursor.stream, cursor.streamed = None, state["loop"].get("stream") if state else None
     cursor.saved, cursor.arriving, cursor.under_way = state, state, False
@@ -412,43 +446,6 @@ def state_to_resume(cursor: Cursor, resume: Any) -> Mapping[str, Any] | None:
         warnings.warn(f"{half}; a checkpoint from before that batch is exact: train(resume=checkpoint), and "
                       "so is a copy in memory, with the callback Rewind", stacklevel=3)
     return state
-
-# %% ../../nbs/loop/resume.ipynb #5896aa05
-def set_steps(
-    cursor: Cursor, state: Mapping[str, Any] | None, steps: int | None, every: int | None,
-    epochs: int | None,
-) -> int | None:
-    "Plan a training in batches; the epochs that it makes, or None for one that counts epochs."
-    loop: Any = state["loop"] if state else {}
-    was = (loop.get("plan") or {}).get("steps")
-    if steps is None and epochs is None: steps = was
-    if every is not None and steps is None:
-        raise ValueError("validation_steps goes with steps; with epochs it is validation_epochs")
-    if steps is not None and epochs is not None:
-        raise ValueError("train(epochs=..., steps=...) asks for two lengths; leave one out")
-    if state and (was is None) != (steps is None):
-        raise ValueError("the training to resume counts "
-                         f"{'epochs' if was is None else 'steps'}; say how many in all of those")
-    cursor.steps = None if steps is None else check_whole("steps", steps)
-    if cursor.steps is None: return None
-    if every is None: every = loop["plan"]["validation_steps"] if was is not None else steps
-    cursor.validation_steps = check_whole("validation_steps", every)
-    return -(-cursor.steps // cursor.validation_steps)
-
-def lengths(
-    state: Mapping[str, Any] | None, epochs: int | None, validation_epochs: int | None,
-) -> tuple[int, int]:
-    "How many epochs to train, and how often to validate; a training that goes on keeps what it had."
-    new = {"num_epochs": 1, "validation_epochs": 1, "place": (0, "", 0)}
-    loop: Any = state["loop"] if state else new
-    if epochs is None: epochs = loop["num_epochs"] or 1  # 0: it was saved before any training
-    if validation_epochs is None: validation_epochs = loop["validation_epochs"]
-    epochs, every = check_whole("epochs", epochs), check_whole("validation_epochs", validation_epochs)
-    begun = loop["place"][0] + (loop["place"][1] in ("train", "validation"))
-    if epochs < begun:
-        raise ValueError(f"epochs is {epochs}, and the training to resume has begun {begun}; they count "
-                         "from its beginning: ask for more, or leave epochs out")
-    return epochs, every
 
 # %% ../../nbs/loop/resume.ipynb #b23d7346
 class Rewind(Callback):

@@ -205,6 +205,9 @@ def _check_counts(loop: Mapping[str, Any]) -> None:
         steps = plan.get(name) if isinstance(plan, Mapping) else plan
         if steps is not None and (type(steps) is not int or not 0 < steps < 2**53):
             raise ResumeError(f"the state plans {steps!r:.40} steps; it must be a whole number of at least 1")
+    for name in ("done", "stretch", "next_pass") if plan and plan.get("steps") else ():
+        if type(plan.get(name)) is not int or not 0 <= plan[name] < 2**53:
+            raise ResumeError(f"the state does not say how many batches are done: {name} is {plan.get(name)!r:.40}")
 
 def _check_mean(state: Mapping[str, Any]) -> None:
     "Raise an error unless it is the state of a mean, which may be NaN, as its count may not."
@@ -323,7 +326,7 @@ def gather(learn: Any) -> dict[str, Any]:
         "rng": again["rng"] if again else rng_state(), "orders": orders,
         "optimiser": type(learn.optimiser).__name__, "began": dict(began) if within else None,
         "loader": loader.state_dict() if within and has_state(loader) else None,
-        "plan": {"steps": cursor.steps, "validation_steps": cursor.validation_steps},
+        "plan": cursor.plan_state(loader),
         "stream": cursor.stream_state(loader),
         "gradients": gradients_left(learn) if learn.is_running and cursor.under_way else None,
         "flags": changed_flags(learn, cursor.flags),
@@ -393,6 +396,7 @@ def _put_loop(learn: Any, loop: Mapping[str, Any]) -> None:
     history.rows, history.keep_steps = unpack_rows(loop["rows"]), loop["keep_steps"]
     history.steps = {name: values.tolist() for name, values in loop["steps"].items()}
     cursor.place, cursor.first_row = Place(*loop["place"]), loop["first_row"]
+    cursor.next_pass = (loop.get("plan") or {}).get("next_pass", 0)
     if cursor.place.phase: learn.results = dict(loop["results"])
     learn._steps = {name: values.tolist() for name, values in loop["row_steps"].items()}
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from learner.base.batch import total
 from learner.loop.data import TensorLoader
@@ -15,7 +15,7 @@ from learner.loop.learner import Learner
 from learner.loop.loop import Loop, LossError, Plan
 from learner.loop.passes import Stream
 from learner.loop.resume import Rewind
-from learner.loop.stages import Callback
+from learner.loop.stages import Callback, CancelTrainException
 from learner.loop.state import ResumeError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,6 +87,22 @@ def test_validations_and_the_test_can_be_left_out(options, columns):
 
 # ---------------------------------------------------------------------------------------------------- steps
 
+@pytest.mark.parametrize("way", ["process", "state"])
+@pytest.mark.parametrize(("again", "columns"), [
+    ({}, {"epoch", "train_loss"}), (dict(validate=True, test=True), {"epoch", "train_loss", "validation_loss", "test_loss"}),
+])
+def test_what_is_left_out_stays_left_out_on_resume(again, columns, way):
+    learn = made(validation=PARTS, test=PARTS)
+    with pytest.raises(KeyboardInterrupt): learn.train(2, 0.01, validate=False, test=False, callbacks=Stop(9))
+    if way == "state":
+        state, learn = learn.state_dict(), made(validation=PARTS, test=PARTS)
+        learn.train(resume=state, **again)
+    else: learn.train(resume=True, **again)
+    assert set(learn.history[-1]) == columns
+    learn.train(1)
+    assert set(learn.history[-1]) == {"epoch", "train_loss", "validation_loss", "test_loss"}
+
+
 class Endless:
     def __iter__(self): return itertools.cycle(PARTS)
 
@@ -139,6 +155,150 @@ def test_a_training_by_steps_can_be_made_longer():
     with pytest.raises(KeyboardInterrupt): learn.train(steps=10, validation_steps=5, learning_rate=0.01, callbacks=Stop(9))
     learn.train(steps=20, resume=True)
     assert torch.equal(weights(whole), weights(learn)) and len(learn.history) == 4
+
+
+@pytest.mark.parametrize("way", ["process", "state"])
+@pytest.mark.parametrize(("first", "stop", "then", "rows"), [
+    (dict(steps=7, validation_steps=5), None, dict(steps=20), [5, 2, 5, 5, 3]),  # the last stretch was short
+    (dict(steps=7, validation_steps=5), None, dict(steps=20, validation_steps=10), [5, 2, 10, 3]),
+    (dict(steps=7, validation_steps=5), 6, dict(steps=20), [5, 5, 5, 5]),
+    (dict(steps=7, validation_steps=5), 6, dict(steps=7), [5, 2]),
+    (dict(steps=10, validation_steps=5), None, dict(steps=20, validation_steps=4), [5, 5, 4, 4, 2]),
+    (dict(steps=20, validation_steps=5), 8, dict(validation_steps=10), [5, 10, 5]),
+    (dict(steps=20, validation_steps=5), 8, dict(steps=8), [5, 3]),
+    (dict(steps=20, validation_steps=5), "validation", dict(validation_steps=10), [5, 10, 5]),
+    (dict(steps=7, validation_steps=5), "last validation", dict(steps=20), [5, 2, 5, 5, 3]),
+    (dict(steps=7, validation_steps=5), "test", dict(steps=20), [5, 2, 5, 5, 3]),
+    (dict(steps=7, validation_steps=5), "test", dict(), [5, 2]),
+])
+def test_a_training_by_steps_makes_as_many_as_it_is_asked_for(first, stop, then, rows, way):
+    def learner(): return made(shuffled("torch"), dropout=0.4, validation=PARTS, test=PARTS)
+    torch.manual_seed(5)
+    whole = learner()
+    whole.train(steps=sum(rows), learning_rate=0.01)
+    torch.manual_seed(5)
+    learn, taken = learner(), []
+    learn.on("after_step", lambda: taken.append(1))
+    if stop is None: learn.train(**first, learning_rate=0.01)
+    else:
+        halt = {"validation": StopIn("validation", 1), "last validation": StopIn("validation", 2),
+                "test": StopIn("test", 1)}.get(stop) or Stop(stop)
+        with pytest.raises(KeyboardInterrupt): learn.train(**first, learning_rate=0.01, callbacks=halt)
+    if way == "process": learn.train(**then, resume=True if stop else learn.state_dict())
+    else:
+        state, learn = learn.state_dict(), learner()
+        learn.on("after_step", lambda: taken.append(1))
+        learn.train(**then, resume=state)
+    assert len(taken) == sum(rows) and torch.equal(weights(whole), weights(learn))
+    assert len(learn.history) == len(rows) and all("validation_loss" in row for row in learn.history)
+
+
+class StopIn(Callback):
+    watches = True
+    def __init__(self, phase, at): self.phase, self.left = phase, at
+    def stop(self, phase):
+        self.left -= phase == self.phase
+        if not self.left: raise KeyboardInterrupt
+    def before_validation(self): self.stop("validation")
+    def before_test(self): self.stop("test")
+
+
+def test_more_epochs_after_a_stop_in_the_test():
+    whole, learn = made(shuffled("tensors"), validation=PARTS, test=PARTS), made(shuffled("tensors"), validation=PARTS, test=PARTS)
+    torch.manual_seed(5)
+    whole.train(4, 0.01)
+    torch.manual_seed(5)
+    with pytest.raises(KeyboardInterrupt): learn.train(2, 0.01, callbacks=StopIn("test", 1))
+    learn.train(4, resume=True)
+    assert torch.equal(weights(whole), weights(learn)) and whole.history.rows == learn.history.rows
+
+
+@pytest.mark.parametrize(("then", "message"), [
+    (dict(steps=7), "steps is 7, and the training to resume has begun 8; they count from its beginning: ask for more"),
+    (dict(validation_steps=2), "validation_steps is 2, and the training to resume has made 3 batches since"),
+])
+def test_a_training_by_steps_refuses_to_be_shorter_than_it_is(then, message):
+    learn = made(validation=PARTS)
+    with pytest.raises(KeyboardInterrupt): learn.train(steps=20, validation_steps=5, learning_rate=0.01, callbacks=Stop(8))
+    with pytest.raises(ValueError, match=message): learn.train(**then, resume=True)
+    learn.train(resume=True)
+    assert torch.equal(weights(learn), by_hand(itertools.cycle(PARTS), 20)) and len(learn.history) == 4
+
+
+def read_by(learn):
+    found = []
+    learn.on("after_prepare", lambda data: found.append(data.tolist()))
+    return found
+
+
+@pytest.mark.parametrize("way", ["process", "state"])
+@pytest.mark.parametrize("kind", ["tensors", "distributed"])
+def test_each_call_by_steps_reads_the_loader_in_another_order(kind, way):
+    def learner():
+        if kind == "tensors": return made(shuffled("tensors"))
+        data = TensorDataset(X, Y)
+        return made(DataLoader(data, 8, sampler=DistributedSampler(data, num_replicas=1, rank=0)))
+    torch.manual_seed(3)
+    learn, orders = learner(), []
+    for _ in range(3):
+        found = read_by(learn)
+        learn.train(steps=3, learning_rate=0.01)
+        orders.append(str(found[:3]))
+        if way == "state":
+            state, learn = learn.state_dict(), learner()
+            learn.load_state_dict(state)
+    assert len({*orders}) == 3
+
+
+@pytest.mark.parametrize("way", ["process", "state"])
+@pytest.mark.parametrize("at", [1, 3, 8, 9])
+def test_the_second_call_by_steps_goes_on_exactly(at, way):
+    def learner():
+        torch.manual_seed(5)
+        learn = made(shuffled("tensors"), dropout=0.4)
+        learn.train(steps=3, learning_rate=0.01)
+        return learn
+    whole = learner()
+    whole.train(steps=20, validation_steps=6)
+    learn = learner()
+    with pytest.raises(KeyboardInterrupt): learn.train(steps=20, validation_steps=6, callbacks=Stop(at))
+    if way == "state":
+        state, learn = learn.state_dict(), made(shuffled("tensors"), dropout=0.4)
+        learn.train(resume=state)
+    else: learn.train(resume=True)
+    assert torch.equal(weights(whole), weights(learn)) and whole.history.rows == learn.history.rows
+
+
+@pytest.mark.parametrize("options", [dict(epochs=2), dict(steps=14)])
+def test_another_batch_size_within_a_pass_is_refused_and_changes_nothing(options):
+    learn = made(TensorLoader((X, Y), 5, shuffle=True))
+    with pytest.raises(KeyboardInterrupt): learn.train(**options, learning_rate=0.01, callbacks=Stop(4))
+    before, loaders = weights(learn), learn.dataloaders
+    learn.dataloaders = {"train": TensorLoader((X, Y), 10, shuffle=True)}
+    with pytest.raises(ResumeError, match="the training loader has 5 batches, and it had 10 where .* stopped after batch 4 of a pass; give it"):
+        learn.train(resume=True)
+    assert torch.equal(before, weights(learn)) and learn.place.batch == 4
+    learn.dataloaders = loaders
+    learn.train(resume=True)
+
+
+def test_between_two_epochs_the_batch_size_may_change():
+    learn = made(TensorLoader((X, Y), 5, shuffle=True))
+    learn.train(1, 0.01)
+    learn.dataloaders = {"train": TensorLoader((X, Y), 10, shuffle=True)}
+    learn.train(2, resume=learn.state_dict())
+    assert len(learn.history) == 2
+
+
+def test_a_training_by_steps_that_a_callback_ended_has_ended():
+    learn = made(validation=PARTS)
+    def end(epoch):
+        if epoch == 1: raise CancelTrainException
+    learn.on("after_epoch", end)
+    learn.train(steps=20, validation_steps=5, learning_rate=0.01)
+    before = weights(learn)
+    learn.train(resume=learn.state_dict())
+    assert len(learn.history) == 2 and torch.equal(before, weights(learn))
 
 
 @pytest.mark.parametrize(("options", "message"), [
