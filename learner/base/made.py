@@ -59,7 +59,7 @@ def kept_argument(what: str, value: Any) -> Any:
                         "tensors, or a part that was itself built by made()") from None
     return value.detach().clone() if isinstance(value, Tensor) else value
 
-# %% ../../nbs/base/made.ipynb #a1f377e2
+# %% ../../nbs/base/made.ipynb #4d393217
 def _check_once(what: str, value: Any, seen: set[int]) -> None:
     "Raise ValueError for a part that is in an argument for the second time."
     if isinstance(value, Mapping):
@@ -72,6 +72,7 @@ def _check_once(what: str, value: Any, seen: set[int]) -> None:
     elif isinstance(value, list | tuple):
         for item in value: _check_once(what, item, seen)
 
+# %% ../../nbs/base/made.ipynb #a1f377e2
 def made(kind: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Build a part that knows how it was made.
 
@@ -152,6 +153,7 @@ def _differ(then: Any, now: Any) -> bool:
     arguments = [hash_state([each.get("args"), each.get("kwargs")]) for each in (then, now)]
     return arguments[0] != arguments[1]
 
+# %% ../../nbs/base/made.ipynb #db7c6d08
 def lost_parts(then: Any, now: Mapping[str, Any]) -> list[str]:
     """What a training that goes on has lost of what steered it.
 

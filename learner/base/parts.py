@@ -114,6 +114,17 @@ def check_parts(
     _check_loss_func(loss_func)
     check_dataloaders(dataloaders)
 
+# %% ../../nbs/base/parts.ipynb #28b052fa
+def _is_array(value: Any) -> bool: return hasattr(value, "shape") and hasattr(value, "dtype")
+
+def _check_batched(where: str, loader: Any) -> None:
+    "Raise TypeError for data that are not yet batches, but can be read as if they were."
+    pair = isinstance(loader, tuple) and len(loader) > 0 and all(map(_is_array, loader))
+    if not pair and not _is_array(loader): return
+    what = f"a tuple of {len(loader)} arrays" if pair else kind_of(loader)
+    raise TypeError(f"{where} is {what}, which is data and not an iterable of batches; pass "
+                    "TensorLoader((x, y), batch_size=...), or [(x, y)] to have one batch")
+
 # %% ../../nbs/base/parts.ipynb #2c16306c
 def loaders_of(
     loader: Any,  # of a phase: an iterable of batches, or a mapping of names to such
@@ -139,16 +150,6 @@ def check_dataloaders(dataloaders: Any) -> None:
             if not hasattr(loader, "__iter__") or isinstance(loader, str | Mapping):
                 raise TypeError(f"{_where(phase, name)} is {loader!r}; pass an iterable of batches")
             _check_batched(_where(phase, name), loader)
-
-def _is_array(value: Any) -> bool: return hasattr(value, "shape") and hasattr(value, "dtype")
-
-def _check_batched(where: str, loader: Any) -> None:
-    "Raise TypeError for data that are not yet batches, but can be read as if they were."
-    pair = isinstance(loader, tuple) and len(loader) > 0 and all(map(_is_array, loader))
-    if not pair and not _is_array(loader): return
-    what = f"a tuple of {len(loader)} arrays" if pair else kind_of(loader)
-    raise TypeError(f"{where} is {what}, which is data and not an iterable of batches; pass "
-                    "TensorLoader((x, y), batch_size=...), or [(x, y)] to have one batch")
 
 def _check_names(phase: str, loaders: Mapping[Any, Any]) -> None:
     "Raise ValueError for names of loaders that cannot stand in the name of a column."

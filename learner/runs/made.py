@@ -83,6 +83,25 @@ def _callbacks(recipes: Any, allow: Collection[str], path: AnyPath) -> list[Any]
             case _: found.append(_build("callbacks", recipe, allow))
     return found
 
+# %% ../../nbs/runs/made.ipynb #a7d8a62e
+def _text_of(recipe: Any) -> str:
+    "A recipe as one would write it."
+    match recipe:
+        case None: return "None"
+        case {"place": place}: return str(place)
+        case {"type": kind}: return f"{kind} (not built by made)"
+        case {"class": place, "args": list(args), "kwargs": dict(kwargs)}: pass
+        case _: return repr(recipe)[:80]
+    values = [_value_text(value) for value in args]
+    values += [f"{key}={_value_text(value)}" for key, value in kwargs.items()]
+    return f"{place}({', '.join(values)})"
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, Mapping) and value.keys() == {"made_by"}: return _text_of(value["made_by"])
+    if isinstance(value, torch.Tensor): return f"a tensor of {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
 # %% ../../nbs/runs/made.ipynb #b7fe7379
 def _parts_of(state: Mapping[str, Any], given: Mapping[str, Any], allow: Collection[str],
               path: AnyPath) -> dict[str, Any]:
@@ -154,25 +173,6 @@ def load(
     _put_frozen(learn, state["made"].get("frozen"))
     learn.load_state_dict(state)
     return learn
-
-# %% ../../nbs/runs/made.ipynb #a7d8a62e
-def _text_of(recipe: Any) -> str:
-    "A recipe as one would write it."
-    match recipe:
-        case None: return "None"
-        case {"place": place}: return str(place)
-        case {"type": kind}: return f"{kind} (not built by made)"
-        case {"class": place, "args": list(args), "kwargs": dict(kwargs)}: pass
-        case _: return repr(recipe)[:80]
-    values = [_value_text(value) for value in args]
-    values += [f"{key}={_value_text(value)}" for key, value in kwargs.items()]
-    return f"{place}({', '.join(values)})"
-
-def _value_text(value: Any) -> str:
-    if isinstance(value, Mapping) and value.keys() == {"made_by"}: return _text_of(value["made_by"])
-    if isinstance(value, torch.Tensor): return f"a tensor of {tuple(value.shape)}"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 # %% ../../nbs/runs/made.ipynb #2628010a
 def describe(path: AnyPath) -> str:
