@@ -12,11 +12,12 @@ from pathlib import Path
 from .files import AnyPath, list_names
 
 # %% ../../nbs/base/checkpoints.ipynb #9fe35057
-_NAME = re.compile(r"epoch-([0-9]{4,9})(?:-batch-([0-9]{5,12}))?\.safetensors")
+_NAME = re.compile(r"epoch-([0-9]{4,9})(?:-batch-([0-9]{5,12})|-end)?\.safetensors")
 
-def checkpoint_name(rows: int, batch: int = 0) -> str:
-    "What a checkpoint in a folder is called, after rows of the history and batches of the next."
-    return f"epoch-{rows:04}" + (f"-batch-{batch:05}" if batch else "") + ".safetensors"
+def checkpoint_name(rows: int, batch: int = 0, end: bool = False) -> str:
+    "What a checkpoint is called, after rows of the history and batches of the next, or at the end."
+    if batch: return f"epoch-{rows:04}-batch-{batch:05}.safetensors"
+    return f"epoch-{rows:04}{'-end' if end else ''}.safetensors"
 
 def checkpoint_place(name: str) -> tuple[int, int] | None:
     "The rows and batches in the name of a checkpoint; None for another name."
@@ -40,4 +41,5 @@ def list_checkpoints(folder: AnyPath, inside: AnyPath | None = None) -> list[Pat
     try: names = list_names(folder, inside)
     except (FileNotFoundError, NotADirectoryError): return []
     places = {name: place for name in names if (place := checkpoint_place(name))}
-    return [Path(folder) / name for name in sorted(places, key=lambda name: places[name])]
+    ordered = sorted(places, key=lambda name: (places[name], "-end" in name))
+    return [Path(folder) / name for name in ordered]

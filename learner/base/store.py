@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoints import list_checkpoints
+from .checkpoints import checkpoint_place, list_checkpoints
 from .files import AnyPath, FileError, answer_interrupts, list_names, make_folder
 from .files import open_file, parse_json, replacing, tidy, uninterrupted, write_all
 from .hashing import BLOCK, tensor_bytes
@@ -330,6 +330,10 @@ def newest_checkpoint(
     return None
 
 # %% ../../nbs/base/store.ipynb #81b422f9
+def _is_plain_folder(path: Path) -> bool:
+    "Whether a path is of a folder, and not of one that is in the place of a checkpoint."
+    return path.is_dir() and not path.is_symlink() and checkpoint_place(path.name) is None
+
 def read_checkpoint(path: AnyPath) -> dict[str, Any]:
     """Read the state in a checkpoint, or the newest good one in a folder of checkpoints.
 
@@ -337,11 +341,14 @@ def read_checkpoint(path: AnyPath) -> dict[str, Any]:
         path: A file from `save_state`, a folder of checkpoints, or the folder of a run.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If there is none, as in an empty folder.
         DamagedError: If none is whole. A damaged one that is skipped is named by a warning.
     """
     folders = [folder for folder in (Path(path), Path(path) / "checkpoints")
                if list_checkpoints(folder, inside=path)]
+    if not folders and _is_plain_folder(Path(path)):
+        raise FileNotFoundError(f"the folder {path} holds no checkpoint; name a file from save(), or the folder "
+                                "that a Checkpoint callback writes to")
     if not folders: return load_state(path)
     found = newest_checkpoint(folders[0], load_state, inside=path)
     if found is None: raise DamagedError(path, "holds no checkpoint that is whole")

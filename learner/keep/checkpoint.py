@@ -27,7 +27,8 @@ from ..loop.hidden import unready_loaders
 from ..loop.learner import Learner
 from ..loop.state import trained_only
 from ..loop.stages import Callback
-from ..steer.stopping import MonitorError, check_mode, check_monitor, monitored
+from ..steer.stopping import MonitorError, another_monitor, check_mode, check_monitor
+from ..steer.stopping import monitored
 
 # %% ../../nbs/keep/checkpoint.ipynb #d0800420
 _INDEX = "index.json"  # beside the checkpoints: whose they are, and which is the best
@@ -137,13 +138,14 @@ class _Writer:
         if failure is not None: raise failure
 
 # %% ../../nbs/keep/checkpoint.ipynb #67f8acb6
-class _Best:
-    "Remembers which epoch had the best value of a column."
+class _Monitored:
+    "A column, and the best of a state as far as it is by this column."
 
     def __init__(self, monitor: str | None, mode: str | None):
         self.monitor = monitor
         self.mode = None if monitor is None else check_mode("Checkpoint", monitor, mode)
         self.found: dict[str, Any] | None = None
+        self.replaced = ""  # what to tell of a state with the best by another column
         self.measured = True  # in this training
 
     def begin(self, owner: Callback, learn: Learner) -> None:
@@ -157,6 +159,19 @@ class _Best:
         except MonitorError as error:
             self.measured = False
             warnings.warn(f"{error}; without one, no checkpoint is the best", stacklevel=3)
+
+    def take(self, owner: Callback, found: Mapping[str, Any] | None) -> None:
+        "Go on from the best of a state; one by another column cannot be compared and is forgotten."
+        self.found = None if found is None else dict(found)
+        self.replaced = ""
+        if found is None or self.monitor is None: return
+        before, now = [found["monitor"], found["mode"]], [self.monitor, str(self.mode)]
+        self.replaced = another_monitor(owner, before, now)
+        if self.replaced: self.found = None
+
+# %% ../../nbs/keep/checkpoint.ipynb #bd310e81
+class _Best(_Monitored):
+    "Remembers which epoch had the best value of a column."
 
     def look(self, owner: Callback, learn: Learner, name: str) -> None:
         "Compare the epoch that has just ended; raises MonitorError."
@@ -190,10 +205,11 @@ class _Stored(Callback):
     def _name(self, learn: Learner) -> str:
         return checkpoint_name(len(learn.history), learn.place.batch)
 
-    def _save(self, learn: Learner) -> None:
+    def _save(self, learn: Learner, name: str | None = None) -> None:
         if learn.ranks is not None: learn.ranks.sum(learn, point="a checkpoint")  # or the ranks are apart
         self._last_time, self.taken = monotonic(), 0
-        state, name, best = learn.state_dict(), self._name(learn), self._best.found or {}
+        state, best = learn.state_dict(), self._best.found or {}
+        name = name or self._name(learn)
         if self.only_trained: state = trained_only(learn, state, self._hashes)
         if not learn.is_main: return None
         if not self.background:
@@ -214,7 +230,7 @@ class _Remembering(_Stored):
     def _look_ahead(self, learn: Learner) -> None:
         "Warn of a best value that never comes, and of batches that cannot be given again."
         self._best.begin(self, learn)
-        learn.cursor.tell(unready_loaders(learn))
+        learn.cursor.tell([*unready_loaders(learn), *filter(None, [self._best.replaced])])
 
     def state_dict(self) -> dict[str, Any]:
         "Whose checkpoints these are, which is the best, and how far the next is."
@@ -228,7 +244,7 @@ class _Remembering(_Stored):
             case _: raise ValueError("the state does not say which checkpoint is the best")
         if not isinstance(state["training"], str): raise ValueError("the state does not name its training")
         self.training, self.taken = state["training"], check_whole("taken", state["taken"], 0)
-        self._best.found = None if best is None else dict(best)
+        self._best.take(self, best)
 
 # %% ../../nbs/keep/checkpoint.ipynb #33e091c9
 class _Opening(_Remembering):
@@ -240,7 +256,23 @@ class _Opening(_Remembering):
         self.check_folder(learn)  # another training may have come first
 
 # %% ../../nbs/keep/checkpoint.ipynb #038e7c9b
-class _Saving(_Opening):
+class _Ending(_Opening):
+    "What a Checkpoint saves when training ends early, and how it lets go of its folder."
+
+    def cancelled_train(self, learn: Learner) -> None:
+        rows = len(learn.history)  # the file of the last epoch stays: other weights may be back now
+        self._save(learn, checkpoint_name(rows, end=rows > 0))
+
+    def before_interrupt(self, learn: Learner) -> None:
+        self._save(learn)
+        self._writer.wait()
+
+    def cleanup_train(self) -> None:
+        try: self._writer.wait()
+        finally: self._folder.close()
+
+# %% ../../nbs/keep/checkpoint.ipynb #b52d03f1
+class _Saving(_Ending):
     "When a Checkpoint saves."
     steps: int | None
     minutes: float | None
@@ -269,16 +301,6 @@ class _Saving(_Opening):
         if self.every or (best and best["checkpoint"] == name): self._save(learn)
 
     cancelled_epoch = after_epoch
-
-    def cancelled_train(self, learn: Learner) -> None: self._save(learn)  # it has come to its end
-
-    def before_interrupt(self, learn: Learner) -> None:
-        self._save(learn)
-        self._writer.wait()
-
-    def cleanup_train(self) -> None:
-        try: self._writer.wait()
-        finally: self._folder.close()
 
 # %% ../../nbs/keep/checkpoint.ipynb #9259f27c
 class _Found:

@@ -95,14 +95,27 @@ def attached_modules(learn: Any) -> dict[str, nn.Module]:
 
 # %% ../../nbs/loop/attached.ipynb #2173678f
 def warn_untrained(learn: Any) -> None:
-    "Warn of modules beside the model whose parameters ask for gradients, but are in no optimiser."
-    known = {id(p) for p in (*trained_parameters(learn.optimiser), *learn.model.parameters())}
+    "Warn of parameters that ask for gradients, but are in no optimiser: of the model, and beside it."
+    known = {id(p) for p in trained_parameters(learn.optimiser)}
+    _warn_of_model(learn.model, known)
+    known |= {id(p) for p in learn.model.parameters()}
     for name, module in attached_modules(learn).items():
         if all(id(p) in known for p in module.parameters() if p.requires_grad): continue
         warnings.warn(f"{name} is {kind_of(module)} with parameters that the optimiser does "
                       "not have, so they are not trained; make the optimiser of them and of "
                       "model.parameters(), or call requires_grad_(False) on the module",
                       stacklevel=2)
+
+def _warn_of_model(model: nn.Module, known: set[int]) -> None:
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
+    if not missing: return
+    several = len(missing) > 1
+    what = f"{len(missing)} parameters of the model, such as {missing[0]}, are" if several else (
+        f"{missing[0]} of the model is")
+    them = "them" if several else "it"
+    warnings.warn(f"{what} in no group of the optimiser, so training does not change {them}; make the "
+                  f"optimiser again, call optimiser.add_param_group, or freeze {them} with "
+                  "requires_grad_(False)", stacklevel=3)
 
 # %% ../../nbs/loop/attached.ipynb #f3fb5e1c
 def frames(learn: Any) -> ExitStack:

@@ -73,8 +73,9 @@ class Resumable(Placed):
             where = "a validation or test pass" if self.evaluating else "a batch"
             raise RuntimeError(f"the state was asked for within {where}, which is half done; ask for it in "
                                "after_batch or after_epoch")
-        optimiser = self.optimiser.state_dict() if is_optimiser(self.optimiser) else None
         saved = self.cursor.saved
+        optimiser = saved.get("optimiser") if saved and self.optimiser is None else None
+        if is_optimiser(self.optimiser): optimiser = self.optimiser.state_dict()
         beside = gather(self) if self.is_running or saved is None else saved
         self._name_losses(beside["loop"])
         if beside is self.cursor.copy: return dict(beside)  # with the model and the optimiser of then

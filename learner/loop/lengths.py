@@ -60,7 +60,7 @@ def lengths(
     "How many epochs to train, and how often to validate; a training that goes on keeps what it had."
     new = {"num_epochs": 1, "validation_epochs": 1, "place": (0, "", 0)}
     loop: Any = state["loop"] if state else new
-    if epochs is None: epochs = loop["num_epochs"]
+    if epochs is None: epochs = loop["num_epochs"] or 1  # 0: it was saved before any training
     if validation_epochs is None: validation_epochs = loop["validation_epochs"]
     epochs, every = check_whole("epochs", epochs), check_whole("validation_epochs", validation_epochs)
     begun = loop["place"][0] + (loop["place"][1] in ("train", "validation"))

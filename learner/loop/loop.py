@@ -79,7 +79,7 @@ class Evaluation(Prepared):
         "Compare predictions with labels."
         function: Any = self.call_loss if self._asked or self.loss_func is None else self.loss_func
         self.loss = loss = function(self.predictions, self.labels)
-        if getattr(loss, "ndim", None) == 0: return
+        if isinstance(loss, Tensor) and loss.ndim == 0: return
         if loss is None and self.loss_func is self.optimiser is None: return  # there is only measuring
         raise LossError(no_loss(loss, self.loss_func))
 

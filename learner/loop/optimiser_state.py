@@ -67,6 +67,7 @@ def _same_kind(own: Any, found: Any) -> bool:
     number = as_number(found) if not isinstance(found, Tensor) or found.numel() == 1 else None
     return number is not None and not isinstance(number, bool) and abs(number) < 1e300
 
+# %% ../../nbs/loop/optimiser_state.ipynb #763a65aa
 def _check_alike(index: int, entries: Mapping[str, Any], first: Mapping[str, Any]) -> None:
     "Raise ValueError unless a parameter has the entries that the first of its group has."
     for name in sorted(first.keys() ^ entries.keys(), key=str):

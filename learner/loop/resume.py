@@ -32,7 +32,7 @@ from .signals import Signals
 from .stages import Callback, CancelException, CancelTrainException
 from .optimiser_state import groups_of
 from .state import Place, ResumeError, batches_from, check_state, gather
-from .state import has_state, loaders_of, order_state, put, put_gradients, set_order_state, with_state
+from .state import has_state, loaders_of, lost, order_state, put, put_gradients, set_order_state, with_state
 from .undo import lent
 
 # %% ../../nbs/loop/resume.ipynb #54066b27
@@ -416,6 +416,7 @@ def warn_of(cursor: Cursor, learn: Any, state: Mapping[str, Any]) -> None:
     "Name what a training that goes on from a state has lost."
     if state["loop"]["under_way"]: cursor.tell(unready_loaders(learn))
     here = state is cursor.saved
+    cursor.tell(lost(learn, state))
     cursor.tell(sentences(learn, cursor.undone if here else state["loop"].get("unkept", [])))
     cursor.undone = []
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ResumeError', 'Place', 'order_state', 'set_order_state', 'batches_from', 'state_of', 'plain_name',
            'check_model_state', 'check_state', 'check_orders', 'check_loop_state', 'has_state', 'with_state',
-           'modules_beside', 'loaders_of', 'packed', 'gradients_left', 'gather', 'put', 'fitting_optimiser',
+           'modules_beside', 'loaders_of', 'packed', 'gradients_left', 'lost', 'gather', 'put', 'fitting_optimiser',
            'put_gradients', 'trained_only', 'with_base']
 
 # %% ../../nbs/loop/state.ipynb #a5a8bd58
@@ -20,13 +20,13 @@ from torch.nn.parameter import is_lazy
 
 from ..base.hashing import hash_state
 from ..base.history import Mean, pack_rows, unpack_rows
-from ..base.made import kept_argument, recipe_of
+from ..base.made import kept_argument, lost_parts, recipe_of
 from ..base.parts import generators_of, is_optimiser, make_optimiser, samplers_of
 from ..base.provenance import kept_rng, rng_state, set_rng_state
 from ..base.tree import to_device
 from ..base.words import PHASES, PrintableError, did_you_mean, kind_of
 from .attached import attached_modules, by_class
-from .hidden import changed_flags, check_hidden, hidden_state, put_hidden
+from .hidden import changed_flags, check_hidden, flags_of, hidden_state, put_hidden
 from .optimiser_state import check_gradients, check_optimiser_state, groups_of
 from .optimiser_state import set_groups
 from .passes import passes_of
@@ -196,7 +196,7 @@ def _check_unkept(epoch: Any, unkept: Any) -> None:
 # %% ../../nbs/loop/state.ipynb #a75db6a9
 def _check_counts(loop: Mapping[str, Any]) -> None:
     place = loop["place"]
-    counts = [place[0], place[2], loop["first_row"], loop["num_epochs"] - 1, loop["validation_epochs"] - 1]
+    counts = [place[0], place[2], loop["first_row"], loop["num_epochs"], loop["validation_epochs"] - 1]
     whole = [type(loop[name]) is int for name in ("first_row", "num_epochs", "validation_epochs")]
     if place[1] not in ("", *PHASES) or not all(whole) or not all(0 <= n < 2**53 for n in counts):
         raise ResumeError(f"the state has an impossible place {place!r:.80}, or impossible counts of epochs")
@@ -296,7 +296,15 @@ def recipes(learn: Any) -> dict[str, Any]:
         except TypeError: at[name] = {"type": repr(value)}
     parts = {name: recipe_of(getattr(learn, name)) for name in names}
     callbacks = [{**(recipe_of(each) or {}), "watches": only_watches(each)} for each in learn._resolved.added]
-    return {**parts, **at, "callbacks": callbacks}
+    under_way = learn.is_running or learn.cursor.saved is not None
+    flags = learn.cursor.flags if under_way else {}  # as they were before callbacks froze anything
+    frozen = [where for where, flag in (flags or flags_of(learn)).items() if not flag]
+    return {"learner": recipe_of(type(learn)), **parts, **at, "callbacks": callbacks, "frozen": frozen}
+
+# %% ../../nbs/loop/state.ipynb #5a20d122
+def lost(learn: Any, state: Mapping[str, Any]) -> list[str]:
+    "Sentences about what a training that goes on from a state has lost of what steered it."
+    return lost_parts(state["made"], recipes(learn)) if "made" in state else []
 
 # %% ../../nbs/loop/state.ipynb #7f294a71
 def gather(learn: Any) -> dict[str, Any]:
@@ -342,7 +350,7 @@ def put(learn: Any, state: Mapping[str, Any]) -> None:
     check_orders(learn, loop)
     if "hidden" in loop: _check_hidden(learn, loop["hidden"])
     _put_callbacks(learn, state["callbacks"])
-    if state.get("optimiser") is not None: _put_optimiser(optimiser, state["optimiser"])
+    if optimiser is not None and state.get("optimiser") is not None: _put_optimiser(optimiser, state["optimiser"])
     for name, module in modules.items(): _put_module(name, module, states[name])
     if "groups" in state: set_groups(optimiser, state["groups"])
     learn.optimiser = optimiser
@@ -367,12 +375,14 @@ def _check_loaded(learn: Any, states: Mapping[str, Any]) -> None:
             raise ResumeError(f"the state of {name} does not fit: {error}") from error
 
 def _put_optimiser(optimiser: Any, state: Any) -> None:
+    several = optimiser.values() if isinstance(optimiser, Mapping) else [optimiser]
+    needed = [group.keys() & getattr(each, "defaults", {}).keys()  # loading may add to the defaults
+              for each in several for group in each.param_groups]
     try: optimiser.load_state_dict(state)
     except Exception as error:
         raise ResumeError(f"the optimiser does not take its state: {error}") from error
-    for each in optimiser.values() if isinstance(optimiser, Mapping) else [optimiser]:
-        for name in getattr(each, "defaults", {}):
-            if all(name in group for group in each.param_groups): continue
+    for names, group in zip(needed, groups_of(optimiser), strict=True):
+        for name in sorted(names - group.keys()):
             raise ResumeError(f"the state of the optimiser has a group without {name}")
 
 # %% ../../nbs/loop/state.ipynb #d2af6769
@@ -399,7 +409,7 @@ def _put_module(name: str, module: nn.Module, state: Mapping[str, Any]) -> None:
 def fitting_optimiser(learn: Any, state: Mapping[str, Any]) -> Any:
     "The optimiser, made if there is only a factory; raises ResumeError if the state does not fit it."
     saved, optimiser = state.get("optimiser"), learn.optimiser
-    if saved is None: return optimiser
+    if saved is None or optimiser is None: return optimiser
     if not is_optimiser(optimiser):
         groups = saved.get("param_groups")
         first = groups[0] if isinstance(groups, list) and groups else None

@@ -17,6 +17,7 @@ from ..base.made import place_of
 from ..base.history import unpack_rows
 from ..base.store import read_checkpoint
 from ..base.words import format_value, printable
+from ..loop.hidden import flags_of, put_flags
 from ..loop.learner import Learner
 from ..loop.state import check_state
 from .registry import ConfigError, find_code, registered
@@ -97,22 +98,42 @@ def _parts_of(state: Mapping[str, Any], given: Mapping[str, Any], allow: Collect
     if "callbacks" not in given: parts["callbacks"] = _callbacks(recipes["callbacks"], allow, path)
     return {**parts, **given}
 
+def _check_class(recipes: Mapping[str, Any], path: AnyPath) -> None:
+    "Raise ConfigError for a checkpoint of a subclass of Learner."
+    recipe = recipes.get("learner", {"place": place_of(Learner)})
+    if recipe == {"place": place_of(Learner)}: return
+    text = _text_of(recipe).removesuffix(" (not built by made)")
+    raise ConfigError(f"learner: the checkpoint is of a {text:.120}, which may train in another way than Learner; "
+                      f"give the class: load({str(path)!r}, learner=...)")
+
+def _put_frozen(learn: Learner, frozen: Any) -> None:
+    "Set which parameters require gradients, as it was when the checkpoint was saved."
+    if frozen is None: return  # the checkpoint is older than this entry
+    if not isinstance(frozen, list) or not all(isinstance(name, str) for name in frozen):
+        raise ConfigError("the checkpoint does not say which parameters were frozen")
+    put_flags(learn, dict.fromkeys(flags_of(learn), True), dict.fromkeys(frozen, False))
+
 # %% ../../nbs/runs/made.ipynb #be7d2f12
-def load(path: AnyPath, allow: Iterable[str] = (), **parts: Any) -> Learner:
+def load(
+    path: AnyPath, allow: Iterable[str] = (), learner: type[Learner] | None = None, **parts: Any,
+) -> Learner:
     """Build the learner of a checkpoint, and load the checkpoint into it.
 
     Args:
         path: A checkpoint, a folder of them, or a run.
         allow: The modules whose classes the checkpoint may name, such as `["mynets"]`.
+        learner: The class of the learner, if the checkpoint is of a subclass of Learner.
         **parts: Any of `model`, `optimiser`, `loss_func`, `dataloaders` and `callbacks`, in place
             of what the checkpoint says, and `device`.
 
     Returns:
         The learner, ready to predict; `train(resume=True)` goes on if it has its dataloaders.
+        Parameters that were frozen when the checkpoint was saved are frozen, and only those.
 
     Raises:
         FileNotFoundError, DamagedError: There is no checkpoint, or none that is whole.
-        ConfigError: A part is of a module that is not allowed, or was not built by `made`.
+        ConfigError: A part is of a module that is not allowed, or was not built by `made`; or the
+            checkpoint is of a subclass of Learner, and `learner` is not given.
         ResumeError: The parts do not fit the state.
 
     Example:
@@ -120,12 +141,17 @@ def load(path: AnyPath, allow: Iterable[str] = (), **parts: Any) -> Learner:
         >>> learn.predict(images[:3])
     """
     known = {*_PARTS, "callbacks", "device"}
+    if learner is not None and not (isinstance(learner, type) and issubclass(learner, Learner)):
+        raise TypeError(f"learner is {learner!r:.60}; pass a subclass of Learner")
     for name in parts.keys() - known:
-        raise TypeError(f"load() has no argument {name}; it takes {', '.join(sorted(known))}")
+        raise TypeError(f"load() has no argument {name}; it takes {', '.join(sorted({*known, 'learner'}))}")
     state = read_checkpoint(path)
     check_state(state)
     allowed = {allow} if isinstance(allow, str) else set(allow)
-    learn = Learner(**_parts_of(state, parts, allowed, path))
+    arguments = _parts_of(state, parts, allowed, path)
+    if learner is None: _check_class(state["made"], path)
+    learn = (learner or Learner)(**arguments)
+    _put_frozen(learn, state["made"].get("frozen"))
     learn.load_state_dict(state)
     return learn
 
@@ -168,7 +194,7 @@ def describe(path: AnyPath) -> str:
     check_state(state)
     made = state.get("made")
     parts = made if isinstance(made, Mapping) else {}
-    lines = {name: _text_of(parts[name]) for name in _PARTS if name in parts}
+    lines = {name: _text_of(parts[name]) for name in ("learner", *_PARTS) if name in parts}
     callbacks = parts.get("callbacks")
     if isinstance(callbacks, list): lines["callbacks"] = ", ".join(map(_text_of, callbacks)) or "none"
     weights = state["model"] if isinstance(state["model"], Mapping) else {}

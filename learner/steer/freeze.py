@@ -126,6 +126,10 @@ class _Frozen(Callback):
         others = [c for c in learn.callbacks if isinstance(c, _Frozen) and c is not self]
         return {id(parameter) for other in others for parameter in other._frozen}
 
+    def steers_flags(self, learn: Learner) -> set[int]:
+        "The ids of what is frozen now: a training that goes on has it frozen from the count alone."
+        return {id(parameter) for parameter in self._frozen}
+
 # %% ../../nbs/steer/freeze.ipynb #65f9eed5
 class _Counted(_Frozen):
     "Counts the epochs that have come to their end with it."

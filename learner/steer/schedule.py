@@ -239,6 +239,7 @@ class _Scheduling(_Advancing):
             if started: before = self._before
             groups.release(before)
             if whole: groups.write(before)
+            groups.keep_proportions(before)
             if not started: groups.write(notes)
             self.scheduler, self._groups, self._before = None, None, []
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..base.parts import length_of
+from ..base.parts import RATE_BEFORE, length_of
 from ..base.words import as_number, check_whole
 from ..loop.learner import Learner
 from .curves import ScheduleError
@@ -226,8 +226,8 @@ def name_of(factory: Any) -> str:
 Groups = list[dict[str, Any]]  # the values of each parameter group
 
 # %% ../../nbs/steer/schedulers.ipynb #fe952d84
-class ParameterGroups:
-    "The parameter groups of an optimiser, as a schedule reads and writes them."
+class _Values:
+    "The values in the parameter groups of an optimiser."
 
     def __init__(self, optimiser: Any, sets: tuple[str, ...]):
         self.optimiser, self.sets = optimiser, sets
@@ -235,12 +235,6 @@ class ParameterGroups:
         self.own_step = vars(optimiser).get("step", _ABSENT)
 
     def grown(self) -> bool: return len(self.optimiser.param_groups) != self.count
-
-    def take_notes(self) -> list[dict[str, Any]]:
-        "Take away what a scheduler of another time has left, unless one is at work now."
-        if hasattr(self.optimiser.step, "_wrapped_by_lr_sched"): return []
-        return [{key: group.pop(key) for key in _NOTES if key in group}
-                for group in self.optimiser.param_groups]
 
     def read(self) -> Groups:
         return [{key: storable(group[key]) for key in (*self.sets, *_NOTES) if key in group}
@@ -256,6 +250,24 @@ class ParameterGroups:
     def main(self, kept: Sequence[Mapping[str, Any]]) -> list[float]:
         "The main value of each group, which tells whether somebody has changed it."
         return [float(group[self.sets[0]]) for group in kept if self.sets[0] in group]
+
+# %% ../../nbs/steer/schedulers.ipynb #13f84906
+class ParameterGroups(_Values):
+    "The parameter groups of an optimiser, as a schedule reads and writes them."
+
+    def take_notes(self) -> list[dict[str, Any]]:
+        "Take away what a scheduler of another time has left, unless one is at work now."
+        if hasattr(self.optimiser.step, "_wrapped_by_lr_sched"): return []
+        return [{key: group.pop(key) for key in _NOTES if key in group}
+                for group in self.optimiser.param_groups]
+
+    def keep_proportions(self, before: Groups) -> None:
+        "Where the schedule has ended at 0, note the rates that the groups had before it."
+        groups = self.optimiser.param_groups
+        at_zero = not any(float(group.get("lr", 1.0)) for group in groups)
+        for group, values in zip(groups, before, strict=False):
+            if not at_zero: group.pop(RATE_BEFORE, None)
+            elif values.get("lr"): group[RATE_BEFORE] = float(values["lr"])
 
     def release(self, before: Groups) -> None:
         "Take the scheduler's notes away, and what it has put around the optimiser's step."

@@ -247,8 +247,8 @@ def guarded(function: Any) -> list[Guarded]:
     return found
 
 # %% ../../nbs/steer/step_graph.ipynb #f8da1e91
-class Compiled:
-    "A function behind the compiler, which is called only in `compile`."
+class _Replayed:
+    "A function behind the compiler, called where what is compiled fits."
 
     def __init__(self, function: Callable[..., Any], backend: str, on_gpu: bool = False):
         def call(inputs: Inputs, calls: list[Call] | None) -> Any: return function(inputs, calls)
@@ -279,6 +279,10 @@ class Compiled:
         "Call what is compiled; raises Recompiled, and computes nothing, if it does not fit."
         try: return replayed(self.call, *args) if self.records else self.call(*args)
         except torch._dynamo.exc.TorchDynamoException as error: raise Recompiled from error
+
+# %% ../../nbs/steer/step_graph.ipynb #61049f21
+class Compiled(_Replayed):
+    "A function behind the compiler, which is called only in `compile`."
 
     def compile(self, *args: Any) -> Any:
         "Compile for these values and call that; raises GraphError for what cannot be one graph."

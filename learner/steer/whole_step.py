@@ -194,9 +194,24 @@ class Around:
                                 "remove it, or WholeStep")
 
 # %% ../../nbs/steer/whole_step.ipynb #80106c4a
-class _Prepared(Callback):
-    "Looks at everything before the first step."
+class _Checked(Callback):
+    "Refuses a backend, a device and an optimiser that allow no graph."
     backend: str
+
+    def _check(self, learn: Learner) -> None:
+        if learn.device.type not in ("cpu", "cuda"):
+            raise CallbackError("WholeStep works on cpu and cuda, and the model is on "
+                                f"{learn.device}")
+        known = torch.compiler.list_backends(exclude_tags=())
+        if self.backend not in ("auto", *known):
+            usual = ["auto", *torch.compiler.list_backends()]
+            raise ValueError(f"WholeStep: there is no backend {self.backend!r}; take one of "
+                             f"{', '.join(usual)}{did_you_mean(self.backend, ['auto', *known])}")
+        with _refusing(): check_optimiser_hooks(learn.optimiser)
+
+# %% ../../nbs/steer/whole_step.ipynb #f5dfc9ff
+class _Prepared(_Checked):
+    "Looks at everything before the first step."
     _compiler: str  # the backend that is meant
     graphs: Graphs
     _around: Any = None  # in a training
@@ -213,17 +228,6 @@ class _Prepared(Callback):
             count = len(trained_parameters(learn.optimiser))
             self._idle = too_short(learn.plan.total(learn), count)
             if self._idle: print(f"WholeStep stands aside: {self._idle}")
-
-    def _check(self, learn: Learner) -> None:
-        if learn.device.type not in ("cpu", "cuda"):
-            raise CallbackError("WholeStep works on cpu and cuda, and the model is on "
-                                f"{learn.device}")
-        known = torch.compiler.list_backends(exclude_tags=())
-        if self.backend not in ("auto", *known):
-            usual = ["auto", *torch.compiler.list_backends()]
-            raise ValueError(f"WholeStep: there is no backend {self.backend!r}; take one of "
-                             f"{', '.join(usual)}{did_you_mean(self.backend, ['auto', *known])}")
-        with _refusing(): check_optimiser_hooks(learn.optimiser)
 
     def _step_of(self, learn: Learner) -> Step:
         "The step for what the learner has now; made when something is new."
@@ -306,29 +310,9 @@ class _Running(_Gathering):
 # %% ../../nbs/steer/whole_step.ipynb #7459baac
 _NOT_RECORDED = ("WholeStep: torch has not recorded this step as a CUDA graph; it is compiled, but its "
                  "kernels are launched one by one")
-_CHANGES = f"something it depends on has changed {MOST_GRAPHS} times, each time for another graph"
 
-class _Computing(_Running):
-    "Chooses between the graph and the same step without it."
-
-    def _computed(
-        self, learn: Learner, step: Step, inputs: Inputs,
-    ) -> tuple[Any, Tensor, list[Any]]:
-        "Predictions, loss and the values of callbacks."
-        form = form_of(inputs.data, inputs.labels)
-        calls = step.update.current()
-        if not step.update.is_born: return self._plain(learn, step, inputs)  # and make the state
-        if inputs.sums is not None and inputs.divisor is None: form = (*form, WITHOUT_STEP)
-        with torch.no_grad():
-            if form in self.graphs.compiled:
-                try: predictions, loss, _, values = step.compiled(inputs, calls)
-                except Recompiled: pass
-                else: return predictions, loss, values
-                if step.compiled.graphs >= MOST_GRAPHS: self.graphs.go_without(form, _CHANGES)
-            elif not self.graphs.wants(form, learn): return self._plain(learn, step, inputs)
-            if form in self.graphs.plain: return self._plain(learn, step, inputs)
-            predictions, loss, _, values = self._compiled(learn, step, inputs, calls, form)
-        return predictions, loss, values
+class _Compiling(_Running):
+    "Makes a graph of the step, or takes it without one."
 
     def _compiled(self, learn: Learner, step: Step, inputs: Inputs, calls: Any, form: Any) -> Any:
         "Make a graph and run it, and say how long that takes."
@@ -349,6 +333,31 @@ class _Computing(_Running):
     def _plain(self, learn: Learner, step: Step, inputs: Inputs) -> tuple[Any, Tensor, list[Any]]:
         self.graphs.uncompiled += 1
         return step.plain(learn, inputs)
+
+# %% ../../nbs/steer/whole_step.ipynb #746bc2a0
+_CHANGES = f"something it depends on has changed {MOST_GRAPHS} times, each time for another graph"
+
+class _Computing(_Compiling):
+    "Chooses between the graph and the same step without it."
+
+    def _computed(
+        self, learn: Learner, step: Step, inputs: Inputs,
+    ) -> tuple[Any, Tensor, list[Any]]:
+        "Predictions, loss and the values of callbacks."
+        form = form_of(inputs.data, inputs.labels)
+        calls = step.update.current()
+        if not step.update.is_born: return self._plain(learn, step, inputs)  # and make the state
+        if inputs.sums is not None and inputs.divisor is None: form = (*form, WITHOUT_STEP)
+        with torch.no_grad():
+            if form in self.graphs.compiled:
+                try: predictions, loss, _, values = step.compiled(inputs, calls)
+                except Recompiled: pass
+                else: return predictions, loss, values
+                if step.compiled.graphs >= MOST_GRAPHS: self.graphs.go_without(form, _CHANGES)
+            elif not self.graphs.wants(form, learn): return self._plain(learn, step, inputs)
+            if form in self.graphs.plain: return self._plain(learn, step, inputs)
+            predictions, loss, _, values = self._compiled(learn, step, inputs, calls, form)
+        return predictions, loss, values
 
 # %% ../../nbs/steer/whole_step.ipynb #1fd3d4af
 class _Telling(_Computing):

@@ -131,10 +131,17 @@ def test_loaders_with_names():
     ({"test": {"a": {"b": []}}}, TypeError, "dataloaders[\"test\"][\"a\"] is {'b': []}; pass an iterable of batches"),
     ({"train": {"a": []}}, ValueError, "dataloaders[\"train\"] is a mapping; training reads one loader, and learner.loop.together.Together makes one of several"),
     ({"train": "abc"}, TypeError, "dataloaders[\"train\"] is 'abc'; pass an iterable of batches"),
+    ({"train": (NUMBERS, NUMBERS)}, TypeError, "dataloaders[\"train\"] is a tuple of 2 arrays, which is data and not an iterable of batches; pass TensorLoader((x, y), batch_size=...), or [(x, y)] to have one batch"),
+    ({"train": (NUMBERS.numpy(), NUMBERS)}, TypeError, "dataloaders[\"train\"] is a tuple of 2 arrays, which *"), ({"test": {"a": NUMBERS}}, TypeError, "dataloaders[\"test\"][\"a\"] is a Tensor, which is data *"),
+    ({"validation": NUMBERS.numpy()}, TypeError, "dataloaders[\"validation\"] is a ndarray, which is data *"),
     ({"valid": []}, ValueError, "dataloaders: 'valid' is not one of ['train', 'validation', 'test']; did you mean validation?")])
 def test_loaders_that_cannot_be(loaders, kind, message):
     with pytest.raises(kind) as caught: check_parts(nn.Linear(1, 1), torch.optim.SGD, F.mse_loss, loaders)
     assert str(caught.value) == message or (message.endswith("*") and str(caught.value).startswith(message[:-1]))
+
+
+@pytest.mark.parametrize("loader", [[(NUMBERS, NUMBERS)], ((NUMBERS, NUMBERS),), [NUMBERS, NUMBERS], [*NUMBERS.split(4)], tensors(), (), [NUMBERS.numpy()]], ids=lambda loader: type(loader).__name__)
+def test_loaders_that_can_be(loader): check_parts(nn.Linear(1, 1), torch.optim.SGD, F.mse_loss, {"train": loader})
 
 
 def test_a_named_loader_that_is_empty():

@@ -1050,7 +1050,7 @@ def test_a_folder_without_a_whole_one(folder):
     assert len(told) == 4
     with pytest.raises(FileNotFoundError, match="there is no checkpoint .*rum; did you mean run"): read_checkpoint(folder.parents[1] / "rum")
     (folder.parent / "empty").mkdir()
-    with pytest.raises(DamagedError, match="empty is a folder"): read_checkpoint(folder.parent / "empty")
+    with pytest.raises(FileNotFoundError, match="^the folder .*empty holds no checkpoint; name a file"): read_checkpoint(folder.parent / "empty")
 
 
 # ---------------------------------------------------------------------------------------------------- what reading and saving cost

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from learner.base.provenance import kept_rng
 from learner.base.store import DamagedError, list_checkpoints, load_state
 from learner.keep import checkpoint
 from learner.keep.checkpoint import Checkpoint, CheckpointError
-from learner.loop.stages import Callback
+from learner.loop.stages import Callback, CancelTrainException
 from learner.steer.stopping import EarlyStopping, MonitorError
 
 LONG = os.environ.get("LEARNER_LONG") == "1"
@@ -302,6 +303,71 @@ def test_where_early_stopping_has_ended_training_there_is_nothing_more_to_do(tmp
     train(fresh, 9, resume=tmp_path / "run")
     assert len(fresh.history) == 2 and seen(fresh)[0].shape[0] == 4 and len(seen(fresh)) == 4  # the test alone
     assert hash_state({"m": fresh.model.state_dict()}) == hash_state({"m": learn.model.state_dict()})
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize(("keep", "left"), [(1, []), (3, ["epoch-0002"])])
+def test_the_best_file_keeps_its_epoch_where_early_stopping_puts_other_weights_back(tmp_path, keep, left, background):
+    def learner(seed=0):
+        stopping = EarlyStopping(patience=2, min_delta=100.0, restore_best=True)
+        return make("plain", stopping, Checkpoint(tmp_path / "run", keep=keep, background=background), seed=seed)
+    learn = learner()
+    train(learn, 9)
+    losses = learn.history["validation_loss"]
+    assert len(losses) == 3 and min(losses) == losses[2]  # the best, though not by as much as stopping asks for
+    assert names(tmp_path / "run") == [*left, "epoch-0003", "epoch-0003-end"]
+    best = learner()
+    best.load(Checkpoint.best(tmp_path / "run"))
+    assert Checkpoint.best(tmp_path / "run").stem == "epoch-0003" and best.validate()["validation_loss"] == losses[2]
+    assert learn.validate()["validation_loss"] == losses[0]
+    assert Checkpoint.latest(tmp_path / "run").stem == "epoch-0003-end"
+    fresh = learner(9)
+    train(fresh, 9, resume=tmp_path / "run")  # there is nothing more to do
+    assert hash_state({"m": fresh.model.state_dict()}) == hash_state({"m": learn.model.state_dict()}) and len(fresh.history) == 3
+
+
+def test_a_training_that_a_callback_has_ended_goes_on_when_more_epochs_are_asked_for(tmp_path):
+    def ends(learn, epoch):
+        if epoch == 1: raise CancelTrainException
+    learn = make("plain", Checkpoint(tmp_path / "run", steps=1, keep=None))
+    learn.on("after_epoch", ends)
+    train(learn, 2)
+    assert Checkpoint.latest(tmp_path / "run").stem == "epoch-0002-end"
+    fresh = make("plain", Checkpoint(tmp_path / "run", steps=1, keep=None), seed=9)
+    train(fresh, EPOCHS, resume=tmp_path / "run")
+    assert Checkpoint.latest(tmp_path / "run").stem == f"epoch-{EPOCHS:04}" and len(fresh.history) == EPOCHS
+
+
+def improving(folder, monitor):
+    "A training in which one score gets worse and the other better, judged by one of them."
+    better, worse = Value(*map(float, range(9)), name="good"), Value(*map(float, range(9)), name="bad")
+    mode = {"good": "max", "bad": "min"}[monitor]
+    stopping = EarlyStopping(monitor, patience=1, mode=mode, restore_best=True)
+    return make("plain", better, worse, stopping, Checkpoint(folder, best=monitor, mode=mode))
+
+
+def test_a_callback_that_judges_by_another_column_starts_over_with_a_warning(tmp_path):
+    learn = improving(tmp_path / "run", "bad")
+    train(learn, 1)
+    assert json.loads((tmp_path / "run" / "index.json").read_text())["value"] == 0.0
+    fresh = improving(tmp_path / "run", "good")
+    with pytest.warns(UserWarning) as told: train(fresh, 5, resume=tmp_path / "run")
+    messages = sorted(str(warning.message) for warning in told)
+    by = "the training that is resumed was judged by bad (mode=\"min\"), and this callback judges by good (mode=\"max\"); it starts over, without the best value so far"
+    assert messages == [f"Checkpoint('{tmp_path / 'run'}'): {by}", f"EarlyStopping: {by}"]
+    assert len(fresh.history) == 5  # each epoch is better than the one before
+    index = json.loads((tmp_path / "run" / "index.json").read_text())
+    assert (index["checkpoint"], index["monitor"], index["value"], index["mode"]) == ("epoch-0005.safetensors", "good", 4.0, "max")
+
+
+def test_a_callback_that_judges_by_the_same_column_goes_on_with_its_count(tmp_path):
+    learn = improving(tmp_path / "run", "bad")
+    train(learn, 1)
+    fresh = improving(tmp_path / "run", "bad")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(fresh, 5, resume=tmp_path / "run")
+    assert len(fresh.history) == 2 and Checkpoint.best(tmp_path / "run").stem == "epoch-0001"
 
 
 # ---------------------------------------------------------------------------------------------------- disks

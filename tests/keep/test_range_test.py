@@ -185,6 +185,7 @@ def test_the_order_of_a_torch_loader_is_left_alone():
 
 # Combinations
 
+@pytest.mark.filterwarnings("ignore:.*in no group of the optimiser")
 def test_parameter_groups_keep_their_proportions():
     seen = []
 

@@ -7,6 +7,7 @@ import signal
 import traceback
 import warnings
 import weakref
+from functools import partial
 from time import perf_counter
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from learner.base.batch import BatchError
 from learner.base.history import History, HistoryError, Mean
+from learner.base.made import made
 from learner.loop.learner import Learner
 from learner.loop.loop import LossError
 from learner.loop.stages import (
@@ -29,6 +31,7 @@ from learner.loop.stages import (
     Stage,
     provides,
 )
+from learner.steer.freeze import FreezeUntil
 
 
 def tensors(n=70, seed=0):
@@ -943,3 +946,218 @@ def test_on_an_accelerator(kind):
     oracle = net()
     bare_loop(oracle, torch.optim.SGD(oracle.parameters(), lr=0.1), batches(), batches(40, seed=1), 2)
     for p, q in zip(model.parameters(), oracle.parameters(), strict=True): torch.testing.assert_close(p.cpu(), q, rtol=1e-3, atol=1e-4)
+
+
+class Lion(torch.optim.Optimizer):
+    "As third parties write one: what it knows of `defaults` is its learning rate."
+    def __init__(self, params, lr=1e-3): super().__init__(params, dict(lr=lr))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad(): loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None: continue
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                p.sub_(mean.mul(0.9).add(p.grad, alpha=0.1).sign(), alpha=group["lr"])
+                mean.mul_(0.99).add_(p.grad, alpha=0.01)
+        return loss
+
+
+class WithClosure(Learner):
+    "For LBFGS, which computes the loss again within its step."
+    def step(self):
+        def closure():
+            self.optimiser.zero_grad()
+            loss = self.loss_func(self.model(self.data), self.labels)
+            loss.backward()
+            return loss
+        self.optimiser.step(closure)
+        self.optimiser.zero_grad()
+
+
+OPTIMISERS = [Lion, *(kind for kind in vars(torch.optim).values() if isinstance(kind, type)
+                      and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer)]
+
+
+@pytest.mark.parametrize("kind", OPTIMISERS, ids=lambda kind: kind.__name__)
+def test_a_checkpoint_of_any_optimiser_is_loaded_and_trained_on(tmp_path, kind):
+    def one():
+        torch.manual_seed(0)
+        sparse = kind is torch.optim.SparseAdam
+        model = nn.Embedding(4, 3, sparse=True) if sparse else nn.Linear(5, 3, bias=False)  # Muon takes matrices
+        inputs = torch.arange(12) % 4 if sparse else torch.randn(12, 5)
+        data = [(inputs, torch.arange(12) % 3)] * 3
+        learner_of = WithClosure if kind is torch.optim.LBFGS else Learner
+        return learner_of(model, kind, F.cross_entropy, {"train": data}, device="cpu")
+    whole, first = one(), one()
+    whole.train(3, learning_rate=0.01)
+    first.train(2, learning_rate=0.01)
+    first.save(tmp_path / "c")
+    second = one()
+    for _ in range(2): second.load(tmp_path / "c")  # the second time into an optimiser that has loaded one
+    assert same(first.model, second.model)
+    second.train(3, resume=True)
+    assert same(whole.model, second.model)
+    assert whole.fingerprint()["optimiser"] == second.fingerprint()["optimiser"]
+
+
+def test_a_checkpoint_from_before_any_training_is_loaded_and_trained(tmp_path):
+    def one(): return Learner(net(), torch.optim.SGD, F.cross_entropy, loaders(), device="cpu")
+    first, whole = one(), one()
+    first.save(tmp_path / "c")
+    first.load(tmp_path / "c")
+    second = one()
+    nn.init.zeros_(second.model[0].weight)
+    second.load(tmp_path / "c")
+    second.train(learning_rate=0.1, resume=True)
+    whole.train(1, learning_rate=0.1)
+    assert same(whole.model, second.model) and len(second.history) == 1
+    third = one()
+    third.train(2, learning_rate=0.1, resume=tmp_path / "c")
+    assert len(third.history) == 2
+
+
+def test_a_learner_without_an_optimiser_loads_a_checkpoint_and_hands_it_on_whole(tmp_path):
+    def one(optimiser=torch.optim.Adam):
+        return Learner(net(), optimiser, F.cross_entropy, loaders(), device="cpu")
+    whole, trained, measures = one(), one(), one(None)
+    whole.train(2, learning_rate=0.01)
+    trained.train(1, learning_rate=0.01)
+    trained.save(tmp_path / "c")
+    measures.load(tmp_path / "c")
+    assert same(trained.model, measures.model) and measures.optimiser is None
+    assert measures.validate() == trained.validate()
+    measures.save(tmp_path / "again")
+    last = one()
+    last.train(2, resume=tmp_path / "again")
+    assert same(whole.model, last.model)
+    with pytest.raises(TypeError, match="optimiser is None"): measures.train(2, resume=True)
+    measures.optimiser = torch.optim.Adam
+    measures.train(2, resume=True)
+    assert same(whole.model, measures.model)
+
+
+def warned_in(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(warning.message) for warning in caught]
+
+
+def test_parameters_that_no_optimiser_has_are_named_once():
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    learn = learner(model, optimiser=torch.optim.SGD)
+    assert warned_in(lambda: learn.train(1, learning_rate=0.1)) == []
+    model[1] = nn.Linear(4, 3)
+    before = model[1].weight.clone()
+    assert warned_in(lambda: learn.train(2)) == [
+        "2 parameters of the model, such as 1.weight, are in no group of the optimiser, so training does not change them; "
+        "make the optimiser again, call optimiser.add_param_group, or freeze them with requires_grad_(False)"]
+    assert torch.equal(before, model[1].weight)  # as the warning says
+    learn.optimiser.add_param_group({"params": [model[1].weight]})
+    [message] = warned_in(lambda: learn.train(1))
+    assert message.startswith("1.bias of the model is in no group of the optimiser, so training does not change it; ")
+    assert not torch.equal(before, model[1].weight)
+    model[1].bias.requires_grad_(False)
+    assert warned_in(lambda: learn.train(1)) == []
+
+
+def test_layers_that_are_unfrozen_after_the_optimiser_was_made_are_named():
+    def only_trainable(parameters, lr): return torch.optim.SGD([p for p in parameters if p.requires_grad], lr=lr)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    model[0].requires_grad_(False)
+    learn = learner(model, optimiser=only_trainable)
+    assert warned_in(lambda: learn.train(1, learning_rate=0.1)) == []
+    model[0].requires_grad_(True)
+    [message] = warned_in(lambda: learn.train(1))
+    assert message.startswith("2 parameters of the model, such as 0.weight, are in no group")
+
+
+def test_parameters_that_wait_or_are_shared_are_not_named():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down, self.head = nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False), nn.Linear(5, 3)
+            self.down.weight = self.up.weight
+
+        def forward(self, x): return self.head(self.down(self.up(x)))
+    learn = learner(Tied(), optimiser=torch.optim.SGD, callbacks=FreezeUntil(1, "up"))
+    assert warned_in(lambda: learn.train(2, learning_rate=0.1)) == []
+
+
+class Halves(Callback):
+    "Steers: the loss is halved."
+    def after_loss(self, learn): learn.loss = learn.loss / 2
+
+
+class Looks(Callback):
+    watches = True
+
+
+def resumable(tmp_path, loss_func=F.cross_entropy, callbacks=(), way="resume"):
+    "What is said when a training with a loss and callbacks of its own goes on in a learner."
+    learn = Learner(net(), torch.optim.SGD, loss_func, loaders(), callbacks, device="cpu")
+    if way == "resume": return learn, lambda: learn.train(2, resume=tmp_path / "c")
+    learn.load(tmp_path / "c")
+    return learn, lambda: learn.train(2, resume=True)
+
+
+def squared(predictions, labels): return F.mse_loss(predictions, F.one_hot(labels, 3).float())
+
+
+@pytest.mark.parametrize("way", ["resume", "load"])
+def test_what_steered_a_training_that_goes_on_is_missed(tmp_path, way):
+    first = Learner(net(), torch.optim.SGD, F.cross_entropy, loaders(), [Halves(), Looks(), Halves()], device="cpu")
+    first.on("after_batch", lambda: None)
+    first.train(1, learning_rate=0.1)
+    first.save(tmp_path / "c")
+    learn, go_on = resumable(tmp_path, callbacks=[Halves(), Halves()], way=way)
+    assert warned_in(go_on) == [] and len(learn.history) == 2
+    learn, go_on = resumable(tmp_path, callbacks=Halves(), way=way)
+    assert warned_in(go_on) == ["the training that is resumed was steered by callbacks that this learner does not have: Halves; add them to get the same result"]
+    learn, go_on = resumable(tmp_path, loss_func=squared, way=way)
+    assert warned_in(go_on) == [
+        "the training that is resumed was steered by callbacks that this learner does not have: Halves, Halves; add them to get the same result",
+        "the training that is resumed had the loss cross_entropy, and goes on with squared; give the learner the loss that it had to get the same result"]
+
+
+@pytest.mark.parametrize(("then", "now", "said"), [
+    (lambda: made(nn.CrossEntropyLoss, label_smoothing=0.1), lambda: made(nn.CrossEntropyLoss, label_smoothing=0.2), "goes on with CrossEntropyLoss with other arguments"),
+    (lambda: made(nn.CrossEntropyLoss, torch.ones(3)), lambda: made(nn.CrossEntropyLoss, torch.ones(3)), None),
+    (lambda: made(nn.CrossEntropyLoss, torch.ones(3)), lambda: made(nn.CrossEntropyLoss, 2 * torch.ones(3)), "goes on with CrossEntropyLoss with other arguments"),
+    (lambda: nn.CrossEntropyLoss(), lambda: made(nn.CrossEntropyLoss), None), (lambda: F.cross_entropy, lambda: nn.CrossEntropyLoss(), "goes on with CrossEntropyLoss"),
+    (lambda: partial(F.cross_entropy, label_smoothing=0.1), lambda: F.cross_entropy, "had the loss partial of cross_entropy, and goes on with cross_entropy"),
+    (lambda: lambda p, y: F.cross_entropy(p, y), lambda: lambda p, y: F.cross_entropy(p, y), None)])
+def test_another_loss_of_a_training_that_goes_on_is_named(tmp_path, then, now, said):
+    first = Learner(net(), torch.optim.SGD, then(), loaders(), device="cpu")
+    first.train(1, learning_rate=0.1)
+    first.save(tmp_path / "c")
+    _, go_on = resumable(tmp_path, now())
+    warned = warned_in(go_on)
+    assert ([said in message for message in warned] == [True]) if said else warned == []
+
+
+@pytest.mark.parametrize("forged", [7, {}, {"callbacks": 3}, {"callbacks": [3, {}, {"type": ["\x1b"]}], "loss_func": 3}])
+def test_a_forged_record_of_parts_breaks_no_resumption(tmp_path, forged):
+    first = Learner(net(), torch.optim.SGD, F.cross_entropy, loaders(), device="cpu")
+    first.train(1, learning_rate=0.1)
+    state = {**first.state_dict(), "made": forged}
+    learn = Learner(net(), torch.optim.SGD, F.cross_entropy, loaders(), device="cpu")
+    assert not any("\x1b" in message for message in warned_in(lambda: learn.train(2, resume=state)))
+    assert len(learn.history) == 2
+
+
+def test_a_folder_without_a_checkpoint_is_named(tmp_path):
+    learn = learner()
+    for call in (lambda: learn.load(tmp_path), lambda: learn.train(1, resume=tmp_path)):
+        with pytest.raises(FileNotFoundError, match="^the folder .* holds no checkpoint; name a file"): call()
+    assert len(learn.history) == 0
+
+
+def test_a_loss_of_numpy_is_not_a_tensor():
+    learn = learner(loss_func=lambda predictions, labels: predictions.detach().numpy().mean())
+    with pytest.raises(LossError, match="^loss_func returned a float32; the loss must be a scalar tensor"): learn.train(1)
+    with pytest.raises(LossError, match="must be a scalar tensor"): learn.validate()

@@ -1171,7 +1171,7 @@ def test_files_that_are_none_are_refused_and_change_nothing(tmp_path, way):
     torch.save({"model": learn.model.state_dict()}, tmp_path / "model.pt")
     refused(DamagedError, "model.pt is not a checkpoint", tmp_path / "model.pt")
     (tmp_path / "empty").mkdir()
-    refused(DamagedError, "empty is a folder", tmp_path / "empty")
+    refused(FileNotFoundError, "empty holds no checkpoint", tmp_path / "empty")
     good = (tmp_path / "good").read_bytes()
     for bad in (b"", good[:-1], good[:100] + pickle.dumps(Trap()) + good[100:], good.replace(b"train", b"tRain", 1)):
         (tmp_path / "c").write_bytes(bad)
@@ -1221,6 +1221,7 @@ def test_the_scale_of_float16_goes_on(tmp_path):
     assert load_state(tmp_path / "c12")["callbacks"]["MixedPrecision"]["scale"] != 2.0**24
 
 
+@pytest.mark.filterwarnings("ignore:.*callbacks that this learner does not have")
 def test_compiled_and_plain_learners_load_each_others_states(tmp_path):
     def learner(*more, seed=0):
         seed_everything(seed)

@@ -1,6 +1,7 @@
 "Checkpoints that know how their parts were made: what is built again, and what no checkpoint may do."
 import subprocess
 import sys
+from functools import partial
 from textwrap import dedent
 
 import pytest
@@ -15,6 +16,7 @@ from learner.loop.stages import Callback
 from learner.runs.cli import main
 from learner.runs.made import describe, load
 from learner.runs.registry import ConfigError
+from learner.steer.freeze import FreezeUntil
 from learner.steer.update import EMA, ClipGradients
 
 HERE = __name__
@@ -36,6 +38,21 @@ class Steers(Callback):
 
 class Watches(Callback):
     watches = True
+
+
+class Doubled(Learner):
+    def train_batch(self):
+        self.act("prepare", "predict", "loss")
+        self.loss = 2 * self.loss
+        self.act("backward", "step")
+
+
+class Two(nn.Module):
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x): return self.first(x) + self.second(x)
 
 
 def saved(tmp_path, model=None, optimiser=torch.optim.AdamW, loss=F.cross_entropy, callbacks=(), **options):
@@ -75,6 +92,7 @@ def test_without_its_loaders_a_learner_still_predicts(tmp_path):
 @pytest.mark.parametrize(("options", "said"), [
     (dict(model=Net(8)), "model: the checkpoint knows only that it was a Net, which was not built by made\\(\\); give it: load\\(.*, model=...\\)"),
     (dict(loss=lambda p, y: F.cross_entropy(p, y)), "loss_func: the checkpoint knows only that it was a .*<lambda>"),
+    (dict(loss=partial(F.cross_entropy, label_smoothing=0.5)), "loss_func: the checkpoint knows only that it was a partial of cross_entropy, which"),
     (dict(loss=nn.CrossEntropyLoss()), "loss_func: the checkpoint knows only that it was a CrossEntropyLoss"),
     (dict(callbacks=[Steers()]), "callbacks: Steers changes what training does, and was not built by made")])
 def test_what_the_checkpoint_cannot_say_has_to_be_given(tmp_path, options, said):
@@ -149,3 +167,83 @@ def test_made_refuses_what_another_process_would_not_find():
     with pytest.raises(TypeError, match=r"made\(Net\): width is <object"): made(Net, width=object())
     with pytest.raises(TypeError, match=r"made\(Net\): sizes\[1\] is Linear"): made(Net, 3, sizes=[1, nn.Linear(1, 1)])
     with pytest.raises(TypeError, match="takes no attribute"): made(dict, a=1)
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_a_checkpoint_of_a_subclass_wants_the_class(tmp_path, local):
+    class Local(Doubled): pass
+    kind = Local if local else Doubled
+    def one(kind): return kind(made(Net, 8), torch.optim.SGD, F.cross_entropy, LOADERS, device="cpu")
+    torch.manual_seed(0)
+    learn = one(kind)
+    learn.train(1, learning_rate=0.1)
+    path = tmp_path / "c"
+    learn.save(path)
+    with pytest.raises(ConfigError, match=rf"^learner: the checkpoint is of a .*{kind.__name__}, which may train .*learner=\.\.\.\)$"): load(path, HERE)
+    again = load(path, HERE, learner=kind, dataloaders=LOADERS, device="cpu")
+    for each in (learn, again): each.train(2, resume=path)
+    assert type(again) is kind and again.fingerprint() == learn.fingerprint()
+    assert kind.__name__ in describe(path)
+    for wrong in (nn.Linear, learn):
+        with pytest.raises(TypeError, match="pass a subclass of Learner"): load(path, HERE, learner=wrong)
+    plain = one(Learner)
+    plain.save(path)
+    assert type(load(path, HERE)) is Learner
+
+
+def test_a_checkpoint_from_before_classes_and_frozen_parameters_were_noted_is_loaded(tmp_path):
+    learn, path = saved(tmp_path)
+    state = load_state(path)
+    del state["made"]["learner"], state["made"]["frozen"]
+    save_state(path, state)
+    again = load(path, HERE)
+    assert type(again) is Learner and torch.equal(again.model.head.weight, learn.model.head.weight)
+
+
+@pytest.mark.parametrize(("entry", "said"), [(dict(frozen=7), "which parameters were frozen"), (dict(frozen=[3]), "which parameters were frozen"), (dict(learner=7), "^learner: the checkpoint is of a 7, ")])
+def test_forged_classes_and_frozen_parameters_are_refused(tmp_path, entry, said):
+    _, path = saved(tmp_path)
+    state = load_state(path)
+    state["made"].update(entry)
+    save_state(path, state)
+    with pytest.raises(ConfigError, match=said): load(path, HERE)
+
+
+def only_trainable(parameters, lr): return torch.optim.SGD([p for p in parameters if p.requires_grad], lr=lr)
+
+
+@pytest.mark.parametrize("optimiser", [torch.optim.SGD, only_trainable], ids=["all", "those that ask for gradients"])
+def test_frozen_parameters_stay_frozen(tmp_path, optimiser):
+    model = made(Net, 8)
+    model.first.bias.requires_grad_(False)
+    learn = Learner(model, optimiser, F.cross_entropy, LOADERS, device="cpu")
+    learn.train(1, learning_rate=0.1)
+    learn.save(tmp_path / "c")
+    again = load(tmp_path / "c", HERE, optimiser=optimiser, dataloaders=LOADERS, device="cpu")
+    assert [p.requires_grad for p in again.model.parameters()] == [True, False, True, True]
+    for each in (learn, again): each.train(1)
+    assert all(map(torch.equal, again.model.parameters(), learn.model.parameters()))
+    assert again.fingerprint()["optimiser"] == learn.fingerprint()["optimiser"]
+
+
+def test_what_a_callback_froze_when_the_checkpoint_was_written_is_trained_later(tmp_path):
+    def one(): return Learner(made(Net, 8), torch.optim.SGD, F.cross_entropy, LOADERS, [made(FreezeUntil, 2, "first")], device="cpu")
+    torch.manual_seed(0)
+    learn = one()
+    learn.model.head.bias.requires_grad_(False)
+    learn.on("after_batch", lambda learn, epoch, batch_num: learn.save(tmp_path / "c") if (epoch, batch_num) == (1, 1) else None)
+    learn.train(4, learning_rate=0.1)
+    again = load(tmp_path / "c", [HERE, "learner.steer.freeze"], callbacks=[FreezeUntil(2, "first")], dataloaders=LOADERS, device="cpu")
+    assert [p.requires_grad for p in again.model.parameters()] == [True, True, True, False]
+    again.train(4, resume=True)
+    assert all(map(torch.equal, again.model.parameters(), learn.model.parameters()))
+    assert [p.requires_grad for p in again.model.parameters()] == [True, True, True, False]
+
+
+def test_the_same_part_given_twice_is_refused():
+    part = made(nn.Linear, 4, 3)
+    said = r"^made\(Two\): the same Linear is given twice, and loading would build two of it; .*$"
+    with pytest.raises(ValueError, match=said): made(Two, part, part)
+    with pytest.raises(ValueError, match=said): made(Two, part, second=made(Two, made(nn.Linear, 4, 3), part))
+    with pytest.raises(ValueError, match="Net.*given twice"): made(nn.ModuleList, [(net := made(Net, 2)), net])
+    made(Two, part, made(nn.Linear, 4, 3))  # equal parts are two parts

@@ -585,6 +585,7 @@ class WithModes(SGD):
 
 
 @pytest.mark.parametrize("several", [False, True])
+@pytest.mark.filterwarnings("ignore:.*in no group of the optimiser")
 def test_optimisers_that_have_modes_are_told_before_each_pass(several):
     model = networks()
     one, other = WithModes(model.generator.parameters(), lr=0.1), Adam(model.discriminator.parameters())

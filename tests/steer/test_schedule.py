@@ -601,6 +601,7 @@ def test_last_epoch_without_an_initial_rate_is_refused_and_changes_nothing():
 
 
 @pytest.mark.parametrize("name", ["StepLR", "LambdaLR", "SequentialLR", "progress", "EpochSchedule"])
+@pytest.mark.filterwarnings("ignore:.*in no group of the optimiser")
 def test_a_group_that_is_added_in_training_is_refused_and_one_between_trainings_is_scheduled(name):
     def make(): return EpochSchedule(OPEN["ExponentialLR"]) if name == "EpochSchedule" else ALL[name]()
     def only_weight(model): return torch.optim.SGD([model.weight], lr=0.1, momentum=0.9)
@@ -919,3 +920,56 @@ def test_bad_input_that_needs_another_learner():
     with pytest.raises(ScheduleError, match="the state has no under_way"): one.load_state_dict({"x": 1})
     with pytest.raises(ValueError, match="the state has no under_way"): EarlyStopping().load_state_dict({})
     with pytest.raises(MonitorError, match="name a column"): EarlyStopping(3)
+
+
+# ---------------------------------------------------------------------------------------------------- after an end at 0
+
+ENDS_AT_0 = {
+    "epochs": lambda: EpochSchedule(partial(lrs.CosineAnnealingLR, T_max=2)), "updates": lambda: BatchSchedule(partial(lrs.CosineAnnealingLR, T_max=2 * PER_EPOCH)),
+    "a factor": lambda: EpochSchedule(partial(lrs.LambdaLR, lr_lambda=[lambda epoch: 1 - epoch / 2] * 2)),
+}
+
+
+def rates(learn): return [float(group["lr"]) for group in learn.optimiser.param_groups]
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("name", ENDS_AT_0)
+def test_groups_keep_their_proportions_after_a_schedule_that_ends_at_0(tmp_path, name, saved):
+    learn = learner()
+    learn.train(2, callbacks=ENDS_AT_0[name]())
+    assert rates(learn) == [0.0, 0.0]
+    if saved:
+        learn.save(tmp_path / "c")
+        learn = learner()
+        learn.load(tmp_path / "c")
+    learn.train(1, learning_rate=0.5)
+    assert rates(learn) == pytest.approx([0.5, 0.1])
+    assert not any("initial_lr" in group or "lr_before_zero" in group for group in learn.optimiser.param_groups)
+
+
+def test_a_second_schedule_from_0_keeps_the_proportions_of_the_first():
+    learn = learner()
+    for _ in range(2): learn.train(2, callbacks=EpochSchedule(partial(lrs.CosineAnnealingLR, T_max=2)))
+    learn.train(1, learning_rate=0.5)
+    assert rates(learn) == pytest.approx([0.5, 0.1])
+
+
+def test_a_schedule_that_ends_elsewhere_notes_nothing():
+    learn = learner()
+    learn.train(2, callbacks=EpochSchedule(partial(lrs.StepLR, step_size=1)))
+    assert not any("lr_before_zero" in group for group in learn.optimiser.param_groups)
+
+
+def test_rates_that_are_all_0_without_a_schedule_are_refused_for_several_groups_and_one_takes_its_rate():
+    learn = learner()
+    for group in learn.optimiser.param_groups: group["lr"] = 0.0
+    before = copy.deepcopy(learn.model.state_dict())
+    message = "learning_rate: the rates of all 2 parameter groups are 0, so their proportions are unknown; set \"lr\" in each of learn.optimiser.param_groups first"
+    with pytest.raises(ValueError) as caught: learn.train(1, learning_rate=0.5)
+    assert str(caught.value) == message and rates(learn) == [0.0, 0.0] and len(learn.history) == 0
+    assert all(torch.equal(value, before[name]) for name, value in learn.model.state_dict().items())
+    alone = learner(make=adam)
+    alone.optimiser.param_groups[0]["lr"] = 0.0
+    alone.train(1, learning_rate=0.5)
+    assert rates(alone) == [0.5]

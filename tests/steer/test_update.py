@@ -428,6 +428,7 @@ def test_it_logs_the_norm_before_clipping():
     assert learn.history.steps["train_gradient_norm"] == pytest.approx(norms, abs=1e-12) and max(norms) > 1
 
 
+@pytest.mark.filterwarnings("ignore:.*in no group of the optimiser")
 def test_gradients_that_the_optimiser_does_not_step_are_left_out_of_the_norm():
     "They are never dropped, and so would grow and grow."
     model = net()
@@ -679,6 +680,51 @@ def test_it_thaws_at_the_beginning_of_its_epoch():
     assert set(seen) == {(0, False), (1, False), (2, True), (3, True)}
 
 
+class SavesAt(Callback):
+    "Saves within an epoch and at its end, when the others have seen it."
+    priority, watches = 5000, True
+
+    def __init__(self, folder, epoch): self.folder, self.epoch = folder, epoch
+
+    def after_batch(self, learn, epoch, batch_num):
+        if (epoch, batch_num) == (self.epoch, 1): learn.save(self.folder / "within")
+
+    def after_epoch(self, learn, epoch):
+        if epoch == self.epoch: learn.save(self.folder / "end")
+
+
+@pytest.mark.parametrize("where", ["within", "end"])
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_a_training_that_is_resumed_is_frozen_as_long_as_the_callback_says(tmp_path, epoch, where):
+    def with_flags(*callbacks):
+        learn, flags = learner(batches(4), *callbacks), []
+        learn.on("before_training", lambda model: flags.append([p.requires_grad for p in model.parameters()]), priority=5000)
+        return learn, flags
+    whole, _ = with_flags(FreezeUntil(2, "0"), SavesAt(tmp_path, epoch))
+    whole.train(4)
+    fresh, flags = with_flags(FreezeUntil(2, "0"))
+    fresh.train(4, resume=tmp_path / where)
+    assert same(fresh.model, whole.model)
+    assert flags[-1] == [True] * 4 and [p.requires_grad for p in fresh.model.parameters()] == [True] * 4
+    without, flags = with_flags()
+    without.train(4, resume=tmp_path / where)  # nobody keeps it frozen any longer
+    assert all(each == [True] * 4 for each in flags) and len(without.history) == 4
+
+
+def test_what_a_hook_freezes_after_its_epoch_stays_frozen_in_a_training_that_is_resumed(tmp_path):
+    def freezing(*callbacks):
+        learn = learner(batches(4), FreezeUntil(1, "0"), *callbacks)
+
+        def freeze(learn, epoch):
+            if epoch == 2: learn.model[0].weight.requires_grad_(False)
+        learn.on("before_training", freeze)
+        return learn
+    whole, fresh = freezing(SavesAt(tmp_path, 3)), freezing()
+    whole.train(5)
+    fresh.train(5, resume=tmp_path / "within")
+    assert same(fresh.model, whole.model) and not fresh.model[0].weight.requires_grad
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError, CancelEpochException, CancelTrainException])
 def test_everything_can_be_trained_again_afterwards(error):
     learn = learner(batches(4), freeze := FreezeUntil(2, "0"), Raises("before_batch", error(), at=2))
@@ -781,6 +827,7 @@ def loaded(callback, state):
     (fine_tune_head, ValueError, "FreezeUntil: 0.weight is not in the optimiser and would never be trained; make the optimiser from all parameters of the model"),
     (lambda: loaded(FreezeUntil(1, "0"), {}), ValueError, "load_state_dict: the state has no epochs; it has []"),
 ])
+@pytest.mark.filterwarnings("ignore:.*in no group of the optimiser")
 def test_messages(do, error, message):
     with pytest.raises(error) as caught: do()
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)

@@ -35,6 +35,8 @@ ALLOWED = {
     ("keep/launch.py", "Path(self.folder, f'output {rank}').open('wb')"): "in that folder: an open file has to be handed to a process",
     ("keep/launch.py", "pickle.dumps(message)"): "from one process of this user to another, over a socket in that folder, with a key",
     ("keep/launch.py", "pickle.loads(end.recv_bytes())"): "what was sent so, once the key was proved",
+    ("keep/launch.py", "pickle.loads(packed or b'')"): "an error that a process of this launch has sent, over that socket",
+    ("base/warned.py", "mmap.mmap(-1"): "memory without a file, which processes that are forked here share",
     ("keep/launch.py", "pickle.load(file)"): "the learner that the parent has put in that folder",
     ("use/export.py", "torch.export.save(exported, file)"): "to memory",
     ("use/export.py", "torch.export.load(BytesIO"): "from memory, what has just been saved",
