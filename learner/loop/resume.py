@@ -152,8 +152,7 @@ class Standing(Arriving):
         self.place = Place(self.num_epochs)
 
     def end_epoch(self, learn: Any) -> None:
-        self.place = Place(learn.epoch + 1)
-        self.done, self.stretch = self.done + self.stretch, 0
+        self.place, self.done, self.stretch = Place(learn.epoch + 1), self.done + self.stretch, 0
 
 # %% ../../nbs/loop/resume.ipynb #468101d0
 def tell_epoch(loader: Any, epoch: int) -> Any:
@@ -251,8 +250,7 @@ class TrainingBatches(Flow):
         else: self.place, first = Place(learn.epoch, "train"), 0
         if self.steps is not None:
             self.began = {"rng": {}, "order": {}}  # the stream knows
-            left = (self.length(learn) or 0) - first
-            return self.batches(learn, islice(self.flow(learn, loader), left), first)
+            return self.batches(learn, islice(self.flow(learn, loader), self.stretch - first), first)
         tell_epoch(loader, len(learn.history))
         if loop is None or not first:
             self.began = {"rng": rng_state(), "order": order_state(loader)}
