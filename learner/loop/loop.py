@@ -198,6 +198,11 @@ class Length:
         "Keep what is needed to go on, where what runs in the `with` does not come to its end."
         return nullcontext()
 
+    def begin_stretch(self, steps: int) -> None:
+        "Plan the batches of an epoch in a training that counts them."
+        self.done += self.stretch
+        self.stretch = min(self.validation_steps, steps - self.done)
+
     def end_epoch(self, loop: Any) -> None:
         "The row of an epoch is written."
 

@@ -151,14 +151,8 @@ class Standing(Arriving):
         yield from self.from_here(learn, super().last(learn))
         self.place = Place(self.num_epochs)
 
-    def begin_stretch(self, steps: int) -> None:
-        "Plan the batches of an epoch in a training that counts them."
-        self.done += self.stretch
-        self.stretch = min(self.validation_steps, steps - self.done)
-
     def end_epoch(self, learn: Any) -> None:
-        self.place = Place(learn.epoch + 1)
-        self.done, self.stretch = self.done + self.stretch, 0
+        self.place, self.done, self.stretch = Place(learn.epoch + 1), self.done + self.stretch, 0
 
 # %% ../../nbs/loop/resume.ipynb #468101d0
 def tell_epoch(loader: Any, epoch: int) -> Any:
@@ -256,8 +250,7 @@ class TrainingBatches(Flow):
         else: self.place, first = Place(learn.epoch, "train"), 0
         if self.steps is not None:
             self.began = {"rng": {}, "order": {}}  # the stream knows
-            left = (self.length(learn) or 0) - first
-            return self.batches(learn, islice(self.flow(learn, loader), left), first)
+            return self.batches(learn, islice(self.flow(learn, loader), self.stretch - first), first)
         tell_epoch(loader, len(learn.history))
         if loop is None or not first:
             self.began = {"rng": rng_state(), "order": order_state(loader)}
@@ -380,7 +373,7 @@ class Cursor(Repeating):
         self.saved = None
         return super().arrive(learn)
 
-# %% ../../nbs/loop/resume.ipynb #baf27a62
+# %% ../../nbs/loop/resume.ipynb #d92f7068
 def check_length(learn: Any, loop: Mapping[str, Any]) -> None:
     "Raise ResumeError if training stands within a pass over a loader that has another length now."
     _, phase, batch = loop["place"]
@@ -390,7 +383,7 @@ def check_length(learn: Any, loop: Mapping[str, Any]) -> None:
     was, now = (loop.get("plan") or {}).get("length"), length_of(learn.dataloaders["train"])
     if given and None not in (was, now) and was != now:
         raise ResumeError(f"the training loader has {now} batches, and it had {was} where the training to resume "
-                          f"stopped after batch {given} of a pass; give it the data and the batch size that it had")
+                          f"stopped after {given} of them; give it the data and the batch size that it had")
 
 # %% ../../nbs/loop/resume.ipynb #747ca8ee
 def begin(cursor: Cursor, learn: Any, state: Any, learning_rate: float | None) -> None:
