@@ -63,7 +63,7 @@ def _same_kind(own: Any, found: Any) -> bool:
     if found is own: return True
     if isinstance(own, bool): return isinstance(found, bool | None)
     if not isinstance(own, int | float | Tensor | None): return True
-    if own is None and isinstance(found, bool | list | tuple): return True
+    if own is None: return isinstance(found, bool | str | list | tuple)
     number = as_number(found) if not isinstance(found, Tensor) or found.numel() == 1 else None
     return number is not None and not isinstance(number, bool) and abs(number) < 1e300
 
