@@ -279,8 +279,7 @@ class Keeping(TrainingBatches):
         "Keep what going on needs; where a callback ends training, there is nothing to go on with."
         try: yield
         except CancelTrainException:
-            self.place = Place(self.num_epochs)
-            self.done, self.stretch = self.steps or 0, 0
+            self.place, self.done, self.stretch = Place(self.num_epochs), self.steps or 0, 0
             raise
         except CancelException: raise
         except BaseException as error:

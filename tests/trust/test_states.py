@@ -136,7 +136,7 @@ def kept(learn):
     "All that a state holds, the random numbers, and the state of the loader."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        state = learn.state_dict()
+        state = {name: part for name, part in learn.state_dict().items() if name != "made"}  # which names hooks that came later
     loader = learn.dataloaders["train"]
     if isinstance(loader, Own): state["own"] = {"seen": repr(loader.seen), "places": repr(loader.places)}
     return hash_state(state)
