@@ -19,10 +19,10 @@ from .loop.resume import Rewind
 from .loop.stages import Callback, CancelBatchException, CancelEpochException
 from .loop.stages import CancelStepException, CancelTrainException, provides
 from .runs.live import watch_run
-from .runs.loggers import CSVLogger
+from .runs.loggers import CSVLogger, JSONLinesLogger
 from .runs.runs import Run, load_run
 from .steer.accumulate import Accumulate
-from .steer.augment import TTA, BatchTransform, CutMix, Mixup
+from .steer.augment import BatchTransform, CutMix, Mixup
 from .steer.freeze import FreezeUntil
 from .steer.initialise import LSUV
 from .steer.multi import Optimisers
