@@ -206,7 +206,7 @@ def test_an_object_that_does_not_count_its_examples_says_so():
     class Opaque:
         __slots__ = ()
         def to(self, device): return self
-    with pytest.warns(UserWarning, match="a Opaque does not say how many examples it has; it is counted as 1; if that is wrong, give the batch a batch_size"):
+    with pytest.warns(UserWarning, match="an Opaque does not say how many examples it has; it is counted as 1; if that is wrong, give the batch a batch_size"):
         assert unpack(Opaque(), CPU)[3] == 1
 
 
