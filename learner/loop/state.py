@@ -208,6 +208,9 @@ def _check_counts(loop: Mapping[str, Any]) -> None:
     for name in ("done", "stretch", "next_pass") if plan and plan.get("steps") else ():
         if type(plan.get(name)) is not int or not 0 <= plan[name] < 2**53:
             raise ResumeError(f"the state does not say how many batches are done: {name} is {plan.get(name)!r:.40}")
+    for name, kind in (("validates", bool), ("tests", bool), ("length", int)):
+        if plan and type(plan.get(name)) not in (kind, type(None)):
+            raise ResumeError(f"the state's plan is damaged: {name} is {plan[name]!r:.40}")
 
 def _check_mean(state: Mapping[str, Any]) -> None:
     "Raise an error unless it is the state of a mean, which may be NaN, as its count may not."

@@ -37,6 +37,8 @@ def places(records): return [(record["epoch"], record["batch"]) for record in re
 
 class At(Callback):
     "Does something after one batch."
+    watches = True
+
     def __init__(self, epoch, batch, what): self.place, self.what = (epoch, batch), what
 
     def after_batch(self, learn):

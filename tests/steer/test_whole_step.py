@@ -1,10 +1,12 @@
 """A whole step in one graph against eager training: right, or refused by name before the first step."""
 import copy
+import gc
 import os
 import re
 import signal
 import subprocess
 import sys
+import tracemalloc
 import warnings
 from functools import partial
 from itertools import combinations
@@ -920,3 +922,17 @@ def test_on_a_gpu_a_training_goes_on_with_the_graph_and_without():
     learn.train(2)
     for other in (again, without): other.train(resume=copy.deepcopy(states[0]))
     assert gap(learn, again) < 1e-5 and gap(learn, without) < 1e-3
+
+
+def test_nothing_grows_from_step_to_step():
+    marks = []
+    def mark(learn):
+        if learn.batch_num not in (50, 250): return
+        gc.collect()
+        marks.append(tracemalloc.get_traced_memory()[0])
+    learn = learner(WholeStep(CAUGHT), data=batches((8,) * 251))
+    learn.on("after_batch", mark)
+    tracemalloc.start()
+    try: learn.train(1)
+    finally: tracemalloc.stop()
+    assert (marks[1] - marks[0]) / 200 < 500, marks  # bytes a step

@@ -41,6 +41,7 @@ from learner.runs.rundir import find_runs, new_name
 from learner.runs.runfiles import RunFiles, iter_rows, read_run
 from learner.runs.runs import Run, checkpoint_of, evaluate_run, load_run, rerun, resume_run, train_run
 from learner.runs.scores import scores
+from learner.use import serve
 
 SECONDS, HANGS, MEMORY = 3, 60, 1 << 30  # that one call may take of a processor and of time, and of memory beyond what there is
 IN_OPEN, IN_ALL, LARGE = 0x20, 0xFFF, 1 << 26
@@ -133,6 +134,7 @@ def commands(evil):
         "scores": [["scores", ".", "--top=null", "--csv=out/s.csv", "--json=out/s.json", "--html=out/s.html"], ["scores", safe, "--metric=test_loss", "--by=last", "--status=null"]],
         "compare": [["compare", "good", safe], ["compare", safe, "good"]], "configs": [], "show": [["show", safe], ["show", file]],
         "train": [["train", safe, "--help"], ["train", "tiny", safe]], "rerun": [["rerun", "good", safe]], "resume": [["resume", safe]],
+        "serve": [["serve", safe, "--port=0"]],
     }
     training = [["evaluate", safe], ["evaluate", safe, "--split=test", "--checkpoint=last"], ["train", safe, "new"], ["train", file, "new2"], ["rerun", safe, "new3"],
                 ["resume", safe, "--epochs=3"], ["train", "tiny", safe, "--new-name"], ["train", "tiny", safe, "--overwrite"]]
@@ -327,6 +329,7 @@ def quick():
     os.fsync = lambda file: None
     for module in (config, layers): module.read_signature = remembered(signature.read_signature)
     run_module.write_plots = runs_module.write_predictions = lambda *_: None  # drawing
+    serve.Service.run = lambda service: service._listener.close()  # it has read the folder by then, and would wait for requests
 
 
 def main():
