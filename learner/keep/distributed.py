@@ -39,6 +39,7 @@ class _Agreeing:
     cancelled = ""  # the exception that has ended something on this rank since the last agreement
     agreed = False  # in this batch
     stopping = False  # all have agreed to stop
+    around: BaseException | None = None  # handled by whoever made this call, as in `except`: nothing fails
 
     @property
     def rank(self) -> int:
@@ -87,9 +88,9 @@ class _Deciding(_Agreeing):
     def in_step(self, learn: Any) -> bool:
         "Whether all ranks are here too: not where this one fails."
         error = sys.exception()
-        if isinstance(error, KeyboardInterrupt | SystemExit):
+        if isinstance(error, KeyboardInterrupt | SystemExit) and error is not self.around:
             return self.stopping and not learn.cursor.signals.urgent
-        return error is None
+        return error is self.around
 
     def ready(self, learn: Any) -> None:
         "Raise RankError unless all ranks ask for the whole state, of which each has a part."
@@ -330,7 +331,7 @@ class _Framed(_Acting):
         self.shards = self.asked or group.world
         self.mine = shards_of(group.rank, group.world, self.shards) if self.asked else range(group.rank, group.rank + 1)
         self.steps, self.key, self.stopping, self.tally, self.loaded = 0, 0, False, None, None
-        learn.ranks, signals, self.under_way = self, learn.cursor.signals, True
+        learn.ranks, signals, self.under_way, self.around = self, learn.cursor.signals, True, sys.exception()
         signals.shared = True
         try:
             with _watched(group), _silent(learn, group), self.checked(learn): yield
@@ -340,6 +341,7 @@ class _Framed(_Acting):
             raise ended from None
         finally:
             learn.ranks, signals.shared, self.tally, self.under_way = None, False, None, False
+            self.around = None
             self.gradients.part()  # what has not ended together
             if signals.arrived and not signals.noted: signals.noted = signals.arrived
 

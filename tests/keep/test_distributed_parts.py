@@ -65,6 +65,7 @@ def test_ranks_with_parts_train_what_one_process_trains(tmp_path, world, case):
     assert sum(each[4][-1] for each in found) == 4 * total  # and AdamW's two moments before the last
 
 
+@pytest.mark.filterwarnings("ignore:the training that is resumed was steered by callbacks:UserWarning")  # it does without, on purpose
 def test_a_checkpoint_of_parts_is_one_of_a_plain_training_and_goes_on_on_any_number_of_ranks(tmp_path):
     straight = make(dropout=0)
     straight.train(2, learning_rate=0.01)
@@ -115,6 +116,18 @@ def test_several_optimisers_ragged_batches_and_cancelled_ones(tmp_path):
     alone = train(None)
     for found in values(2, train, tmp_path):
         for end, wanted in zip(found, alone, strict=True): torch.testing.assert_close(end, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_training_within_an_exception_handler_is_one_that_does_not_fail(tmp_path):
+    def train(rank):
+        try: raise StopIteration
+        except StopIteration:  # as of a training that is tried again with smaller batches
+            learn = make(Distributed(shard=True), Checkpoint(tmp_path / f"of {rank}"), dropout=0)
+            learn.train(1)
+            return weights(learn)
+
+    alone = train(None)
+    for end in values(2, train, tmp_path): torch.testing.assert_close(end, alone, rtol=1e-4, atol=1e-6)
 
 
 class LeavesOut(Callback):
