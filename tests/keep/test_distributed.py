@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from processes import LONG, At, as_forks, ctrl_c, group, make, metrics, outcome, values
+from processes import LONG, At, Counting, as_forks, ctrl_c, group, make, metrics, outcome, values
 from torch import nn
 
 from learner.keep.checkpoint import Checkpoint
@@ -83,22 +83,12 @@ def test_where_training_was_stopped_one_process_without_distributed_goes_on_with
 
 def test_shards_refuse_by_name_what_would_be_wrong(tmp_path):
     for wrong, words in ((make(Distributed(shards=4), Accumulate(2)), "Accumulate"), (_with(nn.BatchNorm1d(6)), "0.0 is a BatchNorm1d"),
-                         (_with(_Counting()), "the buffer 0.0.seen")):
+                         (_with(Counting()), "the buffer 0.0.seen")):
         with pytest.raises(ShardError, match=words): wrong.train(1)
     with pytest.raises(ShardError, match="power of two"): Distributed(shards=3)
     with pytest.raises(TypeError, match="option of DDP"): Distributed(shards=4, bucket_cap_mb=1)
     frozen = _with(nn.BatchNorm1d(6).eval())
     frozen.train(1)
-
-
-class _Counting(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("seen", torch.zeros(()))
-
-    def forward(self, x):
-        self.seen += len(x)
-        return x
 
 
 def _with(layer):

@@ -3,7 +3,7 @@ import contextlib
 
 import pytest
 import torch
-from processes import At, as_forks, ctrl_c, data, group, make, metrics, values
+from processes import At, Counting, as_forks, ctrl_c, data, group, make, metrics, values
 from torch import nn
 
 from learner.base.store import load_state
@@ -140,19 +140,9 @@ class Reads(Callback):
     def after_batch(self, learn): learn.model.state_dict()
 
 
-class Counts(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("seen", torch.zeros(()))
-
-    def forward(self, x):
-        self.seen += len(x)
-        return x
-
-
 REFUSED = {
     "batch norm": (lambda: with_layer(nn.BatchNorm1d(6)), "0.0 is a BatchNorm1d"),
-    "a buffer": (lambda: with_layer(Counts()), "the buffer 0.0.seen"),
+    "a buffer": (lambda: with_layer(Counting()), "the buffer 0.0.seen"),
     "Accumulate": (lambda: make(Distributed(shard=True), Accumulate(2)), "Accumulate does not work with"),
     "EMA": (lambda: make(Distributed(shard=True), EMA()), "EMA does not work with"),
     "Fingerprints": (lambda: make(Distributed(shard=True), Fingerprints()), "Fingerprints does not work with"),
