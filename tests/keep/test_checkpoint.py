@@ -708,15 +708,17 @@ def test_a_second_press_in_a_save_lets_it_come_to_its_end_and_leaves_no_descript
         learn.add(saver, Press("before_loss", n=2))
         write, before = saver._write, len(os.listdir("/proc/self/fd"))
         saver._write = lambda *arguments: ran.append(lines_of(lambda: write(*arguments), where if learn.cursor.signals.noted else 0))
-        with pytest.raises(KeyboardInterrupt, match="stopped at once, when the file was written" if where else "^stopped after"): train(learn)
+        with pytest.raises(KeyboardInterrupt) as caught: train(learn)
+        pressed = 0 < where <= ran[-1]
+        assert str(caught.value).startswith("stopped at once, when the file was written" if pressed else "stopped after")
         assert len(os.listdir("/proc/self/fd")) == before and whole(learn)
         assert names(folder) == ["epoch-0000-batch-00001", "epoch-0000-batch-00002"]
         assert learn.place == (0, "train", 2)
         return ran[-1]
-    saved(0)  # what is done once in a process
-    lines = saved(0)
-    assert lines > 200
-    for where in range(1, lines, 1 if LONG else 30): saved(where)
+    assert saved(0) > 200
+    where = 1
+    while where <= saved(where): where += 1 if LONG else 30  # up to the last line, whose number differs a little from save to save
+    assert where > 200
 
 
 def test_minutes(tmp_path, monkeypatch):
