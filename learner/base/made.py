@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from .hashing import hash_state
 from .nested import encode_state
-from .words import printable
+from .words import kind_of, printable
 
 # %% ../../nbs/base/made.ipynb #c9497f92
 def place_of(kind: Any) -> str:
@@ -103,8 +103,8 @@ def made(kind: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     part = kind(*args, **kwargs)
     try: part.made_by = recipe
     except AttributeError:
-        raise TypeError(f"made({name}): it returns a {type(part).__name__}, which takes no "
-                        "attribute; return an object of a class") from None
+        raise TypeError(f"made({name}) returns {kind_of(part)}, which takes no "
+                        "attributes; return an instance of a class of your own") from None
     return part
 
 # %% ../../nbs/base/made.ipynb #b57a9fa0

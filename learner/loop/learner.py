@@ -178,12 +178,13 @@ ARGUMENTS = {  # of `train`
 }
 
 MACHINERY = frozenset({  # what the loop and callbacks use; Tab offers what is left
-    "batches_done", "batches_stepped", "blame", "call", "call_loss", "check_idle", "clock",
-    "columns", "compute_loss", "cursor", "drop_fixtures", "evaluating", "fixtures",
-    "has_opened", "inputs_at", "keep_last", "labels_at", "last", "live_fixtures", "measure",
-    "measure_every", "place", "plan", "position", "predict_new", "prepare", "quiet_copy",
-    "remove_watchers", "running", "stage", "stages", "times", "tree", "trained", "unseen_step",
-    "watchers",
+    "act", "backward", "batches_done", "batches_stepped", "blame", "call", "call_loss",
+    "check_idle", "clock", "columns", "compute_loss", "cursor", "drop_fixtures", "evaluating",
+    "fixtures", "has_opened", "inputs_at", "is_measuring", "keep_last", "labels_at", "last",
+    "live_fixtures", "measure", "measure_every", "place", "plan", "position", "predict_new",
+    "prepare", "quiet_copy", "ranks", "remove_watchers", "resolution", "running", "silenced",
+    "stage", "stages", "step", "times", "train_batch", "trained", "tree", "unseen_step",
+    "validation_batch", "watchers", "weights_version",
 })
 
 def speaks(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ from functools import partial
 from textwrap import fill, indent
 from typing import Any, TypeVar
 
-from ..base.words import did_you_mean
+from ..base.words import did_you_mean, with_article
 from .frames import users_frames
 
 # %% ../../nbs/loop/stages.ipynb #5cdc08df
@@ -207,7 +207,7 @@ class _Lifetimes(_Ways):
         "When a fixture lives, in words; nothing for an unknown one."
         for stage in self.stages.values():
             if fixture in stage.leaves:
-                return f"lives from after_{stage.name} to the end of a {stage.inside[0]}"
+                return f"lives from after_{stage.name} to the end of {with_article(stage.inside[0])}"
         stages = self.stages.values()
         return lives_in([s.name for s in stages if fixture in (*s.counts, *s.holds)])
 
@@ -361,6 +361,8 @@ Example:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in dir(cls): _check_definition(cls, name, inspect.getattr_static(cls, name))
+        if "__init__" in vars(cls) and cls.__module__.startswith("learner."):  # wrong arguments
+            cls.__init__ = users_frames(cls.__init__)  # type: ignore[method-assign]
 
     def __repr__(self) -> str: return f"{type(self).__name__}()"
 

@@ -70,8 +70,8 @@ def _counted(both: Tensor, known: int | None) -> Tensor:
 def _predicted(predictions: Any) -> tuple[Tensor, int | None]:
     "The predicted classes, and how many classes there are if that is known."
     if not isinstance(predictions, Tensor):
-        kind = type(predictions).__name__
-        raise TypeError(f"predictions is a {kind}; pass a tensor of scores or of classes")
+        raise TypeError(f"predictions is {kind_of(predictions)}; pass a tensor of scores or of "
+                        "classes")
     if not predictions.is_floating_point() and not predictions.is_complex():
         return predictions.long(), None
     if predictions.ndim > 1 and predictions.shape[1] > 1:

@@ -133,7 +133,7 @@ def test_loaders_with_names():
     ({"train": "abc"}, TypeError, "dataloaders[\"train\"] is 'abc'; pass an iterable of batches"),
     ({"train": (NUMBERS, NUMBERS)}, TypeError, "dataloaders[\"train\"] is a tuple of 2 arrays, which is data and not an iterable of batches; pass TensorLoader((x, y), batch_size=...), or [(x, y)] to have one batch"),
     ({"train": (NUMBERS.numpy(), NUMBERS)}, TypeError, "dataloaders[\"train\"] is a tuple of 2 arrays, which *"), ({"test": {"a": NUMBERS}}, TypeError, "dataloaders[\"test\"][\"a\"] is a Tensor, which is data *"),
-    ({"validation": NUMBERS.numpy()}, TypeError, "dataloaders[\"validation\"] is a ndarray, which is data *"),
+    ({"validation": NUMBERS.numpy()}, TypeError, "dataloaders[\"validation\"] is an ndarray, which is data *"),
     ({"valid": []}, ValueError, "dataloaders: 'valid' is not one of ['train', 'validation', 'test']; did you mean validation?")])
 def test_loaders_that_cannot_be(loaders, kind, message):
     with pytest.raises(kind) as caught: check_parts(nn.Linear(1, 1), torch.optim.SGD, F.mse_loss, loaders)

@@ -1,6 +1,9 @@
 """The table of stages, and every message for a callback that is wrong by itself."""
 import inspect
+import os
 import re
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -107,3 +110,22 @@ def test_stages_that_cannot_be(case):
     stages, message = OWN[case]
     with pytest.raises(CallbackError) as caught: StageTree(stages)
     assert str(caught.value) == message
+
+
+WRONG = ("Checkpoint('x', every=-3)", "EarlyStopping(patience=-1)", "Metrics(3)", "ClipGradients(-1)", "Accumulate(0)", "Mixup(-1)",
+         "EMA(decay=2)", "Run(3)", "type('Mine', (EarlyStopping,), {})(patience=-1)")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_in_ipython_a_wrong_argument_of_a_callback_shows_none_of_our_frames(full, tmp_path):
+    pytest.importorskip("IPython", reason="the frames are those that IPython shows: pip install ipython")
+    code = ("import sys; from IPython.core.interactiveshell import InteractiveShell; shell = InteractiveShell.instance(colors='NoColor')\n"
+            "shell.run_cell('from learner.all import *')\n"
+            "for each in sys.argv[1:]: assert shell.run_cell(each).error_in_exec is not None; print('=' * 9)")
+    env = {**os.environ, "IPYTHONDIR": str(tmp_path), "LEARNER_TRACEBACK": "full" if full else ""}
+    done = subprocess.run([sys.executable, "-c", code, *WRONG], capture_output=True, text=True, env=env, check=True)
+    shown = done.stdout.split("=" * 9)[:-1]
+    assert len(shown) == len(WRONG)
+    for call, text in zip(WRONG, shown):
+        assert call in text and re.search(r"^(Value|Type)Error: .+", text, re.MULTILINE), text
+        assert full == bool(re.search(r"learner/\w+/\w+\.py", text)), text
