@@ -146,7 +146,7 @@ def encode_state(state: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
     """A state as JSON and tensors; nothing is copied.
 
     Args:
-        state: A mapping with text as keys, nested as one likes.
+        state: A mapping with text as keys, nested at will.
 
     Returns:
         The JSON, in which names stand for tensors, and the tensors by name.

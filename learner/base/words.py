@@ -46,7 +46,7 @@ _AN = re.compile(r"(?![Ee]u|[Oo]ne(?![a-z]))[AEIOaeio]|[Uu]n(?!i)"  # by its sou
                  r"|[FHLMNRSX]([A-Z0-9]|$)|nd")  # or spelled: "an LSTM", "an ndarray"
 
 def with_article(name: str) -> str:
-    """A name with the article that it is spoken with.
+    """A name with its indefinite article.
 
     Args:
         name: A word, or the name of a class.
@@ -71,7 +71,7 @@ def kind_of(value: Any) -> str:
 
 # %% ../../nbs/base/words.ipynb #0a97e467
 def as_number(value: Any) -> int | float | None:
-    """A value as a number of Python, whichever library it comes from.
+    """A value as a Python number, whichever library it comes from.
 
     Args:
         value: Anything: a number, one of NumPy's, an array or a tensor without dimensions, or
@@ -134,7 +134,7 @@ def check_number(name: str, value: Any, least: float = 0.0) -> float:
 def plain(value: Any) -> Any:
     """A value as JSON can hold it: None, bool, int, float, text, and lists and dicts of them.
 
-    Numbers of NumPy, and arrays and tensors without dimensions, are numbers. NaN and infinity,
+    NumPy numbers, and arrays and tensors without dimensions, count as numbers. NaN and infinity,
     paths and times become text, tuples and sets lists, and anything else its `repr`.
 
     Args:
@@ -162,7 +162,7 @@ def plain(value: Any) -> Any:
 PHASES = ("train", "validation", "test")  # the passes over data
 
 def split_column(name: str) -> tuple[str, str]:
-    """Tell the pass from what was measured in it.
+    """Split the name of a column into the pass and what was measured in it.
 
     Args:
         name: Of a column, such as `"validation_loss"`.
@@ -179,7 +179,7 @@ def split_column(name: str) -> tuple[str, str]:
 
 # %% ../../nbs/base/words.ipynb #aa5d63c0
 class Column(NamedTuple):
-    "What the name of a column says: `<phase>_<loader>_<quantity>`, with what there is of them."
+    "The parts of a column's name, `<phase>_<loader>_<quantity>`; the first two may be empty."
     phase: str  # empty if it was not measured in a pass over data
     loader: str  # empty if the loader of the phase has no name of its own
     quantity: str
@@ -316,7 +316,7 @@ def printable(text: Any, keep: str = "") -> str:
 
 # %% ../../nbs/base/words.ipynb #129b44a9
 def shortened(text: str, length: int) -> str:
-    "Text of at most so many characters; dots say that something is left out."
+    "Text cut to a number of characters; dots show that something is left out."
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 _LONGEST = 1000  # characters of a message

@@ -170,7 +170,7 @@ def _value(form: Form, setting: Setting, where: str, given: Given, allow: Allow)
         named = given or default is NOTHING or isinstance(default, str | Mapping)
         return _named(kind, where, [("", default, False), *given], allow) if named else default
     if given and kind == "opaque":
-        raise _error(given[-1][0], f"{where} cannot be given by settings: it is not a plain value")
+        raise _error(given[-1][0], f"{where} cannot be set, since it is not a plain value")
     if not given and default is NOTHING:
         raise ConfigError(f"{where} has no default; give it: {where}=...")
     result = NOTHING if kind == "opaque" or _as_plain(default) is NOTHING else default

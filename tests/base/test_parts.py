@@ -104,12 +104,12 @@ def test_a_search_ends():
 def test_orders_that_can_be_restored(make): assert cannot_restore(make()) == ""
 
 
-FIX = ", so a training that is resumed would get other batches from it; give it state_dict() and load_state_dict(), or a list, a DataLoader or a TensorLoader"
+FIX = ", so resumed training would get different batches from it; give it state_dict() and load_state_dict(), or use a list, a DataLoader or a TensorLoader"
 
 
 @pytest.mark.parametrize("make, reason", [
-    (lambda: iter([1]), "list_iterator is an iterator, which cannot be wound back"), (lambda: (i for i in range(3)), "generator is an iterator, which cannot be wound back"),
-    (lambda: Both(itertools.cycle([1])), "Both holds an iterator, which cannot be wound back (Both._loaders[0])"),
+    (lambda: iter([1]), "list_iterator is an iterator, which cannot be rewound"), (lambda: (i for i in range(3)), "generator is an iterator, which cannot be rewound"),
+    (lambda: Both(itertools.cycle([1])), "Both holds an iterator, which cannot be rewound (Both._loaders[0])"),
     (lambda: DataLoader(Augmented(np.random.default_rng(0)), 4), "DataLoader holds a random generator of NumPy (DataLoader.dataset.generator)"),
     (lambda: Both(DataLoader(Augmented(np.random.RandomState(0)), 4)), "Both holds a random generator of NumPy (Both._loaders[0].dataset.generator)"),
     (lambda: DataLoader(Subset(Augmented(random.Random(0)), [1]), 4), "DataLoader holds a generator of Python's random (DataLoader.dataset.dataset.generator)")])

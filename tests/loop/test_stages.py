@@ -36,7 +36,7 @@ DEFINITIONS = {
     "yielding action": ({"predict": yielding}, "Loud.predict yields, and would never run; only around_ hooks yield"),
     "async": ({"after_batch": asynchronous}, "Loud.after_batch is async and would never run; drop async"),
     "context manager": ({"around_batch": contextmanager(yielding)},
-                        "Loud.around_batch is a context manager; leave @contextmanager out, a plain generator will do"),
+                        "Loud.around_batch is a context manager; drop @contextmanager: a generator will do"),
     "no self": ({"after_batch": lambda: 0}, "Loud.after_batch has no self; a hook is a method"),
     "the learner's method": ({"compute_loss": lambda self: 0},
                              "Loud.compute_loss would never be called; to replace the learner's own, call it loss"),
@@ -59,8 +59,7 @@ DEFINITIONS = {
     "in no stage of a group": ({"before_any_batch": lambda self, loss: 0},
                                "Loud.before_any_batch asks for loss, which lives from after_loss to the end of a batch"),
     "a group that yields": ({"after_pass": yielding}, "Loud.after_pass yields, and would never run; only around_ hooks yield"),
-    "parts that are a method": ({"parts": lambda self: 0}, "Loud.parts is a method, and parts are the callbacks that a "
-                                "callback brings along; make it a property or an attribute, or rename it"),
+    "parts that are a method": ({"parts": lambda self: 0}, "Loud.parts is a method; parts are callbacks, so make it a property"),
     "on": ({"on_train_epoch_end": lambda self: 0}, "Loud.on_train_epoch_end would never be called; hooks are named "
            "before_X and after_X for a stage X, such as after_epoch"),
 }
@@ -126,6 +125,6 @@ def test_in_ipython_a_wrong_argument_of_a_callback_shows_none_of_our_frames(full
     done = subprocess.run([sys.executable, "-c", code, *WRONG], capture_output=True, text=True, env=env, check=True)
     shown = done.stdout.split("=" * 9)[:-1]
     assert len(shown) == len(WRONG)
-    for call, text in zip(WRONG, shown):
+    for call, text in zip(WRONG, shown, strict=True):
         assert call in text and re.search(r"^(Value|Type)Error: .+", text, re.MULTILINE), text
         assert full == bool(re.search(r"learner/\w+/\w+\.py", text)), text
