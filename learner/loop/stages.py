@@ -373,7 +373,7 @@ def check_kind(label: str, kind: str, function: Callable[..., Any]) -> None:
         function = type(function).__call__
     inner, yields = inspect.unwrap(function), inspect.isgeneratorfunction(function)
     if inner is not function and inspect.isgeneratorfunction(inner) and not yields:
-        raise CallbackError(f"{label} is a context manager; drop @contextmanager: a generator will do")
+        raise CallbackError(f"{label} is a context manager; drop @contextmanager from the generator")
     if inspect.iscoroutinefunction(function):
         raise CallbackError(f"{label} is async and would never run; drop async")
     if kind == "around" and not yields:

@@ -288,7 +288,7 @@ class _Closing(_Counted):
 
 # %% ../../nbs/steer/accumulate.ipynb #705a16f3
 class Accumulate(_Closing):
-    """Makes one step from the gradients of several batches, as one batch as large as all of them would.
+    """Makes one step from the gradients of several batches, like one batch as large as all of them.
 
     Args:
         n: Batches per step; the last group of a pass may have fewer.

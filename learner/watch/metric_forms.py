@@ -310,7 +310,7 @@ def _check_alike(own: Mapping[str, Any], state: Any) -> None:
                                   f"not {form_of(value)}")
 
 def set_state_of(metric: Any, state: Any) -> None:
-    "Let a metric of the same kind continue from there; raises an error for a state of another form."
+    "Let a metric of the same kind continue from there; raises an error for another form of state."
     if hasattr(metric, "metric_state"):
         parts = dict(metric.named_modules())
         for name, saved in state.items():

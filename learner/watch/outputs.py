@@ -173,8 +173,8 @@ def loader_to_look_at(learn: Any, phase: Any) -> Any:
                          "look at one of these")
     loader: Any = learn.dataloaders[phase]
     if hasattr(loader, "__next__"):
-        raise ValueError(f"dataloaders[\"{phase}\"] is an iterator, and reading it would use it up; "
-                         "give a list or a DataLoader")
+        raise ValueError(f"dataloaders[\"{phase}\"] is an iterator, and reading it would use it "
+                         "up; give a list or a DataLoader")
     if length_of(loader) == 0:
         raise ValueError(f"dataloaders[\"{phase}\"] is empty; give it at least one batch")
     return loader

@@ -36,7 +36,7 @@ DEFINITIONS = {
     "yielding action": ({"predict": yielding}, "Loud.predict yields, and would never run; only around_ hooks yield"),
     "async": ({"after_batch": asynchronous}, "Loud.after_batch is async and would never run; drop async"),
     "context manager": ({"around_batch": contextmanager(yielding)},
-                        "Loud.around_batch is a context manager; drop @contextmanager: a generator will do"),
+                        "Loud.around_batch is a context manager; drop @contextmanager from the generator"),
     "no self": ({"after_batch": lambda: 0}, "Loud.after_batch has no self; a hook is a method"),
     "the learner's method": ({"compute_loss": lambda self: 0},
                              "Loud.compute_loss would never be called; to replace the learner's own, call it loss"),

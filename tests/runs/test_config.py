@@ -328,7 +328,7 @@ def test_all_kinds_of_parameters(monkeypatch):
     assert settings_of(learn) is settings
     assert settings.config == f"{__name__}:{everything.__qualname__}"
     assert from_record(json.loads(json.dumps(settings.record()))).values == settings.values
-    assert "odd cannot be given by settings" in message(resolve, everything, {"odd": 3})
+    assert "odd cannot be set, since it is not a plain value" in message(resolve, everything, {"odd": 3})
     assert "data.sice: Data has no setting sice; did you mean data.size?" in message(resolve, everything, {"data.sice": 3})
     assert "model.inner.sice" in message(resolve, everything, {"model.inner.sice": 3})
     settings.build()
