@@ -108,16 +108,21 @@ class Writer(Callback):
     def after_batch(self): self.calls += 1
 
 
+def doubled(learn): return 2.0 * learn.batch_size  # nothing that the others could expect
+
+
 def test_two_ranks_train_what_one_trains_and_measure_it_exactly(tmp_path):
     cases = {"ragged": {}, "one example left": {"examples": 41}, "fewer examples than ranks": {"examples": 3, "batch_size": 1},
-             "group": {"more": lambda: [Accumulate(3)]}, "stopping": {"more": lambda: [EarlyStopping("train_loss", 1, min_delta=9.0)]}}
+             "group": {"more": lambda: [Accumulate(3)]}, "a group by weight": {"more": lambda: [Accumulate(3, weight=doubled)]},
+             "a group in views": {"more": lambda: [Accumulate(3, weight=doubled)], "options": {"gradient_as_bucket_view": True}},
+             "stopping": {"more": lambda: [EarlyStopping("train_loss", 1, min_delta=9.0)]}}
 
     def train(rank):
         found = {}
         for name, case in cases.items():
             more = case.get("more", list)()
-            sizes = {key: value for key, value in case.items() if key != "more"}
-            learn = make(Distributed(), metrics(), *more, dropout=0, seed=0 if rank is None else 10 * rank, **sizes)
+            sizes, options = {key: value for key, value in case.items() if key not in ("more", "options")}, case.get("options", {})
+            learn = make(Distributed(**options), metrics(), *more, dropout=0, seed=0 if rank is None else 10 * rank, **sizes)
             learn.on("after_epoch", lambda learn: learn.log(beside=learn.validate()["validation_loss"]))
             learn.train(3, learning_rate=0.01)
             found[name] = [*learn.history.rows], torch.cat([p.detach().flatten() for p in learn.model.parameters()])
