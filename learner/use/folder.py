@@ -21,7 +21,7 @@ from ..base.files import open_file, read_bytes, read_json, remove, tidy, write_b
 from ..base.hashing import hash_file
 from ..base.rows import leaves_of
 from ..base.store import load_state, save_state
-from .inputs import ImageReader, Preparation, names_of
+from .inputs import Columns, ImageReader, Preparation, as_tensor, slots_of
 from .predictor import Predictor
 from .program import check_program, run_program
 
@@ -53,6 +53,7 @@ class Parts:
     classes: Sequence[str] | None = None
     probabilities: str | None = None
     read: ImageReader | None = None
+    columns: Columns | None = None
     more: dict[str, Any] = field(default_factory=dict)  # for config.json
 
 # %% ../../nbs/use/folder.ipynb #89d06581
@@ -73,16 +74,14 @@ def in_structure(structure: Any, leaves: Any) -> Any:
     raise ExportError(f"config.json has the structure {str(structure)[:60]}, which means nothing")
 
 def _config_of(parts: Parts) -> dict[str, Any]:
-    slots = [{"name": name, "dtype": str(leaf.dtype).removeprefix("torch."),
-              "shape": list(leaf.shape)}
-             for name, leaf in zip(names_of(parts.form), leaves_of(parts.form), strict=True)]
     names = None if parts.classes is None else list(map(str, parts.classes))
     labels = {} if names is None else {
         "id2label": {str(place): name for place, name in enumerate(names)},
         "label2id": {name: place for place, name in enumerate(names)}}
-    return {"format": "learner.export", "version": 1, **parts.more, "inputs": slots,
-            "structure": structure_of(parts.form), "outputs": parts.outputs, "classes": names,
-            **labels, "probabilities": parts.probabilities,
+    return {"format": "learner.export", "version": 1, **parts.more,
+            "inputs": slots_of(parts.form, parts.columns),
+            "structure": structure_of(parts.form), "outputs": parts.outputs, "classes": names, **labels,
+            "probabilities": parts.probabilities,
             "image": None if parts.read is None else parts.read.settings()}
 
 # %% ../../nbs/use/folder.ipynb #0c82c4fe
@@ -174,6 +173,22 @@ def _reader(settings: Any) -> ImageReader | None:
         if reader.channels in (1, 3, 4): return reader
     raise ExportError(f"config.json has the image {str(settings)[:80]}, which means nothing")
 
+# %% ../../nbs/use/folder.ipynb #4ae0e5c0
+def _columns(specs: Sequence[Mapping[str, Any]], form: Any) -> Columns | None:
+    "The columns of a table from config.json; raises ExportError."
+    if not all("columns" in spec for spec in specs): return None
+    try:
+        values = [as_tensor(spec["typical"], slot, spec["name"])
+                  for spec, slot in zip(specs, leaves_of(form), strict=True)]
+        names = tuple(name for spec in specs for name in spec["columns"])
+        columns = Columns(names, in_structure(structure_of(form), iter(values)))
+    except (KeyError, TypeError, ValueError): pass
+    else:
+        finite = all(bool(value.isfinite().all()) for value in values)
+        same = [value.shape for value in values] == [slot.shape for slot in leaves_of(form)]
+        if finite and same: return columns
+    raise ExportError("config.json has columns that do not belong to its inputs")
+
 # %% ../../nbs/use/folder.ipynb #ab92472c
 class _Runs:
     "A folder that was read: how its program is run."
@@ -223,12 +238,13 @@ class Exported(_Runs):
         try:
             check_program(self.program)
             self.weights = load_state(self.folder / "model.safetensors", inside=self.folder)
-            slots = map(_slot, self.config["inputs"])
-            self.form = in_structure(self.config.get("structure"), slots)
+            specs = self.config["inputs"]
+            self.form = in_structure(self.config.get("structure"), map(_slot, specs))
             in_structure(self.config.get("outputs"), iter(self.program["outputs"]))
-            self.predictor = Predictor(
-                self.outputs, Preparation(self.form, _reader(self.config.get("image"))),
-                self.config.get("classes"), self.config.get("probabilities"))
+            preparation = Preparation(self.form, _reader(self.config.get("image")),
+                                      columns=_columns(specs, self.form))
+            self.predictor = Predictor(self.outputs, preparation, self.config.get("classes"),
+                                       self.config.get("probabilities"))
         except (KeyError, TypeError, StopIteration, ValueError) as error:
             if isinstance(error, ExportError | FileError): raise
             raise ExportError(f"{self.folder} is not an export that can be read: {error}") from error

@@ -11,11 +11,13 @@ import gc
 import html
 import secrets
 import socket
+import threading
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Self
+from weakref import WeakSet
 
 from ..base.words import printable
 from ..runs.command import say
@@ -77,6 +79,15 @@ class _Reloads:
             await asyncio.sleep(seconds)
             await self._reload(changed=True)
 
+# %% ../../nbs/use/serve.ipynb #58f0ccf6
+_running: WeakSet["_Runs"] = WeakSet()
+
+def _stop_all() -> None:
+    "Stop what still runs, while the pools of threads are open."
+    for service in list(_running): service.stop()
+
+threading._register_atexit(_stop_all)  # type: ignore[attr-defined]
+
 # %% ../../nbs/use/serve.ipynb #7e4acf1a
 class _Runs(_Reloads):
     "How a service runs, here or in a thread."
@@ -96,6 +107,7 @@ class _Runs(_Reloads):
                               daemon=True)
         self._thread.start()
         self._ready.wait(60)
+        _running.add(self)
         return self
 
     def stop(self) -> None:

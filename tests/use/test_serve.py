@@ -454,7 +454,35 @@ def test_saliency_is_that_of_the_library(client, learn, images):
     answer = client.post("/saliency", json={"inputs": images[3].tolist()})
     assert torch.equal(torch.tensor(answer.json()["saliency"]), attributions(predictor_of(learn), images[3]))
     assert client.post("/saliency", json={"inputs": images[:2].tolist()}).status_code == 422
-    assert "takes no images" in client.post("/models/words/saliency", json={"inputs": [1, 2, 3]}).json()["error"]
+    assert "takes neither images" in client.post("/models/words/saliency", json={"inputs": [1, 2, 3]}).json()["error"]
+
+
+def test_what_speaks_for_the_answer_about_a_row_of_a_table(client):
+    pytest.importorskip("captum")
+    body = {"inputs": {"age": 10, "scores": [1, 2, 3]}}
+    answer = client.post("/models/table/saliency", json=body)
+    typical = {each["name"]: each["typical"] for each in client.get("/models/table").json()["inputs"]}
+    differences = torch.tensor([10 - typical["age"], *(torch.tensor([1.0, 2, 3]) - torch.tensor(typical["scores"])).tolist()])
+    assert torch.allclose(torch.tensor(answer.json()["saliency"]), differences, atol=1e-5)  # the model adds its inputs
+    assert client.post("/models/table/saliency", json={"inputs": [body["inputs"]] * 2}).status_code == 422
+
+
+def test_one_score_of_two_classes_speaks_for_the_class_that_is_answered(tmp_path):
+    pytest.importorskip("captum")
+    net = nn.Linear(2, 1)
+    with torch.no_grad(): net.weight.copy_(torch.tensor([[1.0, 0.0]])), net.bias.zero_()
+    rows = torch.tensor([[0.0, 0.0], [0.0, 5.0], [1.0, 5.0]])
+
+    class Data(dict): classes, columns = ["no", "yes"], ["dose", "weight"]
+    learn = Learner(net, None, F.binary_cross_entropy_with_logits, Data(validation=[(rows, torch.zeros(3, 1))]))
+    export(learn, tmp_path / "exported")
+    with serve({"notebook": learn, "exported": tmp_path / "exported"}, port=0) as service:
+        for name in ("notebook", "exported"):
+            about = httpx.get(f"{service.url}/models/{name}").json()["inputs"]
+            assert about == [{"name": "inputs", "dtype": "float32", "shape": [2], "columns": ["dose", "weight"], "typical": [0.0, 5.0]}]
+            for dose, label in ((-2.0, "no"), (2.0, "yes")):
+                found = httpx.post(f"{service.url}/models/{name}/saliency", json={"inputs": [dose, 7]}).json()
+                assert found["label"] == label and found["saliency"] == [pytest.approx(torch.sigmoid(torch.tensor(2.0)).item() - 0.5), 0.0]
 
 
 def test_the_openapi_text_has_the_routes_that_there_are(client):
