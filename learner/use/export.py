@@ -347,7 +347,7 @@ def _parts_of(learn: Any, predictor: Any, formats: _Formats, examples: Any, answ
     return Parts(form_of(examples), formats.outputs, formats.program, formats.weights, examples,
                  answers, predictor.classes, predictor.probabilities,
                  reader if isinstance(reader, ImageReader) else None,
-                 predictor.preparation.columns or columns_of(examples), more)
+                 more, predictor.preparation.columns or columns_of(examples))
 
 # %% ../../nbs/use/export.ipynb #f2f7f4d2
 def export(learn: Any, folder: AnyPath, example: Any = None, *, onnx: bool = False,

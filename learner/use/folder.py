@@ -53,8 +53,8 @@ class Parts:
     classes: Sequence[str] | None = None
     probabilities: str | None = None
     read: ImageReader | None = None
-    columns: Columns | None = None
     more: dict[str, Any] = field(default_factory=dict)  # for config.json
+    columns: Columns | None = None
 
 # %% ../../nbs/use/folder.ipynb #89d06581
 def structure_of(tree: Any) -> Any:
@@ -80,8 +80,8 @@ def _config_of(parts: Parts) -> dict[str, Any]:
         "label2id": {name: place for place, name in enumerate(names)}}
     return {"format": "learner.export", "version": 1, **parts.more,
             "inputs": slots_of(parts.form, parts.columns),
-            "structure": structure_of(parts.form), "outputs": parts.outputs, "classes": names, **labels,
-            "probabilities": parts.probabilities,
+            "structure": structure_of(parts.form), "outputs": parts.outputs, "classes": names,
+            **labels, "probabilities": parts.probabilities,
             "image": None if parts.read is None else parts.read.settings()}
 
 # %% ../../nbs/use/folder.ipynb #0c82c4fe
@@ -173,7 +173,7 @@ def _reader(settings: Any) -> ImageReader | None:
         if reader.channels in (1, 3, 4): return reader
     raise ExportError(f"config.json has the image {str(settings)[:80]}, which means nothing")
 
-# %% ../../nbs/use/folder.ipynb #4ae0e5c0
+# %% ../../nbs/use/folder.ipynb #bd4a012d
 def _columns(specs: Sequence[Mapping[str, Any]], form: Any) -> Columns | None:
     "The columns of a table from config.json; raises ExportError."
     if not all("columns" in spec for spec in specs): return None

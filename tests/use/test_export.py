@@ -291,6 +291,24 @@ def test_a_config_that_makes_no_sense_is_refused_in_one_line(copy, change):
     assert "\n" not in str(error.value)
 
 
+def test_columns_are_kept_and_refused_where_they_do_not_belong_to_the_inputs(tmp_path):
+    rows = torch.tensor([[0.0, 7.0], [1.0, 7.0], [1.0, 9.0]])
+    folder = tmp_path / "model"
+    export(Learner(nn.Linear(2, 2), None, F.cross_entropy, {"validation": [(rows, torch.zeros(3, dtype=torch.long))]}), folder, columns=["dose", "weight"])
+    columns = Exported(folder).predictor.preparation.columns
+    assert columns.names == ("dose", "weight") and columns.typical.tolist() == [1.0, 7.0]
+    good = (folder / "config.json").read_text()
+    for change in ({"columns": ["dose"]}, {"columns": ["dose", 3]}, {"columns": 3}, {"typical": [1.0]}, {"typical": ["a", "b"]}, {"typical": [1e300, 1.0]},
+                   {"typical": [[1.0, 2.0]]}, {"typical": None}):
+        config = json.loads(good)
+        config["inputs"][0].update(change)
+        (folder / "config.json").write_text(json.dumps(config))
+        rehash(folder)
+        with pytest.raises(ExportError, match="columns that do not belong to its inputs") as caught: Exported(folder)
+        assert "\n" not in str(caught.value)
+
+
+
 def test_loading_nothing_is_unpickled(copy, monkeypatch):
     def refuse(*_, **__): raise AssertionError("something was unpickled")
     for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load"), (torch.export, "load")):
