@@ -71,7 +71,7 @@ def test_one_two_and_four_processes_have_the_same_bits_and_resume_on_each_other(
             for case, one in found.items(): assert one == straight, (case, after)
 
 
-@pytest.mark.filterwarnings("ignore:the training that is resumed was steered by callbacks:UserWarning")  # it does without, on purpose
+@pytest.mark.filterwarnings("ignore:the resumed training had callbacks:UserWarning")  # it does without, on purpose
 def test_where_training_was_stopped_one_process_without_distributed_goes_on_with_whole_means(tmp_path):
     learn = make(Distributed(shards=2), Checkpoint(tmp_path / "run"), At("before_batch", ctrl_c), dropout=0)
     with pytest.raises(KeyboardInterrupt): learn.train(2, learning_rate=0.01)

@@ -65,7 +65,7 @@ def test_ranks_with_parts_train_what_one_process_trains(tmp_path, world, case):
     assert sum(each[4][-1] for each in found) == 4 * total  # and AdamW's two moments before the last
 
 
-@pytest.mark.filterwarnings("ignore:the training that is resumed was steered by callbacks:UserWarning")  # it does without, on purpose
+@pytest.mark.filterwarnings("ignore:the resumed training had callbacks:UserWarning")  # it does without, on purpose
 def test_a_checkpoint_of_parts_is_one_of_a_plain_training_and_goes_on_on_any_number_of_ranks(tmp_path):
     straight = make(dropout=0)
     straight.train(2, learning_rate=0.01)
