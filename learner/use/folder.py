@@ -21,6 +21,7 @@ from ..base.files import open_file, read_bytes, read_json, remove, tidy, write_b
 from ..base.hashing import hash_file
 from ..base.rows import leaves_of
 from ..base.store import load_state, save_state
+from ..runs.rundir import is_run
 from .inputs import Columns, ImageReader, Preparation, as_tensor, slots_of
 from .predictor import Predictor
 from .program import check_program, run_program
@@ -137,8 +138,10 @@ def check_hashes(folder: AnyPath) -> None:
     if not folder.is_dir(): raise FileNotFoundError(f"there is no folder {folder}")
     try: written = read_json(folder / "hashes.json", inside=folder)
     except FileNotFoundError:
-        raise ExportError(f"{folder} has no hashes.json, so it is not an export, or one that was "
-                          "not finished; export the model again") from None
+        fix = "export the model again"
+        if is_run(folder): fix = f"it is a run: learner export {folder} FOLDER"
+        raise ExportError(f"{folder} has no hashes.json, so it is not a complete export; "
+                          f"{fix}") from None
     except FileError as error: raise ExportError(str(error)) from None
     exact = json.dumps(written, indent=2, ensure_ascii=False) + "\n"
     if not isinstance(written, dict) or read_bytes(folder / "hashes.json", inside=folder) != exact.encode():
@@ -173,7 +176,7 @@ def _reader(settings: Any) -> ImageReader | None:
         if reader.channels in (1, 3, 4): return reader
     raise ExportError(f"config.json has the image {str(settings)[:80]}, which means nothing")
 
-# %% ../../nbs/use/folder.ipynb #bd4a012d
+# %% ../../nbs/use/folder.ipynb #3b79a213
 def _columns(specs: Sequence[Mapping[str, Any]], form: Any) -> Columns | None:
     "The columns of a table from config.json; raises ExportError."
     if not all("columns" in spec for spec in specs): return None

@@ -21,7 +21,7 @@ def _number(dtype: torch.dtype) -> dict[str, Any]:
     if dtype == torch.bool: return {"type": ["boolean", "integer"], "minimum": 0, "maximum": 1}
     if not dtype.is_floating_point:
         limits = torch.iinfo(dtype)
-        return {"type": "integer", "minimum": limits.min, "maximum": limits.max}
+        return {"type": ["integer", "boolean"], "minimum": limits.min, "maximum": limits.max}
     most = torch.finfo(dtype).max
     return {"type": ["number", "boolean"], "minimum": -most, "maximum": most}
 
