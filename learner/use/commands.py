@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..base.files import is_file
 from ..runs.cli import check_record, command, mistakes
 from ..runs.command import UsageError, say
 
@@ -36,6 +37,9 @@ def _verify(
     /,
 ) -> None:
     "Run an exported model and compare it with its stored answers."
+    path = Path(folder)
+    if is_file(path / "meta.json", path) and not is_file(path / "hashes.json", path):
+        raise UsageError(f"{folder} is a run; export it first: learner export {folder} FOLDER")
     with mistakes():
         from learner.use.folder import ExportError, verify
         found = verify(folder)

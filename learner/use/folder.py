@@ -21,7 +21,6 @@ from ..base.files import open_file, read_bytes, read_json, remove, tidy, write_b
 from ..base.hashing import hash_file
 from ..base.rows import leaves_of
 from ..base.store import load_state, save_state
-from ..runs.rundir import is_run
 from .inputs import Columns, ImageReader, Preparation, as_tensor, slots_of
 from .predictor import Predictor
 from .program import check_program, run_program
@@ -40,7 +39,7 @@ FILES = {
 _NEEDED = ("config.json", "model.safetensors", "program.json", "examples.safetensors")
 
 class ExportError(ValueError):
-    "A model that cannot be exported, or a folder that is not a whole export: what, where, the fix."
+    "A model that cannot be exported, or a folder that is not a complete export: what, where, the fix."
 
 @dataclass
 class Parts:
@@ -72,7 +71,7 @@ def in_structure(structure: Any, leaves: Any) -> Any:
         case {"mapping": dict(parts)}:
             return {key: in_structure(part, leaves) for key, part in parts.items()}
         case {"tuple": list(parts)}: return tuple(in_structure(part, leaves) for part in parts)
-    raise ExportError(f"config.json has the structure {str(structure)[:60]}, which means nothing")
+    raise ExportError(f"config.json has the structure {str(structure)[:60]}, which is not valid")
 
 def _config_of(parts: Parts) -> dict[str, Any]:
     names = None if parts.classes is None else list(map(str, parts.classes))
@@ -119,8 +118,8 @@ def write_folder(folder: AnyPath, parts: Parts, others: Mapping[str, bytes]) -> 
     tidy(folder)
     foreign = [name for name in list_names(folder) if name not in FILES and name[0] != "."]
     if foreign:
-        raise ExportError(f"{folder} has {foreign[0]}, which is not of an export; give an empty "
-                          "folder")
+        raise ExportError(f"{folder} has {foreign[0]}, which is not part of an export; give an "
+                          "empty folder")
     for name in ("hashes.json", "README.md", "program.pt2", "model.onnx"): remove(folder / name, folder)
     save_state(folder / "model.safetensors", dict(parts.weights))
     examples: dict[str, Any] = {"inputs": leaves_of(parts.examples), "outputs": leaves_of(parts.answers)}
@@ -138,10 +137,8 @@ def check_hashes(folder: AnyPath) -> None:
     if not folder.is_dir(): raise FileNotFoundError(f"there is no folder {folder}")
     try: written = read_json(folder / "hashes.json", inside=folder)
     except FileNotFoundError:
-        fix = "export the model again"
-        if is_run(folder): fix = f"it is a run: learner export {folder} FOLDER"
-        raise ExportError(f"{folder} has no hashes.json, so it is not a complete export; "
-                          f"{fix}") from None
+        raise ExportError(f"{folder} has no hashes.json, so it is not a complete export; export "
+                          "the model again") from None
     except FileError as error: raise ExportError(str(error)) from None
     exact = json.dumps(written, indent=2, ensure_ascii=False) + "\n"
     if not isinstance(written, dict) or read_bytes(folder / "hashes.json", inside=folder) != exact.encode():
@@ -149,8 +146,8 @@ def check_hashes(folder: AnyPath) -> None:
     try: there = _hashes(folder)
     except FileError as error: raise ExportError(str(error)) from None
     for name in [*written, *there]:
-        if name not in there: raise ExportError(f"{folder} has lost {name[:80]}")
-        if name not in written: raise ExportError(f"{folder} has a file that was added: {name[:80]}")
+        if name not in there: raise ExportError(f"{folder} is missing {name[:80]}")
+        if name not in written: raise ExportError(f"{folder} has an extra file, {name[:80]}")
         if there[name] != written[name]: raise ExportError(f"{folder / name} was changed")
     for name in _NEEDED:
         if name not in written: raise ExportError(f"{folder} has no {name}")
@@ -163,7 +160,7 @@ def _slot(spec: Any) -> Tensor:
                 type(size) is int and 0 <= size < 2**31 for size in shape):
             dtype = getattr(torch, name, None)
             if isinstance(dtype, torch.dtype): return torch.empty(shape, dtype=dtype, device="meta")
-    raise ExportError(f"config.json has the input {str(spec)[:80]}, which means nothing")
+    raise ExportError(f"config.json has the input {str(spec)[:80]}, which is not valid")
 
 def _reader(settings: Any) -> ImageReader | None:
     if settings is None: return None
@@ -174,9 +171,9 @@ def _reader(settings: Any) -> ImageReader | None:
     except (TypeError, AttributeError): pass
     else:
         if reader.channels in (1, 3, 4): return reader
-    raise ExportError(f"config.json has the image {str(settings)[:80]}, which means nothing")
+    raise ExportError(f"config.json has the image {str(settings)[:80]}, which is not valid")
 
-# %% ../../nbs/use/folder.ipynb #3b79a213
+# %% ../../nbs/use/folder.ipynb #26fd6598
 def _columns(specs: Sequence[Mapping[str, Any]], form: Any) -> Columns | None:
     "The columns of a table from config.json; raises ExportError."
     if not all("columns" in spec for spec in specs): return None
@@ -236,7 +233,7 @@ class Exported(_Runs):
         check_hashes(self.folder)
         self.config = self._json("config.json")
         if not isinstance(self.config, dict) or self.config.get("format") != "learner.export":
-            raise ExportError(f"{self.folder / 'config.json'} is not that of an export")
+            raise ExportError(f"{self.folder / 'config.json'} does not belong to an export")
         self.program = self._json("program.json")
         try:
             check_program(self.program)

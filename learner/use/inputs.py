@@ -97,7 +97,7 @@ def _pixels(reader: "ImageReader", image: Any) -> Tensor:
     if (image.height, image.width) != (height, width):
         if not reader.resize:
             raise InputError(f"the picture is {image.width} x {image.height} pixels and the model's "
-                             f"are {width} x {height}; bring it to that size, or read with "
+                             f"are {width} x {height}; resize it, or read with "
                              "ImageReader(..., resize=True)")
         image = image.convert(reader.mode).resize((width, height), 2)  # bilinear
     pixels = np.array(image.convert(reader.mode))  # a copy that may be written to
@@ -227,7 +227,7 @@ def fitted(value: Any, form: Any) -> tuple[Any, bool]:
     raise InputError(f"the inputs are {given}; one example is {wanted}, and a batch has one "
                      "dimension more, at the front")
 
-# %% ../../nbs/use/inputs.ipynb #0b44c2b4
+# %% ../../nbs/use/inputs.ipynb #db5701da
 COLUMNS = 64  # of a table, at most
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def is_table(form: Any) -> bool:
     whole = any(leaf.ndim and not leaf.is_floating_point() for leaf in leaves_of(form))
     return has_columns(form) and not whole
 
-# %% ../../nbs/use/inputs.ipynb #d8a85124
+# %% ../../nbs/use/inputs.ipynb #ad000ac6
 def _column_names(name: str, leaf: Tensor) -> list[str]:
     return [f"{name} {place + 1}" for place in range(len(leaf))] if leaf.ndim else [name]
 
@@ -292,7 +292,7 @@ def columns_of(data: Any, names: Sequence[str] | None = None) -> Columns | None:
         names = [each for name, leaf in pairs for each in _column_names(name, leaf)]
     return Columns(tuple(map(str, names)), map_tensors(_median, data))
 
-# %% ../../nbs/use/inputs.ipynb #c677ea9b
+# %% ../../nbs/use/inputs.ipynb #17e239b3
 def slots_of(form: Any, columns: Columns | None = None) -> list[dict[str, Any]]:
     "For each tensor of a form its name, dtype and shape, and the columns that are known."
     slots: list[dict[str, Any]] = [
@@ -348,7 +348,7 @@ class _Examples:
                              "to look at; give a batch of tensors, or example=...")
         tensors, is_batch = fitted(value, self.form)
         if not is_batch: return tensors
-        raise InputError(f"one example was asked for, and the inputs are "
+        raise InputError(f"expected one example, but the inputs are "
                          f"{', '.join(map(describe, leaves_of(tensors)))}, a batch")
 
 # %% ../../nbs/use/inputs.ipynb #f20ebf60
@@ -431,7 +431,7 @@ class _Transformed:
 
     def __repr__(self) -> str: return f"the transform of the data set, {self.transform!r:.60}"
 
-# %% ../../nbs/use/inputs.ipynb #009d1b0e
+# %% ../../nbs/use/inputs.ipynb #52b4a166
 def _named_columns(learn: Any, loader: Any, count: int) -> Sequence[str] | None:
     "The names that the data give to so many numbers, if they do."
     places = [learn.dataloaders, loader]

@@ -95,7 +95,7 @@ class Source(_Path):
 
     def __init__(self, model: Any, checkpoint: str = "best", allow: Sequence[str] = ()):
         if not isinstance(model, Learner | Predictor | str | Path):
-            raise TypeError(f"a model to serve is a {type(model).__name__}; give a learner, a "
+            raise TypeError(f"a {type(model).__name__} cannot be served; give a learner, a "
                             "predictor, or the path of a run or of an exported folder")
         self.model, self.checkpoint, self.allow = model, checkpoint, tuple(allow)
 
@@ -259,8 +259,8 @@ class Served(_Answers):
         classes = self.predictor.classes or ()
         twice = next((each for each in classes if classes.count(each) > 1), None)
         if twice is not None:
-            raise ValueError(f"the model {name} has two classes of the name {twice}; give each its "
-                             "own")
+            raise ValueError(f"the model {name} has two classes named {twice}; give each its own "
+                             "name")
         self.batcher = Batcher(self._work, limits, self._count)
 
     def _count(self, rows: int) -> None:
@@ -271,8 +271,8 @@ class Served(_Answers):
 def _check_name(name: Any) -> None:
     text = str(name)
     if text and all(c.isalnum() or c in "-_." for c in text): return
-    raise ValueError(f"a model has the name {text!r}; use letters, digits, '-', '_' and '.', since "
-                     "it is a part of the address")
+    raise ValueError(f"{text!r} cannot be the name of a model; use letters, digits, '-', '_' and "
+                     "'.', since the name is part of the address")
 
 # %% ../../nbs/use/serve_models.ipynb #92d6ab9d
 class _Reloading:

@@ -156,11 +156,14 @@ def test_pictures_and_classes_go_along(exported):
     assert config["id2label"]["3"] == "3" and config["probabilities"] == "softmax" and config["architectures"] == ["Sequential"]
 
 
-def test_the_card_says_where_the_model_comes_from(tmp_path):
+def test_the_card_says_where_the_model_comes_from(tmp_path, capsys):
     run, folder = tmp_path / "run", tmp_path / "model"
     assert main(["train", "digits", str(run), "--epochs=1", "--model.width=4", "--quiet"]) == 0
     assert main(["evaluate", str(run), "--split=test"]) == 0
     assert main(["export", str(run), str(folder)]) == main(["verify", str(folder)]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(run)]) == 2
+    assert capsys.readouterr().err == f"learner verify: {run} is a run; export it first: learner export {run} FOLDER\n"
     card, meta = (folder / "README.md").read_text(), json.loads((run / "meta.json").read_text())
     for text in (meta["data"]["train"], meta["data"]["validation"], meta["git"]["commit"], "width: 4", "test_accuracy", "## Limits",
                  f"learner export {run} {folder} --checkpoint=best", "program.json", "float32 of shape (1, 8, 8)"):

@@ -210,7 +210,7 @@ BAD = {  # name: model, body, content type, status, what the line says, the fiel
     "too many": ("notebook", {"inputs": [ZEROS] * 257}, None, 413, "inputs has 257 examples, and at most 256", "inputs"),
     "far too large": ("notebook", as_npy(np.zeros((1, 300, 300), np.float16)), "application/octet-stream", 413, "inputs has 90,000 numbers in an example", "inputs"),
     "too long a body": ("notebook", bytes(2**20 + 1), "application/json", 413, "more than 1,048,576 bytes", None),
-    "type": ("notebook", b"<x/>", "application/xml", 415, "the content type application/xml is not taken", None),
+    "type": ("notebook", b"<x/>", "application/xml", 415, "the content type application/xml is not supported", None),
     "NaN in an array": ("notebook", as_npy(np.full((1, 8, 8), np.nan)), "application/octet-stream", 422, "inputs[0][0][0] is nan", "inputs"),
     "bytes": ("notebook", as_npy(np.zeros((1, 8, 8), np.uint8)), "application/octet-stream", 422, "inputs is uint8 of shape (1, 8, 8)", "inputs"),
     "a cut array": ("notebook", as_npy(np.zeros((1, 8, 8)))[:-3], "application/octet-stream", 400, "509 follow the header", "inputs"),
@@ -558,9 +558,9 @@ def test_what_cannot_be_served_is_refused(learn, tmp_path):
     nothing = Learner(nn.Linear(1, 1), None, F.mse_loss, {"train": iter([])})
     with pytest.raises(InputError, match="the form of an example is not known"): serve(nothing, port=0)
     with pytest.raises(ValueError, match="there is no model to serve"): serve({}, port=0)
-    with pytest.raises(TypeError, match="a model to serve is a Linear"): serve(nn.Linear(1, 1), port=0)
+    with pytest.raises(TypeError, match="a Linear cannot be served"): serve(nn.Linear(1, 1), port=0)
     with pytest.raises(ValueError, match="has no hashes.json"): serve(tmp_path, port=0)
-    with pytest.raises(ValueError, match="two classes of the name a"):
+    with pytest.raises(ValueError, match="two classes named a"):
         serve(Predictor(lambda batch: batch, Preparation(torch.empty(2)), ["a", "a"], "softmax"), port=0)
 
 
