@@ -26,6 +26,7 @@ def is_plain(learn):
     "Whether nothing is left of parts: tensors of one kind, the optimiser's too, and a forward of the class."
     found = [*learn.model.parameters(), *learn.model.state_dict().values()]
     for entries in learn.optimiser.state.values(): found += entries.values()
+    learn.model.load_state_dict(learn.model.state_dict())  # no hook of FSDP is left, which would fail
     return {type(each) for each in found} <= {torch.Tensor, nn.Parameter} and "forward" not in vars(learn.model)
 
 
