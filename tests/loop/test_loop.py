@@ -366,7 +366,7 @@ def test_each_named_loader_has_its_columns():
 @pytest.mark.parametrize("nth", [1, 2, 3, 9])
 def test_a_stop_among_named_loaders_is_exact(hook, nth):
     class Fail(Callback):
-        left = nth
+        watches, left = True, nth
 
     def fail(self):
         self.left -= 1
@@ -526,7 +526,7 @@ def test_a_pass_that_starts_over_starts_with_the_states_of_callbacks_that_it_had
         def load_state_dict(self, state): self.seen = state["seen"]
 
     class Break(Callback):
-        left = 3
+        watches, left = True, 3
         def after_any_batch(self, learn):
             if learn.phase != phase: return
             self.left -= 1

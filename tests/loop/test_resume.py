@@ -871,7 +871,7 @@ def test_a_model_that_does_not_take_its_state_leaves_optimiser_and_callbacks_as_
     assert hash_state({"optimiser": one.optimiser.state_dict(), "EMA": one.callbacks[0].state_dict()}) == before
 
 
-@pytest.mark.parametrize(("hook", "told"), [("after_backward", "is done again"), ("after_step", "counts as done"), ("after_batch", "")])
+@pytest.mark.parametrize(("hook", "told"), [("after_backward", "runs again"), ("after_step", "counts as done"), ("after_batch", "")])
 def test_what_is_saved_after_half_a_batch_says_so(tmp_path, hook, told):
     learn = make("plain", Fail(hook, 11))
     with pytest.raises(RuntimeError): train(learn)
@@ -912,7 +912,7 @@ def test_the_second_press_stops_at_once_and_cleans_up_once(hook):
     rows = len(learn.history)
     stage = hook.partition("_")[2]
     half = hook == "before_batch" or stage in ("prepare", "predict", "loss", "backward", "step")
-    told = "counts as done" if hook in ("after_step", "cleanup_step") else "is done again"
+    told = "counts as done" if hook in ("after_step", "cleanup_step") else "runs again"
     if learn.cursor.saved is not None:
         with pytest.warns(UserWarning, match=told) if half else contextlib.nullcontext(): learn.train(resume=True)
     assert whole(learn) and (rows == len(learn.history) or learn.history["epoch"] == [0, 1, 2])
@@ -1162,12 +1162,12 @@ NO_MEANS = "the means, steps or random numbers in the state are damaged: "
 FORGED = {
     # parts
     "nothing": (lambda s: s.clear(), "the state has no model; use one from save() or state_dict()"),
-    "no model": (lambda s: s.pop("model"), "the state has no model; save() and state_dict() make"),
-    "no optimiser": (lambda s: s.pop("optimiser"), "the state has no optimiser; save() and state_dict() make"),
-    "no callbacks": (lambda s: s.pop("callbacks"), "the state has no callbacks; save() and state_dict() make"),
+    "no model": (lambda s: s.pop("model"), "the state has no model; use one from save()"),
+    "no optimiser": (lambda s: s.pop("optimiser"), "the state has no optimiser; use one from save()"),
+    "no callbacks": (lambda s: s.pop("callbacks"), "the state has no callbacks; use one from save()"),
     "a rate that is none": (lambda s: s["loop"].update(learning_rate="0.1"), "the learning rate in the state is not a number"),
     "half of what": (lambda s: s["loop"].update(half=3), "the state does not say in words how training was stopped"),
-    "no loop": (lambda s: s.pop("loop"), "the state has no loop; save() and state_dict() make"),
+    "no loop": (lambda s: s.pop("loop"), "the state has no loop; use one from save()"),
     # the model
     "a model that is none": (lambda s: s.update(model=[1]), "the model's state is a list, not a mapping of tensors"),
     "a model of None": (lambda s: s.update(model=None), "the model's state is a NoneType, not a mapping of tensors"),
@@ -1301,7 +1301,7 @@ def test_files_that_are_none_are_refused_and_change_nothing(tmp_path, way):
     (tmp_path / "c").symlink_to("good")
     refused(DamagedError, "c is a link, which is not followed", tmp_path / "c")
     save_state(tmp_path / "alien", {"epoch": 3, "weights": torch.ones(3)})
-    refused(ResumeError, r"the state has no model; save\(\) and state_dict\(\) make", tmp_path / "alien")
+    refused(ResumeError, r"the state has no model; use one from save\(\) or", tmp_path / "alien")
 
 
 def test_another_learner_is_told_what_does_not_fit(tmp_path):
@@ -1315,7 +1315,7 @@ def test_another_learner_is_told_what_does_not_fit(tmp_path):
     assert other.optimiser is torch.optim.Adam
     other = make()
     other.dataloaders = {**other.dataloaders, "train": plain_list()["train"][:3]}
-    with pytest.raises(ResumeError, match="the training loader has 3 batches, and it had 8 where the training to resume stopped after 5 of them; give it the data"):
+    with pytest.raises(ResumeError, match="the training loader now has 3 batches; it had 8 when training stopped after 5 of them; give it the same data"):
         train(other, resume=tmp_path / "c")
 
 
