@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.batch import size_of
+from ..base.batch import Total, is_sum, size_of
 from ..base.history import Mean
 from ..base.tree import map_tensors
 from ..base.parts import accepts
@@ -62,6 +62,7 @@ class FunctionMean(_Merging):
         "Take in a batch of `size` examples; raises MetricError if the function returns no scalar."
         value = self.function(predictions, labels)
         if size is None: size = size_of(labels)
+        sums = is_sum(self.function)
         values = value if isinstance(value, Mapping) else {"": value}
         for name, each in values.items():
             scalar = not each.ndim if isinstance(each, Tensor) else as_number(each) is not None
@@ -69,7 +70,7 @@ class FunctionMean(_Merging):
                 raise MetricError(f"the function returned {form_of(each)}; it must return a "
                                   "scalar, such as a .mean(), or a mapping of scalars")
             if name not in self.means: self.means[name] = Mean()
-            self.means[name].add(each, size)
+            self.means[name].add(Total(each).mean(size) if sums else each, size)
 
     def compute(self) -> Any:
         "The mean so far, or a mapping of means."
