@@ -135,14 +135,20 @@ def _as_argument(value: Any) -> Any:
     "Data that `call_model` gives to the model as one argument."
     return value if is_leaf(value) or not isinstance(value, tuple | list | Mapping) else (value,)
 
+def _several(batch: Any, keys: Iterable[int | str], what: str) -> Any:
+    "Several parts of a batch: by name where they have names, else in a tuple."
+    parts = {key: _pick(batch, key, what) for key in keys}
+    keywords = all(isinstance(key, str) for key in parts) and not isinstance(batch, tuple | list)
+    return parts if keywords else tuple(parts.values())
+
 def _chosen(batch: Any, inputs: Any) -> _Parts:
     "The data that `inputs=` names."
     if isinstance(inputs, int | str):
         value = _pick(batch, inputs, "inputs")
         return _Parts(_as_argument(value), None, {inputs: value})
-    parts = {key: _pick(batch, key, "inputs") for key in inputs}
-    keywords = all(isinstance(key, str) for key in parts) and not isinstance(batch, tuple | list)
-    return _Parts(parts if keywords else tuple(parts.values()), None, parts)
+    found = _several(batch, inputs, "inputs")
+    parts = found if isinstance(found, dict) else dict(zip(inputs, found, strict=True))
+    return _Parts(found, None, parts)
 
 # %% ../../nbs/base/batch.ipynb #1f4d0c36
 def _split(batch: Any, form: str, labels: Any, inputs: Any, whole: bool) -> _Parts:
@@ -152,9 +158,11 @@ def _split(batch: Any, form: str, labels: Any, inputs: Any, whole: bool) -> _Par
     if form == _POSITIONS and labels is None and inputs is None and _is_examples(batch):
         return _Parts((batch,), None, {0: batch})
     key = _label_of(batch, form, whole) if default else labels
-    target = None if key is None else _pick(batch, key, "labels")
-    others = dict(parts)
-    if key is not None: others.pop(_place_of(batch, key), None)
+    several, others = isinstance(key, list), dict(parts)
+    if several: target = _several(batch, key, "labels")
+    else: target = None if key is None else _pick(batch, key, "labels")
+    for each in key if several else [key]:
+        if each is not None: others.pop(_place_of(batch, each), None)
     data: Any = batch
     if inputs is not None: data, _, others = _chosen(batch, inputs)
     elif form == _KEYWORDS:
@@ -246,6 +254,9 @@ def misfit(model: Any, data: Any, error: TypeError) -> TypeError:
     forward = model.forward if isinstance(model, torch.nn.Module) else model
     try: takes = str(inspect.signature(forward))
     except ValueError: return error  # it has no signature to read
+    if re.search(r"missing .*'labels?'", str(error)):
+        return TypeError(f"{error}: the batch has no labels, and the model takes {takes}; give them a "
+                         "default of None there, and return no loss without them")
     if not _MISFIT.search(str(error)) or ("*" not in takes and accepts(forward, *args, **kwargs)):
         return error
     given = f"the keywords {', '.join(kwargs)}" if kwargs else f"{len(args)} arguments"
@@ -380,7 +391,8 @@ def unpack(batch: Any, device: torch.device | None = None, labels: Any = LABELS,
         batch: A tensor; a tuple or list with the labels last; a mapping, a named tuple or a
             dataclass with `labels` or `label`; an object with a method `to`.
         device: Where it goes; None leaves it where it is.
-        labels: The key, attribute or position of the labels; None if there are none.
+        labels: The key, attribute or position of the labels, or a list of them; None if there are
+            none.
         inputs: The key, attribute or position of what goes to the model as its one argument, or a
             list of them; None for all but the labels.
         whole: Leave the labels of a mapping or dataclass among the data, and do without labels:
