@@ -227,7 +227,7 @@ class _Weighted(_Counting):
 
     def _check_kept(self, learn: Learner) -> None:
         "Raise CallbackError if somebody has dropped the gradients of the batches before."
-        if self._group.batches == (self._counted == learn.batch_num): return
+        if self._group.batches <= (self._counted == learn.batch_num): return
         groups = learn.optimiser.param_groups
         if any(p.grad is not None for group in groups for p in group["params"]): return
         raise CallbackError(
