@@ -86,6 +86,7 @@ def _check_factory(optimiser: Any, model: nn.Module) -> None:
         raise TypeError(f"optimiser: the factory {name}{inspect.signature(optimiser)} takes no lr; "
                         "it is called as factory(parameters, lr=learning_rate)")
 
+# %% ../../nbs/base/parts.ipynb #f88a9e07
 def _check_loss_func(loss_func: Any) -> None:
     if isinstance(loss_func, type):
         raise TypeError(f"loss_func: {loss_func.__name__} is a class; pass an instance: "
@@ -163,6 +164,7 @@ def check_dataloaders(dataloaders: Any) -> None:
                 raise TypeError(f"{_where(phase, name)} is {loader!r}; pass an iterable of batches")
             _check_batched(_where(phase, name), loader)
 
+# %% ../../nbs/base/parts.ipynb #f06879fe
 def _check_names(phase: str, loaders: Mapping[Any, Any]) -> None:
     "Raise ValueError for names of loaders that cannot stand in the name of a column."
     if phase == "train":

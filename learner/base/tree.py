@@ -69,6 +69,7 @@ def map_tensors(function: Callable[[Any], Any], tree: Any) -> Any:
         return _replaced(tree, {name: map_tensors(function, getattr(tree, name)) for name in names})
     return tree
 
+# %% ../../nbs/base/tree.ipynb #c5586521
 def _like(mapping: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
     "A mapping of the same type where its constructor takes one, else a dict."
     try: made = type(mapping)(values)  # type: ignore[call-arg]

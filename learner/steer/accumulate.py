@@ -38,6 +38,7 @@ def _scale(gradients: list[Tensor], factor: float | Tensor, divide: bool = False
             real = dtype.to_real() if dtype.is_complex else dtype
             function(alike, factor.to(device, real, non_blocking=True))
 
+# %% ../../nbs/steer/accumulate.ipynb #c34977c1
 class _Group:
     "The batches whose gradients have come together for one step."
 
@@ -179,15 +180,6 @@ class _Counting(_WithState):
         own = hasattr(learn, "batch_size")
         return float(learn.batch_size if own else unpack(learn.batch)[3])
 
-    def _factor(self, learn: Learner, weight: Any) -> Any:
-        "The factor of the loss of a batch; sums are added up as they are."
-        factor = self._group.factor(weight)
-        return 1.0 if learn.sums and self.weight is None else factor
-
-    def _divisor(self, learn: Learner) -> Any:
-        "The divisor of the gradients of the group."
-        return 1.0 if learn.sums and self.weight is None else self._group.weight()
-
     def check_loaded(self, learn: Learner) -> None:
         "Raise ValueError unless the gradients that were loaded fit the optimiser."
         if self._loaded is None or not is_optimiser(learn.optimiser): return
@@ -205,8 +197,21 @@ class _Counting(_WithState):
             _scale(gradients, self._group.divisor)
             self._group.batches, self._group.divisor = 0, None
 
+# %% ../../nbs/steer/accumulate.ipynb #8fbfa675
+class _Dividing(_Counting):
+    "Makes a mean over the group of what are means over batches."
+
+    def _factor(self, learn: Learner, weight: Any) -> Any:
+        "The factor of the loss of a batch; sums are added up as they are."
+        factor = self._group.factor(weight)
+        return 1.0 if learn.sums and self.weight is None else factor
+
+    def _divisor(self, learn: Learner) -> Any:
+        "The divisor of the gradients of the group."
+        return 1.0 if learn.sums and self.weight is None else self._group.weight()
+
 # %% ../../nbs/steer/accumulate.ipynb #5b049a23
-class _Weighted(_Counting):
+class _Weighted(_Dividing):
     "Weighs the loss of a batch for its backward pass."
 
     def before_backward(self, learn: Learner) -> None:
@@ -235,6 +240,10 @@ class _Weighted(_Counting):
             "within a batch; take a gradient that is not for the step with torch.autograd.grad, which "
             "leaves .grad alone, or leave Accumulate out")
 
+# %% ../../nbs/steer/accumulate.ipynb #e4e1d2a6
+class _Adding(_Weighted):
+    "Counts a batch whose gradients are there."
+
     def after_backward(self, learn: Learner) -> None:
         if self._counted != learn.batch_num:
             self._group.add(self._weight)
@@ -246,7 +255,7 @@ class _Weighted(_Counting):
         learn.loss = loss
 
 # %% ../../nbs/steer/accumulate.ipynb #ab8f413c
-class _Grouped(_Weighted):
+class _Grouped(_Adding):
     "Leaves out the steps within a group."
     _length: int | None = None  # of the pass, where the loader tells it
     _last_loss: Tensor | None = None  # for the step of a group that is open when the pass ends

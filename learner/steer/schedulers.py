@@ -38,6 +38,7 @@ def updates_per_epoch(learn: Learner) -> int:
                             "schedule, or give the loader a __len__")
     return _updates_of(learn, batches)
 
+# %% ../../nbs/steer/schedulers.ipynb #82505de7
 def epochs_left(learn: Learner) -> int:
     "How many epochs of a training are left, with the one that is under way; 1 at least."
     return max(1, learn.num_epochs - _place_of(learn).epoch)

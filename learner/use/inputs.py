@@ -334,6 +334,7 @@ def _without_labels(data: Any, labels: Any) -> Any:
     names = labels if isinstance(labels, list | tuple) else (labels,)
     return {key: value for key, value in data.items() if key not in names} or data
 
+# %% ../../nbs/use/inputs.ipynb #fbb0f6f6
 def _reader_of(loader: Any, data: Any) -> Callable[[Any], Any] | None:
     "How a picture becomes an example, if the data say so."
     part = loader

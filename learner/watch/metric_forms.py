@@ -62,15 +62,14 @@ class FunctionMean(_Merging):
         "Take in a batch of `size` examples; raises MetricError if the function returns no scalar."
         value = self.function(predictions, labels)
         if size is None: size = size_of(labels)
-        sums = is_sum(self.function)
         values = value if isinstance(value, Mapping) else {"": value}
         for name, each in values.items():
             scalar = not each.ndim if isinstance(each, Tensor) else as_number(each) is not None
             if not scalar:
                 raise MetricError(f"the function returned {form_of(each)}; it must return a "
                                   "scalar, such as a .mean(), or a mapping of scalars")
-            if name not in self.means: self.means[name] = Mean()
-            self.means[name].add(Total(each).mean(size) if sums else each, size)
+            if is_sum(self.function): each = Total(each).mean(size)
+            self.means.setdefault(name, Mean()).add(each, size)
 
     def compute(self) -> Any:
         "The mean so far, or a mapping of means."
@@ -158,6 +157,7 @@ def _check_update(name: str, metric: Any) -> None:
         raise TypeError(f"metric {name}: {type(metric).__name__}.update takes values and weights; give "
                         "a function of predictions and labels, whose mean is taken")
 
+# %% ../../nbs/watch/metric_forms.ipynb #70803d42
 def check_metric(name: str, metric: Any) -> Any:
     """The metric, or a function as a `FunctionMean`.
 
