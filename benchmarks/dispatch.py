@@ -13,14 +13,16 @@ from torch import nn
 from learner import Callback, Learner
 
 
-class Nothing:
-    "A loss and an optimiser in one, without any work."
-    ndim, requires_grad = 0, True
+class Nothing(torch.Tensor):
+    "A loss, which is a scalar tensor, and an optimiser in one, without any work."
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
     def backward(self): pass
-    def __float__(self): return 0.5
     def step(self): pass
     def zero_grad(self): pass
+
+
+def nothing(): return torch.tensor(0.5).as_subclass(Nothing)
 
 
 class Empty(nn.Module):
@@ -48,9 +50,9 @@ def bare(model, loss_func, optimiser, batches):
 
 
 def learner(callbacks, batches):
-    nothing, model = Nothing(), Empty()
-    nothing.param_groups = [{"params": list(model.parameters()), "lr": 0.0}]
-    learn = Learner(model, nothing, lambda predictions, labels: nothing, {"train": batches}, callbacks, device="cpu")
+    both, model = nothing(), Empty()
+    both.param_groups = [{"params": list(model.parameters()), "lr": 0.0}]
+    learn = Learner(model, both, lambda predictions, labels: both, {"train": batches}, callbacks, device="cpu")
     return learn.train
 
 
@@ -62,9 +64,9 @@ def main():
     torch.set_num_threads(1)
     x, y = torch.zeros(4, 2), torch.zeros(4)
     batches = [(x, y)] * args.batches
-    nothing, model = Nothing(), Empty()
+    both, model = nothing(), Empty()
     rows = {
-        "bare loop": lambda: bare(model, lambda predictions, labels: nothing, nothing, batches),
+        "bare loop": lambda: bare(model, lambda predictions, labels: both, both, batches),
         "Learner": learner(None, batches),
         "Learner, 10 callbacks of 4 hooks": learner([Hooks() for _ in range(10)], batches),
     }

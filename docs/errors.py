@@ -62,7 +62,7 @@ Learner(model, torch.optim.SGD, F.mse_loss, {"train": [Strange()]}).train(1)""",
 learn = fresh()
 learn.train(1)
 learn.history.plot("accuracy")""",
-        "`learn.history.columns` are the columns that there are.",
+        "`learn.history.columns` lists the columns.",
     ),
     "MetricError": (
         """\
@@ -73,7 +73,7 @@ fresh(Metrics(wrong)).train(1)""",
     ),
     "RecorderError": (
         'fresh(Recorder("momentumm"))',
-        "Name what is to be recorded, or give a function under a name.",
+        "Name a known quantity, or pass a function under a name.",
     ),
     "MonitorError": (
         'fresh(EarlyStopping("accuracy")).train(1)',
@@ -81,7 +81,7 @@ fresh(Metrics(wrong)).train(1)""",
     ),
     "ScheduleError": (
         'fresh(Schedule(lambda share: 0.1, "momentun")).train(1)',
-        "Name a hyperparameter that stands in `optimiser.param_groups`.",
+        "Name a hyperparameter that is in `optimiser.param_groups`.",
     ),
     "InitError": (
         "LSUV(nn.ReLU(), torch.ones(2, 1))",
@@ -89,7 +89,7 @@ fresh(Metrics(wrong)).train(1)""",
     ),
     "ResumeError": (
         "fresh().train(1, resume=True)",
-        "Name what to go on from, or train from the beginning.",
+        "Name what to resume from, or train from the beginning.",
     ),
     "CheckpointError": (
         """\
@@ -106,7 +106,7 @@ data = bytearray(Path("good.safetensors").read_bytes())
 data[-1] ^= 1
 Path("bad.safetensors").write_bytes(data)
 fresh().load("bad.safetensors")""",
-        "Take the checkpoint before it. From a folder, `resume` does so by itself.",
+        "Use the previous checkpoint. Given a folder, `resume` does so by itself.",
     ),
     "FileError": (
         """\
@@ -168,7 +168,7 @@ from learner.runs.command import Command, split_words
 def greet(name: str, /, *, twice: bool = False): ...
 
 split_words(Command(greet), ["you", "--thrice"])""",
-        "`learner COMMAND --help` says what can be written.",
+        "`learner COMMAND --help` says what can be typed.",
     ),
     "PrintableError": (
         """\
@@ -177,8 +177,7 @@ from learner.loop.datasets import read_idx
 
 Path("images").write_bytes(b"not images at all")
 read_idx("images")""",
-        "The base of errors about what may come from elsewhere: nothing in a message can steer a "
-        "terminal.",
+        "The base of errors about data from elsewhere: nothing in a message can control a terminal.",
     ),
     "GraphError": (
         """\
@@ -187,8 +186,8 @@ from learner.steer.torch_update import update_function
 class Own(torch.optim.SGD): ...
 
 update_function(Own([nn.Parameter(torch.zeros(1))]))""",
-        "`WholeStep` takes a step that cannot be one graph without a graph, and says why; use an "
-        "optimiser of `torch.optim` for one.",
+        "`WholeStep` runs a step that cannot become a graph without one, and says why; use an "
+        "optimiser of `torch.optim`.",
     ),
     "ShardError": (
         """\

@@ -1,5 +1,6 @@
 """What the site adds to Sphinx: formulas without a script, links to names, a short sidebar."""
 
+from functools import cache
 from typing import ClassVar
 
 import furo
@@ -7,6 +8,7 @@ from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from furo.navigation import get_navigation_tree
 from pages import names_and_places
+from sphinx.search.en import SearchEnglish
 from sphinx.transforms.post_transforms import SphinxPostTransform
 
 
@@ -60,4 +62,5 @@ def setup(app):
     app.add_post_transform(LinkNames)
     LinkNames.places = names_and_places()
     furo._compute_navigation_tree = short_sidebar
+    SearchEnglish.stem = cache(SearchEnglish.stem)  # the same words come on every page
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {
     "base": "what knows no training: nested values, files, hashes, pictures",
     "loop": "stages, the loop, the learner, its data",
-    "watch": "what looks on and changes nothing",
+    "watch": "what observes and changes nothing",
     "steer": "what changes how a net trains",
     "keep": "exact stops, and trials that leave no trace",
     "check": "is it right? The doctor, and the kit for callbacks",
@@ -198,7 +198,7 @@ def write_design(keep):
             "\n\n".join(
                 [
                     f"# {folder}",
-                    about[0].upper() + about[1:] + ". Each notebook stands on those above it.",
+                    about[0].upper() + about[1:] + ". Each notebook builds on those above it.",
                     *rows,
                     "\n".join(tree),
                 ]

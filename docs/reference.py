@@ -158,7 +158,7 @@ def stage_section(stage, depth):
     if stage.group:
         about.append(f"Belongs to the group `{stage.group}`.")
     if stage.name in tree.actions:
-        about.append(f"A callback's method `{stage.name}` takes the place of the learner's own.")
+        about.append(f"A callback's method `{stage.name}` replaces the learner's own.")
     rows = []
     for kind in KINDS:
         sure, some = tree.alive("before" if kind == "around" else kind, stage.name)
@@ -177,8 +177,8 @@ def hooks_page():
     kinds = {
         "before_X": "when X opens",
         "around_X": "a generator that yields once, where X runs",
-        "after_X": "when X has come to its end",
-        "cancelled_X": "in place of `after_X`, if an exception below has ended X early",
+        "after_X": "when X has completed",
+        "cancelled_X": "instead of `after_X`, if an exception inside has ended X early",
         "cleanup_X": "last, whatever has happened; all are called, even if one raises",
     }
     seen, stages = set(), []
@@ -193,13 +193,13 @@ def hooks_page():
             "# Hooks and fixtures",
             "A method of a [Callback](Callback.md) with the name of a hook is called there. Its "
             "parameters say what it wants: `learn` is the learner, any other name a fixture, a "
-            "value that lives at that moment.",
+            "value that exists at that moment.",
             "## The stages",
             f"```text\n{outline}\n```",
             "## The kinds of hooks",
             *(f"`{name}`\n: {text}" for name, text in kinds.items()),
-            "In each kind, callbacks come by `priority`, the lowest first, and ties as they were "
-            "added. A hook of a class that names "
+            "Within each kind, callbacks run by `priority`, lowest first, and ties in the order "
+            "in which they were added. A hook that names "
             "a group, such as `before_pass`, is called for each stage of the group.",
             "## Groups",
             *groups,
@@ -209,7 +209,7 @@ def hooks_page():
             "in `def cleanup_batch(self, loss=None)`.",
             *lives,
             "## Hook by hook",
-            "Under each hook stand the fixtures that it may ask for. The bare name of an action "
+            "Each hook lists the fixtures that it may ask for. The bare name of an action "
             "is a hook too: "
             f"{', '.join(f'`{name}`' for name in TREE.actions)}.",
             *stages,

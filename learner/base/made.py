@@ -17,11 +17,11 @@ from torch.optim import Optimizer
 
 from .hashing import hash_state
 from .nested import encode_state
-from .words import printable
+from .words import kind_of, printable
 
 # %% ../../nbs/base/made.ipynb #c9497f92
 def place_of(kind: Any) -> str:
-    """Where a class or a function is found again.
+    """Where another process finds a class or a function.
 
     Args:
         kind: A class or a function at the top of a module.
@@ -40,7 +40,8 @@ def place_of(kind: Any) -> str:
     if not callable(kind) or not isinstance(name, str) or not isinstance(kind.__module__, str):
         raise TypeError(f"{kind!r:.60} is not a class or a function, such as torch.nn.Linear")
     if not name.isidentifier():
-        raise TypeError(f"{name} can be found by nothing else; define it at the top of a module")
+        raise TypeError(f"{name} cannot be found by another process; define it at the top of a "
+                        "module")
     return f"{kind.__module__}:{name}"
 
 # %% ../../nbs/base/made.ipynb #e6dc0f0d
@@ -55,7 +56,7 @@ def kept_argument(what: str, value: Any) -> Any:
         return {key: kept_argument(f"{what}[{key!r}]", item) for key, item in value.items()}
     try: encode_state({"value": value})
     except (TypeError, ValueError):
-        raise TypeError(f"{what} is {value!r:.60}, which cannot be written down; give numbers, text, "
+        raise TypeError(f"{what} is {value!r:.60}, which cannot be saved; give numbers, text, "
                         "tensors, or a part that was itself built by made()") from None
     return value.detach().clone() if isinstance(value, Tensor) else value
 
@@ -66,7 +67,7 @@ def _check_once(what: str, value: Any, seen: set[int]) -> None:
         recipe = value.get("made_by")
         if recipe is not None and id(recipe) in seen:
             raise ValueError(f"{what}: the same {recipe['class'].partition(':')[2]} is given twice, and loading "
-                             "would build two of it; give it once, and share it within the class")
+                             "would build two of them; give it once, and share it within the class")
         seen.add(id(recipe))
         for item in value.values(): _check_once(what, item, seen)
     elif isinstance(value, list | tuple):
@@ -87,8 +88,8 @@ def made(kind: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         checkpoint of a learner that has it as a part.
 
     Raises:
-        TypeError: Another process would not find `kind`, an argument cannot be written down, or
-            what `kind` returns does not take attributes.
+        TypeError: Another process could not find `kind`, an argument cannot be saved, or what
+            `kind` returns takes no attributes.
         ValueError: The same part is given twice, also within other parts.
 
     Example:
@@ -103,8 +104,8 @@ def made(kind: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     part = kind(*args, **kwargs)
     try: part.made_by = recipe
     except AttributeError:
-        raise TypeError(f"made({name}): it returns a {type(part).__name__}, which takes no "
-                        "attribute; return an object of a class") from None
+        raise TypeError(f"made({name}) returns {kind_of(part)}, which takes no "
+                        "attributes; return an instance of a class of your own") from None
     return part
 
 # %% ../../nbs/base/made.ipynb #b57a9fa0
@@ -155,24 +156,24 @@ def _differ(then: Any, now: Any) -> bool:
 
 # %% ../../nbs/base/made.ipynb #db7c6d08
 def lost_parts(then: Any, now: Mapping[str, Any]) -> list[str]:
-    """What a training that goes on has lost of what steered it.
+    """What steered a training and is missing where it resumes.
 
     Args:
         then: The record of the learner that the training began with, as a checkpoint holds it.
-        now: The record of the learner that it goes on in.
+        now: The record of the learner that resumes it.
 
     Returns:
-        A sentence about the callbacks that are missing, and one about another loss.
+        A sentence about the callbacks that are missing, and one about a different loss.
     """
     if not isinstance(then, Mapping): return []
     found = []
     missing = ", ".join((_steering(then) - _steering(now)).elements())
     if missing:
-        found.append(f"the training that is resumed was steered by callbacks that this learner does not have: "
+        found.append("the resumed training had callbacks that this learner lacks: "
                      f"{missing}; add them to get the same result")
     if "loss_func" in then and _differ(then["loss_func"], now["loss_func"]):
         names = [_name_of(each["loss_func"]) for each in (then, now)]
         other = names[1] if names[0] != names[1] else f"{names[1]} with other arguments"
-        found.append(f"the training that is resumed had the loss {names[0]}, and goes on with {other}; "
-                     "give the learner the loss that it had to get the same result")
+        found.append(f"the resumed training had the loss {names[0]} and continues with {other}; "
+                     "give the learner the original loss to get the same result")
     return found

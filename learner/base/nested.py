@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .hashing import is_sparse, sparse_parts
+from .words import with_article
 
 # %% ../../nbs/base/nested.ipynb #9e718bd6
 _NAMES = {  # safetensors' name of each dtype; the last ones are new
@@ -54,8 +55,8 @@ class _Tensors:
     def reference(self, value: Tensor, where: _Where) -> Any:
         "What stands for a tensor in the JSON; raises TypeError."
         if type(value) not in (Tensor, Parameter):
-            kind = type(value).__qualname__
-            raise TypeError(f"{_place(where)} is a {kind}, a special tensor; save plain ones")
+            kind = with_article(type(value).__qualname__)
+            raise TypeError(f"{_place(where)} is {kind}, a special tensor; save plain ones")
         if value.is_quantized or value.is_nested or value.is_meta:
             raise TypeError(f"{_place(where)} is a tensor that is quantized, nested or without "
                             "values; save it as plain tensors")
@@ -111,8 +112,8 @@ def _encode_mapping(value: Mapping[Any, Any], tensors: _Tensors, where: _Where) 
     if len(where) >= DEPTH: raise _too_deep(where)
     for key in value:
         if not isinstance(key, str | int) or isinstance(key, bool):
-            raise TypeError(f"{_place(where)} has the key {key!r}, a {type(key).__qualname__}; "
-                            "keys must be str or int")
+            kind = with_article(type(key).__qualname__)
+            raise TypeError(f"{_place(where)} has the key {key!r}, {kind}; keys must be str or int")
     pairs = [(_encode(key, tensors), _encode(item, tensors, (*where, key)))
              for key, item in value.items()]
     simple = all(isinstance(key, str) and not key.startswith("$") for key, _ in pairs)
@@ -129,7 +130,8 @@ def _encode_numpy(value: Any, tensors: _Tensors, where: _Where) -> Any:
     if isinstance(plain, bool | int | float) and type(plain) is not type(value):
         return _encode(plain, tensors, where)
     if numpy is None or type(value) is not numpy.ndarray:
-        raise TypeError(f"{_place(where)} is a {type(value).__qualname__}; a checkpoint holds "
+        kind = with_article(type(value).__qualname__)
+        raise TypeError(f"{_place(where)} is {kind}; a checkpoint holds "
                         "None, bool, int, float, str, bytes, tensors, NumPy arrays, and dicts, "
                         "lists and tuples of them")
     array = numpy.asarray(value, order="C")
@@ -144,7 +146,7 @@ def encode_state(state: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
     """A state as JSON and tensors; nothing is copied.
 
     Args:
-        state: A mapping with text as keys, nested as one likes.
+        state: A mapping with text as keys, nested at will.
 
     Returns:
         The JSON, in which names stand for tensors, and the tensors by name.

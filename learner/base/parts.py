@@ -55,8 +55,8 @@ def check_optimiser(
     own = {id(parameter) for parameter in model.parameters()}
     groups = optimiser.param_groups
     if not any(id(parameter) in own for group in groups for parameter in group["params"]):
-        raise ValueError(f"optimiser: {type(optimiser).__name__} has no parameter of the model in "
-                         "it; make it from model.parameters()")
+        raise ValueError(f"optimiser: {type(optimiser).__name__} holds no parameter of the model; "
+                         "make it from model.parameters()")
 
 # %% ../../nbs/base/parts.ipynb #b41ac268
 def make_optimiser(
@@ -340,23 +340,23 @@ def _has_own_state(part: Any) -> bool:
     return all(callable(getattr(part, name, None)) for name in ("state_dict", "load_state_dict"))
 
 def _hidden_order(part: Any) -> str:
-    "What a part has that nobody can put back."
+    "What a part has that nothing can restore."
     if isinstance(part, torch.Generator): return ""
     if isinstance(part, random.Random): return "a generator of Python's random"
     if type(part).__module__.startswith("numpy.random"): return "a random generator of NumPy"
     is_iterator = isinstance(part, Iterator) and not isinstance(part, IOBase)
-    return "an iterator, which cannot be wound back" if is_iterator else ""
+    return "an iterator, which cannot be rewound" if is_iterator else ""
 
 def cannot_restore(
     loader: Any,  # any iterable
 ) -> str:  # such as "Both holds an iterator ..."; empty if its order can be restored
-    "Why a training that is resumed would get other batches from a loader."
+    "Why resumed training would get different batches from a loader."
     if _has_own_state(loader): return ""
     name = type(loader).__name__
     for where, part in places_in(loader):
         hidden = _hidden_order(part)
         if not hidden: continue
         what = f"{name} is {hidden}" if not where else f"{name} holds {hidden} ({name}{where})"
-        return (f"{what}, so a training that is resumed would get other batches from it; give it "
-                "state_dict() and load_state_dict(), or a list, a DataLoader or a TensorLoader")
+        return (f"{what}, so resumed training would get different batches from it; give it "
+                "state_dict() and load_state_dict(), or use a list, a DataLoader or a TensorLoader")
     return ""

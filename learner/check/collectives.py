@@ -42,7 +42,7 @@ def makes_collectives(callback: Callback) -> bool:
 
 # %% ../../nbs/check/collectives.ipynb #872aa8e3
 def check_collectives(bench: Bench) -> Iterator[Finding]:
-    "In two processes, every collective of it is made by both."
+    "In two processes, both make every collective of the callback."
     from learner.keep.launch import launch
 
     if os.name != "posix" or find_spec("cloudpickle") is None:

@@ -325,7 +325,7 @@ def doctor(
     steps: int = STEPS,
     report: bool = True,
 ) -> Diagnosis:
-    """Find out why it does not train, by all checks and short trainings on copies.
+    """Find out why a net does not train, with all checks and with short trainings on copies.
 
     Args:
         learn: a learner with training data; it stays as it is.

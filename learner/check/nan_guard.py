@@ -135,7 +135,7 @@ class NaNGuard(Callback):
 
     Args:
         every: batches between looks; 1 stops before the step, and waits for the device each time.
-        modules: watch what each module puts out; otherwise only inputs, losses and gradients.
+        modules: watch the output of each module; otherwise only inputs, losses and gradients.
 
     Example:
         >>> learn.train(5, callbacks=NaNGuard())

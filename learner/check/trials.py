@@ -94,7 +94,7 @@ def _tail(losses: list[float]) -> float:
 # %% ../../nbs/check/trials.ipynb #32dc5e7b
 @dataclass(frozen=True)
 class Trial:
-    "What came of a short training."
+    "The result of a short training."
     rate: float
     starts: list[float]  # the losses of the same batches before it
     losses: list[float]
@@ -280,7 +280,7 @@ def _nothing_learned(trials: ShortTrainings, own: Trial, best: Trial) -> Finding
         return fault("finite loss", _where_not_finite(trials.learn, own))
     heart = _by_heart(trials)
     if heart and heart[-1] <= 0.5 * heart[0]:
-        return fault("labels and inputs", f"it learns {FEW} examples by heart, but for others its "
+        return fault("labels and inputs", f"it memorises {FEW} examples, but for others its "
                                           "predictions fit shuffled labels as well as their own: "
                                           "the inputs say nothing about the labels; look at how "
                                           "the two are paired, shuffled and loaded",
@@ -290,7 +290,7 @@ def _nothing_learned(trials: ShortTrainings, own: Trial, best: Trial) -> Finding
                                              "after training too; look in the forward pass for "
                                              "what loses the input")
     course = f" went from {heart[0]:.3g} to {heart[-1]:.3g}" if heart else " is not finite"
-    return fault("one batch", f"it cannot learn {FEW} examples by heart: their loss{course} in "
+    return fault("one batch", f"it cannot memorise {FEW} examples: their loss{course} in "
                               f"{2 * trials.steps} steps of Adam; look at the forward pass and the "
                               "loss")
 

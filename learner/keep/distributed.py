@@ -358,6 +358,8 @@ class _Asked(_Framed, Callback):
         if shards is not None: shards_of(0, world_size(), shards)
         if shards is not None and shard:
             raise TypeError("shards cuts batches, and shard cuts weights, whose sums have other bits; leave one out")
+        if "mixed_precision" in options:
+            raise TypeError("Distributed takes no mixed_precision, an option of DDP; add MixedPrecision() instead")
         if options and (shards is not None or shard):
             raise TypeError(f"{next(iter(options))} is an option of DDP, which shards and shard do without")
         self.gradients: Gradients = DDPGradients(self)

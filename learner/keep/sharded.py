@@ -202,6 +202,8 @@ class Shared(_Gathering):
         self.model, self.ready = learn.model, ready
         self.places = [(module, name, parameter) for module in self.model.modules()
                        for name, parameter in module._parameters.items() if parameter is not None]
+        self.loading = [(module._load_state_dict_post_hooks, {*module._load_state_dict_post_hooks})
+                        for module in self.model.modules()]  # FSDP adds to these hooks
         self.units = []
         for module in _units_of(self.model, kinds):
             self.units.append(_ThroughUnit(module, self.units, mesh, forward if module is self.model else None))
@@ -221,6 +223,8 @@ class Shared(_Gathering):
         for plain, part in self.parts.items():
             plain.data, plain.grad = whole(part), whole(part.grad)
         for module, name, plain in self.places: module._parameters[name] = plain
+        for hooks, own in self.loading:
+            for number in hooks.keys() - own: del hooks[number]
         for each in self.optimisers: each.undo()
 
 # %% ../../nbs/keep/sharded.ipynb #5620cc79

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..base.parts import cannot_restore
+from ..base.parts import cannot_restore, places_in
 from .attached import attached_modules, by_class
 from .passes import passes_of
 
@@ -125,6 +125,18 @@ def _of_callbacks(learn: Any) -> Iterator[tuple[str, str, Any]]:
         if callback.watches or _ours(callback) or hasattr(callback, "state_dict"): continue
         yield from ((where, name, value) for name, value in vars(callback).items())
 
+def _of_loader(learn: Any) -> Iterator[tuple[str, str, Any]]:
+    for where, part in _parts_of_loader(learn).items():
+        yield from ((where, name, value) for name, value in vars(part).items() if type(value) is int)
+
+def _parts_of_loader(learn: Any) -> dict[str, Any]:
+    "What may count passes over the training data: neither of torch, nor ours, nor with a way of its own."
+    parts = {f"dataloaders[\"train\"]{where}": part
+             for where, part in places_in(learn.dataloaders.get("train")) if hasattr(part, "__dict__")}
+    return {where: part for where, part in parts.items()
+            if not type(part).__module__.startswith((_PACKAGE, "torch.")) and not isinstance(part, torch.Generator)
+            and not any(hasattr(part, name) for name in ("__getitem__", "state_dict", "set_epoch"))}
+
 def _of_learner(learn: Any) -> Iterator[tuple[str, str, Any]]:
     owner = next(kind for kind in type(learn).__mro__ if "state_dict" in vars(kind))
     if not owner.__module__.startswith(_PACKAGE): return  # it has a way of its own
@@ -143,6 +155,9 @@ _SENTENCES = {
               "set_extra_state()",
     "learner": "{} changes its attribute {} in training, which no state holds, so a training that is resumed "
                "would go on with another value; keep it in a callback with state_dict() and load_state_dict()",
+    "loader": "{} changes its attribute {} in training, which no state holds, so a training that is resumed "
+              "could read its batches in another order; give it set_epoch(epoch), or state_dict() and "
+              "load_state_dict()",
     "buffer": "{}.{} is a buffer that changes in validation, and a training that is stopped there goes through "
               "the validation again, so it would change twice; change it in training only",
 }
@@ -151,7 +166,7 @@ Key = tuple[str, str, str]  # the kind of a holder, where it is, and the name of
 
 def sentences(learn: Any, keys: Iterable[Sequence[str]]) -> list[str]:
     "What to tell of attributes that have changed, as far as there are such."
-    holders = {**holders_of(learn), type(learn).__name__: learn}
+    holders = {**holders_of(learn), **_parts_of_loader(learn), type(learn).__name__: learn}
     return [_SENTENCES[kind].format(where, name) for kind, where, name in keys
             if kind in _SENTENCES and hasattr(holders.get(where), name)]
 
@@ -166,7 +181,8 @@ def _attributes(learn: Any) -> dict[Key, Any]:
     "The marks of all attributes that are looked at, by kind, holder and name."
     parts = (learn, learn.optimiser, learn.dataloaders, learn.history, learn.cursor, learn.loss_func)
     known = {*map(id, (*parts, *learn.callbacks, *modules_of(learn).values(), *_loaders(learn)))}
-    kinds = {"module": _of_modules(learn), "callback": _of_callbacks(learn), "learner": _of_learner(learn)}
+    kinds = {"module": _of_modules(learn), "callback": _of_callbacks(learn), "learner": _of_learner(learn),
+             "loader": _of_loader(learn)}
     return {(kind, where, name): marks_of(value, known)
             for kind, found in kinds.items() for where, name, value in found}
 

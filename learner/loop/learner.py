@@ -40,13 +40,11 @@ from .frames import users_frames
 from .hidden import sentences, unready_loaders
 from .lengths import lengths, set_passes, set_steps
 from .loop import Loop
-from .optimiser_state import set_groups
 from .passes import passes_of
 from .resume import Cursor, begin, state_to_resume
 from .stages import Callback
-from .state import Place, check_state, gather, loaders_of, modules_beside, order_state, put, recipes
-from .state import state_of
-from .undo import all_or_nothing, lent
+from .state import Place, check_state, loaders_of, modules_beside, order_state, put, state_of, whole_state
+from .undo import all_or_nothing, own_copy
 
 # %% ../../nbs/loop/learner.ipynb #518d6797
 class Placed(Loop):
@@ -73,16 +71,9 @@ class Resumable(Placed):
             where = "a validation or test pass" if self.evaluating else "a batch"
             raise RuntimeError(f"the state was asked for within {where}, which is half done; ask for it in "
                                "after_batch or after_epoch")
-        saved = self.cursor.saved
-        optimiser = saved.get("optimiser") if saved and self.optimiser is None else None
-        if is_optimiser(self.optimiser): optimiser = self.optimiser.state_dict()
-        beside = gather(self) if self.is_running or saved is None else saved
-        self._name_losses(beside["loop"])
-        if beside is self.cursor.copy: return dict(beside)  # with the model and the optimiser of then
-        if "groups" in beside: set_groups(optimiser, beside["groups"])  # as they were when training stopped
-        modules = {name: state_of(module) for name, module in modules_beside(self).items()}
-        return {"model": state_of(self.model), "modules": modules, "optimiser": optimiser,
-                "callbacks": beside["callbacks"], "loop": beside["loop"], "made": recipes(self)}
+        state = whole_state(self)
+        self._name_losses(state["loop"])
+        return state
 
     def _name_losses(self, loop: Mapping[str, Any]) -> None:
         "Warn of what a state does not hold."
@@ -93,13 +84,15 @@ class Resumable(Placed):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Take over a state from `state_dict`; raises ResumeError if it does not fit, and changes nothing."
         check_state(state)
-        self._take_over(lent(state))
+        self._take_over(own_copy(state))
 
     def _take_over(self, state: Mapping[str, Any]) -> None:
         with all_or_nothing(self, state):
             self.cursor.undo.note(self, state)
             put(self, state)
-        self.cursor.saved = dict(state)
+        whole = ("model", "modules", "optimiser", "base")  # is in place: what is changed from now on stays
+        self.cursor.saved = {name: part for name, part in state.items()
+                             if name not in whole or (name == "optimiser" and self.optimiser is None)}
 
 # %% ../../nbs/loop/learner.ipynb #29043102
 class Files(Resumable):
@@ -178,12 +171,13 @@ ARGUMENTS = {  # of `train`
 }
 
 MACHINERY = frozenset({  # what the loop and callbacks use; Tab offers what is left
-    "batches_done", "batches_stepped", "blame", "call", "call_loss", "check_idle", "clock",
-    "columns", "compute_loss", "cursor", "drop_fixtures", "evaluating", "fixtures",
-    "has_opened", "inputs_at", "keep_last", "labels_at", "last", "live_fixtures", "measure",
-    "measure_every", "place", "plan", "position", "predict_new", "prepare", "quiet_copy",
-    "remove_watchers", "running", "stage", "stages", "times", "tree", "trained", "unseen_step",
-    "watchers",
+    "act", "backward", "batches_done", "batches_stepped", "blame", "call", "call_loss",
+    "check_idle", "clock", "columns", "compute_loss", "cursor", "drop_fixtures", "evaluating",
+    "fixtures", "has_opened", "inputs_at", "is_measuring", "keep_last", "labels_at", "last",
+    "live_fixtures", "measure", "measure_every", "place", "plan", "position", "predict_new",
+    "prepare", "quiet_copy", "ranks", "remove_watchers", "resolution", "running", "silenced",
+    "stage", "stages", "step", "times", "train_batch", "trained", "tree", "unseen_step",
+    "validation_batch", "watchers", "weights_version",
 })
 
 def speaks(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -249,7 +243,7 @@ class Guarded(Beside):
         self._failed = True
         with self.cursor.signals, once_by_workers():
             try: yield
-            finally: self.cursor.arriving = None
+            finally: self.cursor.call_over(self)
         self._failed = False
 
 # %% ../../nbs/loop/learner.ipynb #ed04cced
@@ -283,7 +277,7 @@ class Trainer(Guarded):
             >>> learn.train(5, learning_rate=0.01)
             >>> learn.train(10, resume=learn.state_dict())  # five epochs more
         """
-        state = state_to_resume(self.cursor, resume)
+        state = state_to_resume(self, resume)
         with all_or_nothing(self, state):
             stretches = set_steps(self.cursor, state, steps, validation_steps, epochs)
             plan = lengths(state, epochs if stretches is None else stretches, validation_epochs)

@@ -11,7 +11,6 @@ __all__ = ['AGAIN', 'COUNTED', 'Naming', 'Arriving', 'set_random', 'Standing', '
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from itertools import islice
 from os import PathLike
 from typing import Any
@@ -30,10 +29,11 @@ from .loop import Plan
 from .passes import Pass, Stream, passes_of
 from .signals import Signals
 from .stages import Callback, CancelException, CancelTrainException
-from .optimiser_state import groups_of
+from .optimiser_state import hyperparameters
 from .state import Place, ResumeError, batches_from, check_state, gather
-from .state import has_state, loaders_of, lost, order_state, put, put_gradients, set_order_state, with_state
-from .undo import lent
+from .state import has_state, loaders_of, lost, order_state, put, put_gradients, recipes
+from .state import set_order_state, whole_state, with_state
+from .undo import own_copy
 
 # %% ../../nbs/loop/resume.ipynb #54066b27
 class Naming(Plan):
@@ -286,6 +286,12 @@ class Keeping(TrainingBatches):
             if self.saved is None and self.arriving is None and self.under_way: self.keep(learn, error)
             raise
 
+    def call_over(self, learn: Any) -> None:
+        "Everything is cleaned up: what is set by hand from now on stays when training goes on."
+        self.arriving = None
+        if self.saved and "groups" in self.saved and "left" not in self.saved:
+            self.saved = {**self.saved, "left": hyperparameters(learn.optimiser)}
+
     def keep(self, learn: Any, error: BaseException) -> None:
         "Keep the state of a training that an error or a stop ends."
         done = learn.batches_done > learn.batch_num
@@ -306,11 +312,9 @@ class Keeping(TrainingBatches):
 # %% ../../nbs/loop/resume.ipynb #3de7341c
 def kept_state(learn: Any, half: str) -> dict[str, Any]:
     "What a training that is stopped keeps beside the model and the optimiser, which stay as they are."
-    groups = [{key: deepcopy(value) for key, value in group.items() if key != "params"}
-              for group in groups_of(learn.optimiser)]
     beside = gather(learn)
     if half: beside["loop"]["half"] = COUNTED if learn.batches_stepped > learn.batch_num else half
-    return {"groups": groups, **beside}
+    return {"groups": hyperparameters(learn.optimiser), "made": recipes(learn), **beside}
 
 # %% ../../nbs/loop/resume.ipynb #e3e5bbbc
 class Repeating(Keeping):
@@ -401,7 +405,7 @@ def begin(cursor: Cursor, learn: Any, state: Any, learning_rate: float | None) -
     cursor.trains = cursor.place.phase != "test"
     cursor.stream, cursor.streamed = None, state["loop"].get("stream") if state else None
     cursor.saved, cursor.arriving, cursor.under_way = state, state, False
-    if state is not cursor.copy: cursor.copy = None  # it is of another training
+    cursor.copy = None  # it is of another training, or in place
     if state and not state["loop"]["under_way"]:  # nothing was stopped: set-up is part of what comes
         cursor.saved = cursor.arriving = None
         set_random(learn, state["loop"])
@@ -412,22 +416,24 @@ def begin(cursor: Cursor, learn: Any, state: Any, learning_rate: float | None) -
 def warn_of(cursor: Cursor, learn: Any, state: Mapping[str, Any]) -> None:
     "Name what a training that goes on from a state has lost."
     if state["loop"]["under_way"]: cursor.tell(unready_loaders(learn))
-    here = state is cursor.saved
     cursor.tell(lost(learn, state))
-    cursor.tell(sentences(learn, cursor.undone if here else state["loop"].get("unkept", [])))
+    cursor.tell(sentences(learn, state["loop"].get("unkept", [])))
     cursor.undone = []
 
-def state_to_resume(cursor: Cursor, resume: Any) -> Mapping[str, Any] | None:
+def state_to_resume(learn: Any, resume: Any) -> Mapping[str, Any] | None:
     "The state that a call of `train` goes on from; None if it begins."
     if resume is None or resume is False: return None
     if resume is True:
-        if cursor.saved is None:
+        saved = learn.cursor.saved
+        if saved is None:
             raise ResumeError("there is nothing to resume: no training was stopped here and none was loaded; call "
                               "train() without resume, or name a checkpoint: train(resume=path)")
-        state = cursor.saved
+        state = own_copy({**whole_state(learn), "made": saved.get("made")})
+        state["loop"]["unkept"] = [*learn.cursor.undone, *(
+            key for key in state["loop"]["unkept"] if key[0] == "loader")]  # the others are in place
     elif isinstance(resume, Mapping):
         check_state(resume)
-        state = lent(resume)
+        state = own_copy(resume)
     elif isinstance(resume, (str, PathLike)) and str(resume): state = read_checkpoint(resume)
     else:
         raise ResumeError(f"resume is {resume!r}; it must be True, a state, or the path of a checkpoint "

@@ -18,7 +18,7 @@ from functools import partial
 from textwrap import fill, indent
 from typing import Any, TypeVar
 
-from ..base.words import did_you_mean
+from ..base.words import did_you_mean, with_article
 from .frames import users_frames
 
 # %% ../../nbs/loop/stages.ipynb #5cdc08df
@@ -35,10 +35,10 @@ class CancelBatchException(CancelException):
     "Ends the batch and drops its gradients."
 
 class CancelStepException(CancelException):
-    "Leaves out the optimiser's step; the gradients stay and add up."
+    "Skips the optimiser's step; the gradients stay and add up."
 
 class CallbackError(ValueError):
-    "A callback, hook, stage or fixture that cannot work where it was put."
+    "A callback, hook, stage or fixture that cannot work where it is."
 
 # %% ../../nbs/loop/stages.ipynb #c92d1b51
 def _names(value: str | Iterable[str]) -> tuple[str, ...]:
@@ -57,9 +57,9 @@ class Stage:
         leaves: Fixtures that it makes; they live from its end to the end of the stage around it.
         action: The learner's method that does its work. Unless that is private, a callback's
             method called `<name>` can replace it.
-        follows: The stage beside it that it comes after; the last one declared if nothing is said.
+        follows: The stage beside it that it comes after; by default the last one declared.
         group: A name that it shares with others: `before_<group>` is called before each of them.
-        rare: It opens now and then only, so `explain` shows it only if something hooks it.
+        rare: It opens only now and then, so `explain` shows it only if something hooks it.
         about: What it is, for the documentation.
 
     Example:
@@ -205,10 +205,11 @@ class _Lifetimes(_Ways):
 
     def lifetime(self, fixture: str) -> str:
         "When a fixture lives, in words; nothing for an unknown one."
-        for stage in self.stages.values():
-            if fixture in stage.leaves:
-                return f"lives from after_{stage.name} to the end of a {stage.inside[0]}"
         stages = self.stages.values()
+        for stage in stages:
+            if fixture not in stage.leaves: continue
+            around = with_article(stage.inside[0])
+            return f"lives from after_{stage.name} to the end of {around}"
         return lives_in([s.name for s in stages if fixture in (*s.counts, *s.holds)])
 
 # %% ../../nbs/loop/stages.ipynb #f2000dba
@@ -287,7 +288,7 @@ class StageTree(_Names):
     """
 
     def suggest(self, hook: str, cutoff: float = 0.6) -> str:
-        "Which hook was meant: the same kind for what others call so, or for the nearest name."
+        "Which hook was meant: the same kind for another library's name, or for the nearest one."
         match = _HOOK.fullmatch(hook)
         if not match: return did_you_mean(hook, self.hooks)
         near = get_close_matches(match[2], self.names, n=1, cutoff=cutoff)
@@ -336,15 +337,14 @@ def _reference(tree: StageTree) -> str:
 class Callback:
     __doc__ = f"""Base of callbacks: methods are hooks by name, their parameters name what they get.
 
-For a stage or a group X, `before_X` is called when it opens, `after_X` when it has come to its end,
-`cancelled_X` in place of that if an exception below ended it early, and `cleanup_X` last, whatever
-happened. `around_X` is a generator that yields once, where the stage runs. A class with hooks of a
-group and of a stage of it has both called, that of the group first.
+For a stage or a group X, `before_X` is called when it opens, `after_X` when it has completed,
+`cancelled_X` instead if an exception inside ended it early, and `cleanup_X` last, whatever
+happened. `around_X` is a generator that yields once, where X runs. Hooks of groups come first.
 
 Attributes:
     priority: Callbacks with the lowest come first; ties stay in the order of addition. Default 0.
-    watches: It changes nothing that training depends on, so that a trial does without it.
-    writes: It writes files or shows something, so that of several processes only the first has it.
+    watches: It changes nothing that training depends on, so a trial leaves it out.
+    writes: It writes files or displays something, so of several processes only the first has it.
     parts: Callbacks of its own, which join and leave a learner with it. Default: none.
 
 Example:
@@ -361,6 +361,8 @@ Example:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in dir(cls): _check_definition(cls, name, inspect.getattr_static(cls, name))
+        if "__init__" in vars(cls) and cls.__module__.startswith("learner."):  # wrong arguments
+            cls.__init__ = users_frames(cls.__init__)  # type: ignore[method-assign]
 
     def __repr__(self) -> str: return f"{type(self).__name__}()"
 
@@ -371,8 +373,7 @@ def check_kind(label: str, kind: str, function: Callable[..., Any]) -> None:
         function = type(function).__call__
     inner, yields = inspect.unwrap(function), inspect.isgeneratorfunction(function)
     if inner is not function and inspect.isgeneratorfunction(inner) and not yields:
-        raise CallbackError(
-            f"{label} is a context manager; leave @contextmanager out, a plain generator will do")
+        raise CallbackError(f"{label} is a context manager; drop @contextmanager from the generator")
     if inspect.iscoroutinefunction(function):
         raise CallbackError(f"{label} is async and would never run; drop async")
     if kind == "around" and not yields:
@@ -388,13 +389,12 @@ def required(function: Callable[..., Any]) -> list[str]:
 
 # %% ../../nbs/loop/stages.ipynb #a2eb3243
 def _check_definition(cls: type, name: str, static: Any) -> None:
-    "What can be said of a callback's attribute before it is known which learner it will meet."
+    "Check what can be checked of a callback's attribute before its learner is known."
     function = getattr(static, "__func__", static)  # of a static or class method
     if name.startswith("_") or not callable(function): return
     label, parsed = f"{cls.__name__}.{name}", TREE.parse(name)
     if name == "parts":
-        raise CallbackError(f"{label} is a method, and parts are the callbacks that a callback "
-                            "brings along; make it a property or an attribute, or rename it")
+        raise CallbackError(f"{label} is a method; parts are callbacks, so make it a property")
     for base in cls.__mro__[1:]:
         stage = getattr(vars(base).get(name), "provided_at", None)
         if stage and not hasattr(static, "provided_at"):
@@ -459,7 +459,7 @@ def label_of(callback: Callback, hook: str) -> str:
     return f"{getattr(callback.function, '__name__', callback.function)} on {hook}"
 
 def hooks_of(callback: Callback, tree: StageTree) -> Iterator[tuple[str, Callable[..., Any]]]:
-    "Name and function of each hook of a callback; raises CallbackError for a hook that is none."
+    "Name and function of each hook of a callback; raises CallbackError for what is not a hook."
     if isinstance(callback, FunctionCallback):
         yield callback.hook, callback.function
         return

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ResumeError', 'Place', 'order_state', 'set_order_state', 'batches_from', 'state_of', 'plain_name',
            'check_model_state', 'check_state', 'check_orders', 'check_loop_state', 'has_state', 'with_state',
-           'modules_beside', 'loaders_of', 'packed', 'gradients_left', 'lost', 'gather', 'put', 'fitting_optimiser',
-           'put_gradients', 'trained_only', 'with_base']
+           'modules_beside', 'loaders_of', 'packed', 'gradients_left', 'lost', 'gather', 'whole_state', 'put',
+           'fitting_optimiser', 'put_gradients', 'trained_only', 'with_base']
 
 # %% ../../nbs/loop/state.ipynb #a5a8bd58
 import warnings
@@ -27,8 +27,7 @@ from ..base.tree import to_device
 from ..base.words import PHASES, PrintableError, did_you_mean, kind_of
 from .attached import attached_modules, by_class
 from .hidden import changed_flags, check_hidden, flags_of, hidden_state, put_hidden
-from .optimiser_state import check_gradients, check_optimiser_state, groups_of
-from .optimiser_state import set_groups
+from .optimiser_state import check_gradients, check_optimiser_state, groups_of, set_groups
 from .passes import passes_of
 from .resolution import only_watches
 from .stages import Callback
@@ -307,7 +306,7 @@ def recipes(learn: Any) -> dict[str, Any]:
 # %% ../../nbs/loop/state.ipynb #5a20d122
 def lost(learn: Any, state: Mapping[str, Any]) -> list[str]:
     "Sentences about what a training that goes on from a state has lost of what steered it."
-    return lost_parts(state["made"], recipes(learn)) if "made" in state else []
+    return lost_parts(state["made"], recipes(learn)) if state.get("made") else []
 
 # %% ../../nbs/loop/state.ipynb #7f294a71
 def gather(learn: Any) -> dict[str, Any]:
@@ -340,12 +339,25 @@ def gather(learn: Any) -> dict[str, Any]:
     if within and learn.ranks is not None: learn.ranks.whole_state(learn, loop["means"], callbacks)
     return {"callbacks": callbacks, "loop": loop}
 
+# %% ../../nbs/loop/state.ipynb #ac4097d4
+def whole_state(learn: Any) -> dict[str, Any]:
+    "Everything that the next batch depends on, in the training that runs or in the one that was stopped."
+    saved = None if learn.is_running else learn.cursor.saved
+    if saved is not None and saved is learn.cursor.copy: return dict(saved)  # model and optimiser of then
+    beside = gather(learn) if saved is None else saved
+    optimiser = beside.get("optimiser")  # where this learner has none
+    if is_optimiser(learn.optimiser): optimiser = learn.optimiser.state_dict()
+    if "groups" in beside: set_groups(optimiser, beside["groups"], beside.get("left"))  # before clean-up
+    modules = {name: state_of(module) for name, module in modules_beside(learn).items()}
+    return {"model": state_of(learn.model), "modules": modules, "optimiser": optimiser,
+            "callbacks": beside["callbacks"], "loop": beside["loop"], "made": recipes(learn)}
+
 # %% ../../nbs/loop/state.ipynb #d5406456
 def put(learn: Any, state: Mapping[str, Any]) -> None:
     "Put a state into a learner; where it raises ResumeError, some of it may be in place."
     loop, state = state["loop"], with_base(learn, state)
-    modules = {"model": learn.model, **modules_beside(learn)} if "model" in state else {}
-    states = {"model": state.get("model"), **state.get("modules", {})}
+    modules = {"model": learn.model, **modules_beside(learn)}
+    states = {"model": state["model"], **state.get("modules", {})}
     for name, module in modules.items():
         if name not in states: raise ResumeError(f"the state has no {name}, which this learner has")
         check_model_state(module, states[name], name)
@@ -355,7 +367,6 @@ def put(learn: Any, state: Mapping[str, Any]) -> None:
     _put_callbacks(learn, state["callbacks"])
     if optimiser is not None and state.get("optimiser") is not None: _put_optimiser(optimiser, state["optimiser"])
     for name, module in modules.items(): _put_module(name, module, states[name])
-    if "groups" in state: set_groups(optimiser, state["groups"])
     learn.optimiser = optimiser
     _put_loop(learn, loop)
     _check_loaded(learn, state["callbacks"])

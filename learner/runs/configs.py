@@ -16,12 +16,12 @@ from .signature import Callbacks, Model, Optimiser
 # %% ../../nbs/runs/configs.ipynb #6b6b8c4f
 @register_model(name="ConvNet")
 def _conv_net(width: int = 32, classes: int = 10, dropout: float = 0.2) -> Any:
-    """Three convolutions with batch normalisation and an average: for grey images of any size.
+    """Three convolutions with batch normalisation and average pooling, for grey images of any size.
 
     Args:
         width: channels of the first layer; the second has twice as many, the third four times.
-        classes: how many there are to tell apart.
-        dropout: share of the features that is left out in training.
+        classes: how many to tell apart.
+        dropout: share of the features dropped in training.
     """
     from torch import nn
     check_whole("width", width)
@@ -35,10 +35,10 @@ def _conv_net(width: int = 32, classes: int = 10, dropout: float = 0.2) -> Any:
 
 @register_model(name="LeNet")
 def _lenet(classes: int = 10) -> Any:
-    """LeNet-5 (LeCun et al., 1998) with ReLU and maxima; grey images are brought to 28 x 28.
+    """LeNet-5 (LeCun et al., 1998) with ReLU and max pooling; grey images are resized to 28 x 28.
 
     Args:
-        classes: how many there are to tell apart.
+        classes: how many to tell apart.
     """
     from torch import nn
     return nn.Sequential(
@@ -83,7 +83,7 @@ def _digits(
     device: str | None = None,  # null: the best there is
     splits: Collection[str] = ("train", "validation"),
 ) -> Any:
-    "1,797 handwritten digits, 8 x 8, of scikit-learn: a small network is right on 99% in seconds."
+    "1,797 handwritten digits, 8 x 8, from scikit-learn: a small network gets 99% right in seconds."
     from learner.loop.datasets import digits
     loaders = digits(batch_size, validation, seed, test="test" in splits)
     return _classifier(model, optimiser, loaders, lr_schedule, learning_rate, callbacks, device)
@@ -103,7 +103,7 @@ def _fashion_mnist(
     device: str | None = None,  # null: the best there is
     splits: Collection[str] = ("train", "validation"),
 ) -> Any:
-    "70,000 pictures of clothes, 28 x 28, of Zalando (Xiao et al., 2017)."
+    "70,000 pictures of clothes, 28 x 28, from Zalando (Xiao et al., 2017)."
     from learner.loop.datasets import fashion_mnist
     loaders = fashion_mnist(root, batch_size, validation, seed, test="test" in splits)
     return _classifier(model, optimiser, loaders, lr_schedule, learning_rate, callbacks, device)

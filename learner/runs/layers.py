@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..base.words import kind_of, nearest
+from ..base.words import kind_of, nearest, with_article
 from .registry import ConfigError, Entry, find_part, registered
 from .signature import NOTHING, Form, Setting, Text, add_to, read_signature, without_text
 
@@ -170,7 +170,7 @@ def _value(form: Form, setting: Setting, where: str, given: Given, allow: Allow)
         named = given or default is NOTHING or isinstance(default, str | Mapping)
         return _named(kind, where, [("", default, False), *given], allow) if named else default
     if given and kind == "opaque":
-        raise _error(given[-1][0], f"{where} cannot be given by settings: it is not a plain value")
+        raise _error(given[-1][0], f"{where} cannot be set, since it is not a plain value")
     if not given and default is NOTHING:
         raise ConfigError(f"{where} has no default; give it: {where}=...")
     result = NOTHING if kind == "opaque" or _as_plain(default) is NOTHING else default
@@ -212,7 +212,7 @@ def _named(kind: str, where: str, given: Given, allow: Allow) -> Part:
         if new is not None and new != name: name, layers, owner = new, [], origin
         layers.append((origin, spec))
     if not name:
-        raise ConfigError(f"{where} has no default; give the name of a {kind}: {where}=...")
+        raise ConfigError(f"{where} has no default; give the name of {with_article(kind)}: {where}=...")
     try: entry = find_part(kind, where, name, allow)
     except ConfigError as error: raise _error(owner, error) from error.__cause__
     form = read_signature(entry.load(), kind=kind)

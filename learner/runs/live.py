@@ -63,7 +63,7 @@ def _number(value: Any) -> float | None:
 
 # %% ../../nbs/runs/live.ipynb #c95f3fe1
 class ProgressFile(View):
-    """A view whose place is a file, for those who look on from another process.
+    """A view whose place is a file, for watching from another process.
 
     Args:
         path: the file, which is replaced with every update.
@@ -111,7 +111,7 @@ class ProgressReport(Progress):
 
 # %% ../../nbs/runs/live.ipynb #d66dd13a
 def view_elsewhere(rows: Sequence[Mapping[str, Any]], epochs: int, plot: bool) -> View:
-    "The view for somebody who looks on: bars and curves in a notebook, starred rows as text."
+    "The view for a watcher: bars and curves in a notebook, starred rows as text."
     if in_kernel(): return NotebookView(len(rows), epochs, plot)
     history = History()
     history.rows.extend(dict(row) for row in rows)
@@ -154,12 +154,12 @@ class _Looking:
         self.view.update(moment.batches, moment.loss)
 
     def end(self, interrupted: bool, why: str) -> None:
-        "Leave what is to stay on the screen, and say why it ends."
+        "Leave the final output on the screen, and say why it ends."
         if self.view: self.view.end({}, interrupted, why)
 
 # %% ../../nbs/runs/live.ipynb #394eeb37
 class Watcher(_Looking):
-    """Shows what a run folder says of its training, each time that it is asked to look.
+    """Shows what a run folder says about its training, each time it is asked to look.
 
     Args:
         folder: of the run.
@@ -190,7 +190,7 @@ def outcome(folder: AnyPath) -> str:
 def watch_run(folder: AnyPath, plot: bool = True, every: float = 0.5) -> None:
     """Show the training of a run that another process trains, until it ends.
 
-    Interrupting it ends the watching; the run takes no notice.
+    Interrupting it stops watching; the run is not affected.
 
     Args:
         folder: of the run; one that is not in training is shown as it is.
@@ -208,5 +208,6 @@ def watch_run(folder: AnyPath, plot: bool = True, every: float = 0.5) -> None:
     try:
         while watcher.look(): sleep(every)
     except KeyboardInterrupt:
-        if is_locked(folder): return watcher.end(False, f"{folder}: not watched any longer; it goes on")
+        if is_locked(folder):
+            return watcher.end(False, f"{folder}: no longer watched; the run continues")
     watcher.end(RunFiles(folder).status != "finished", outcome(folder))

@@ -26,7 +26,7 @@ from .registry import ConfigError, find_code, registered
 _LOSSES = ("torch.nn.functional", "torch.nn.modules.loss")
 
 def _find(where: str, place: Any, allow: Collection[str]) -> Any:
-    "The class or function at a place; raises ConfigError for code that nobody has allowed."
+    "The class or function at a place; raises ConfigError for code that is not allowed."
     module, colon, name = str(place).partition(":")
     if not isinstance(place, str) or not colon:
         raise ConfigError(f"{where}: {place!r:.60} is not the place of a class, such as package.module:Class")
@@ -122,8 +122,8 @@ def _check_class(recipes: Mapping[str, Any], path: AnyPath) -> None:
     recipe = recipes.get("learner", {"place": place_of(Learner)})
     if recipe == {"place": place_of(Learner)}: return
     text = _text_of(recipe).removesuffix(" (not built by made)")
-    raise ConfigError(f"learner: the checkpoint is of a {text:.120}, which may train in another way than Learner; "
-                      f"give the class: load({str(path)!r}, learner=...)")
+    raise ConfigError(f"learner: the checkpoint is of a {text:.120}, which may train differently "
+                      f"from Learner; give the class: load({str(path)!r}, learner=...)")
 
 def _put_frozen(learn: Learner, frozen: Any) -> None:
     "Set which parameters require gradients, as it was when the checkpoint was saved."
@@ -146,7 +146,7 @@ def load(
             of what the checkpoint says, and `device`.
 
     Returns:
-        The learner, ready to predict; `train(resume=True)` goes on if it has its dataloaders.
+        The learner, ready to predict; `train(resume=True)` continues if it has its dataloaders.
         Parameters that were frozen when the checkpoint was saved are frozen, and only those.
 
     Raises:

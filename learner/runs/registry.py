@@ -15,7 +15,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from ..base.words import PrintableError, did_you_mean
+from ..base.words import PrintableError, did_you_mean, with_article
 
 # %% ../../nbs/runs/registry.ipynb #880eb46d
 class ConfigError(PrintableError):
@@ -201,7 +201,8 @@ def find_part(kind: str, where: str, name: str, allow: Collection[str] | None) -
     module, _, last = name.rpartition(".")
     factory = find_code(where, module, last, allow)
     if isinstance(factory, type) and base not in (parent.__name__ for parent in factory.__mro__):
-        raise ConfigError(f"{where}: {name} is not a {kind}; it must be derived from {base}")
+        raise ConfigError(f"{where}: {name} is not {with_article(kind)}; it must be derived from "
+                          f"{base}")
     return Entry(name, factory)
 
 def find_config(where: str, config: Any, allow: Collection[str] | None) -> Entry:

@@ -175,7 +175,7 @@ def resume_run(folder: AnyPath, epochs: int | None = None, allow: Iterable[str] 
 
     Args:
         folder: of the run.
-        epochs: in all; None: as many as were asked for.
+        epochs: in total; None: as many as were asked for.
         allow: modules whose code the settings of the run may name.
         callbacks: more of them, such as `Progress()`.
 
@@ -266,7 +266,7 @@ class Evaluation(dict[str, Any]):
 def evaluate_run(folder: AnyPath, split: str = "validation", checkpoint: AnyPath = "best",
                  allow: Iterable[str] = (), callbacks: Callbacks = None,
                  overrides: Mapping[str, Any] | None = None) -> Evaluation:
-    """Evaluate a run on a split, and write down in its meta.json that it was done, and when.
+    """Evaluate a run on a split, and record in its meta.json that this was done, and when.
 
     Args:
         folder: of the run.
@@ -274,7 +274,7 @@ def evaluate_run(folder: AnyPath, split: str = "validation", checkpoint: AnyPath
         checkpoint: "best", "last", or one in checkpoints/, by name or path.
         allow: modules whose code the settings of the run may name.
         callbacks: more of them, such as `Progress()`.
-        overrides: settings to change, such as `{"model.threshold": 0.4}`; they are written down too.
+        overrides: settings to change, such as `{"model.threshold": 0.4}`; they are recorded too.
 
     Returns:
         The results, a dict whose `checkpoint` says which one was read.
@@ -304,7 +304,7 @@ def _check_split(split: Any) -> None:
                        f"{', '.join(known)}{did_you_mean(str(split), known)}")
 
 def _note_evaluation(folder: Path, entry: Mapping[str, Any]) -> None:
-    "Write an evaluation down, and nothing else; warn if the data is not what it was."
+    "Write an evaluation down, and nothing else; warn if the data has changed since the run began."
     path, split, digest = folder / "meta.json", entry["split"], entry["data"]
     with ExitStack() as stack:
         # one that trains reads what is added
@@ -316,11 +316,11 @@ def _note_evaluation(folder: Path, entry: Mapping[str, Any]) -> None:
         write_json(path, {**meta, "data": {**data, split: before or digest},
                           "evaluations": [*list_in(meta, "evaluations"), entry]})
     if before not in (None, digest):
-        warnings.warn(f"{folder}: the {split} data is not what it was", stacklevel=3)
+        warnings.warn(f"{folder}: the {split} data has changed since the run began", stacklevel=3)
 
 # %% ../../nbs/runs/runs.ipynb #c1af389d
 class Rerun:
-    """What came of running a run again.
+    """The result of running a run again.
 
     Attributes:
         learn: the learner; None where other processes have trained it.

@@ -152,7 +152,7 @@ def _text_table(columns: list[Column], rows: Sequence[Score]) -> tuple[list[str]
 
 # %% ../../nbs/runs/scores.ipynb #265e2a5f
 class Ranking(Sequence[Score]):
-    "Ranked runs: a sequence of rows, and what there is to say of them."
+    "Ranked runs: a sequence of rows, with notes on them."
 
     def __init__(self, folder: Path, metric: str, mode: str, by: str, rows: list[Score],
                  left_out: list[LeftOut], total: int, others: int = 0):

@@ -39,7 +39,7 @@ def _count(node: Any, known: dict[int, int]) -> int:
     return size
 
 def _check_keys(node: Any) -> None:
-    "Raise an error for a key that is not text, or is there twice."
+    "Raise an error for a key that is not text, or occurs twice."
     seen: set[str] = set()
     for key, _ in node.value:
         line = f"line {key.start_mark.line + 1}"
@@ -47,7 +47,7 @@ def _check_keys(node: Any) -> None:
             raise yaml.YAMLError(f"{line}: a key must be text, not several values")
         if key.tag not in (f"{_TAG}str", f"{_TAG}merge"):
             raise yaml.YAMLError(f"{line}: the key {key.value} is not text; put it in quotes")
-        if key.value in seen: raise yaml.YAMLError(f"{line}: {key.value} is there twice")
+        if key.value in seen: raise yaml.YAMLError(f"{line}: {key.value} occurs twice")
         seen.add(key.value)
 
 # %% ../../nbs/runs/text.ipynb #b3772039

@@ -197,7 +197,7 @@ class _Scaling(_Scaled):
         self.skipped += 1
         self._in_a_row += 1
         if self._in_a_row == PATIENCE:
-            warnings.warn(f"MixedPrecision left out {PATIENCE} steps in a row: the gradients are "
+            warnings.warn(f"MixedPrecision skipped {PATIENCE} steps in a row: the gradients are "
                           "infinite or NaN at any scale; look for bad data, lower the learning "
                           "rate, or use bfloat16", stacklevel=2)
         raise CancelStepException
@@ -240,8 +240,8 @@ class MixedPrecision(_Scaling):
         scaler: For float16, a GradScaler with settings of your own; by default a new one.
 
     Raises:
-        ValueError: For another dtype; and when a pass begins, for a model or a device that cannot
-            be computed so.
+        ValueError: For another dtype; and when a pass begins, for a model or a device that does
+            not support it.
 
     Example:
         >>> learn = Learner(model, optimiser, loss_func, dataloaders, MixedPrecision("bfloat16"))

@@ -93,7 +93,7 @@ class _Lengths(_Making):
         return updates_left(learn)
 
     def _compare_lengths(self, learn: Learner, left: int, limit: int) -> None:
-        "Say it if a schedule with a length of its own does not end where training does."
+        "Report a schedule with a length of its own that does not end where training does."
         try: planned = self._steps_left(learn)
         except ScheduleError: return
         what = f"{self} has {left} of its {limit} steps left and this train takes {planned}"
@@ -101,8 +101,8 @@ class _Lengths(_Making):
             raise ScheduleError(f"{what}; leave its length out, and each train has a schedule that "
                                 "fits")
         if planned < left:
-            warnings.warn(f"{what}; the next train goes on with it, or leave its length out to "
-                          "make it fit", stacklevel=2)
+            warnings.warn(f"{what}; the next train continues it; leave its length out to make it "
+                          "fit", stacklevel=2)
 
 # %% ../../nbs/steer/schedule.ipynb #d7495317
 class _WithState(_Lengths):
@@ -143,7 +143,7 @@ class _WithState(_Lengths):
 
 # %% ../../nbs/steer/schedule.ipynb #27eeaa23
 class _Beginning(_WithState):
-    "Starts afresh, or goes on from where it stood."
+    "Starts afresh, or continues from where it stood."
 
     def _check(self, learn: Learner, scheduler: Any) -> None:
         "Raise an error for a scheduler that this schedule cannot step."
@@ -154,15 +154,15 @@ class _Beginning(_WithState):
         except KeyError as error:
             if "initial_lr" not in str(error): raise
         if not any("initial_lr" in each for each in notes):
-            raise ScheduleError(f"{self}: last_epoch goes on from elsewhere, and the parameter "
-                                "groups have no initial_lr; add it to each, or leave last_epoch "
-                                "out")
+            raise ScheduleError(f"{self}: last_epoch continues an earlier schedule, but the "
+                                "parameter groups have no initial_lr; add it to each, or leave "
+                                "last_epoch out")
         groups.write(notes)
         self._before = groups.read()
         return self._make(groups.optimiser, lengths)
 
     def _start(self, learn: Learner, groups: ParameterGroups, notes: Groups) -> None:
-        "Make the scheduler, and let it start afresh or go on."
+        "Make the scheduler, and let it start afresh or continue."
         state = self._state
         under_way = state.get("under_way", False)  # then it is as long as it was made
         lengths = self._lengths(learn, state["limit"] if under_way else None)
@@ -196,9 +196,9 @@ class _Advancing(_Beginning):
                                 "train")
         if self.done == self.limit:
             warnings.warn(f"{self}: the {self.limit} steps that it was made for are done, and the "
-                          "values stay as they are; a training that is made longer needs a "
-                          "schedule without an end, and one with more updates than batches in an "
-                          "epoch needs steps_per_epoch", stacklevel=2)
+                          "values stay as they are; for longer training use a schedule without an "
+                          "end, and where an epoch has more updates than batches pass "
+                          "steps_per_epoch", stacklevel=2)
             self.limit = -1
             return
         self._step(*values)
@@ -303,8 +303,8 @@ class _Plotted(_Drawn):
 class BatchSchedule(_Plotted):
     """Steps a scheduler once for every update of the weights.
 
-    What the factory asks for its length (total_steps, T_max, ...) is filled in, and each train has
-    a new cycle then; another scheduler goes on from train to train.
+    If the factory asks for its length (total_steps, T_max, ...), it is filled in and each call of
+    train has a new cycle; any other scheduler continues from one train to the next.
 
     Args:
         factory: Called as `factory(optimiser)` when training starts.

@@ -73,7 +73,7 @@ def check_mode(owner: Any, monitor: str, mode: str | None) -> str:
 
 # %% ../../nbs/steer/stopping.ipynb #09dc9e29
 def another_monitor(owner: Any, before: Sequence[str], now: Sequence[str]) -> str:
-    """What to tell where a state was judged by another value; nothing where it is the same.
+    """The warning for a state that monitored another value; empty if it is the same.
 
     Args:
         owner: The callback that monitors, for messages.
@@ -85,8 +85,8 @@ def another_monitor(owner: Any, before: Sequence[str], now: Sequence[str]) -> st
     """
     if [*before] == [*now]: return ""
     old, new = (f"{monitor} (mode=\"{mode}\")" for monitor, mode in (before, now))
-    return (f"{owner}: the training that is resumed was judged by {old}, and this callback judges "
-            f"by {new}; it starts over, without the best value so far")
+    return (f"{owner}: the resumed training monitored {old}, and this callback monitors {new}; "
+            "it starts over, without the best value so far")
 
 # %% ../../nbs/steer/stopping.ipynb #623eafd5
 def monitored(owner: Any, monitor: str, learn: Learner) -> float | None:

@@ -70,7 +70,7 @@ class LossGraph(LossCurves):
         return sum(len(xs) for xs, _ in self.curves.values()) >= points
 
     def redraw(self) -> None:
-        "Draw anew, in no more than a twentieth of the time; a single point is no picture yet."
+        "Redraw, in no more than a twentieth of the time; a single point is not drawn."
         start = monotonic()
         if start < self.next_draw or not self.has(2): return
         self.show()

@@ -20,7 +20,7 @@ from ..base.words import format_value, in_encoding, split_column
 
 # %% ../../nbs/watch/views.ipynb #b5e36e73
 class View:
-    """Where progress is shown; what it does not care to show it leaves out.
+    """A place where progress is shown; it ignores what it cannot show.
 
     Args:
         first: the number of the next row.
@@ -51,7 +51,7 @@ class View:
         "Show the row of an epoch that has ended."
 
     def end(self, results: Mapping[str, Any], interrupted: bool, why: str = "") -> None:
-        "Leave things to stay: the results of a pass shown alone, and why training has ended."
+        "Leave the final output: the results of a pass shown alone, and why training has ended."
 
     def title(self, phase: str) -> str:
         "What a bar is called, such as `epoch 2/9 train`, with the number of the last row to come."

@@ -107,10 +107,10 @@ def test_labels_and_inputs_by_name_and_place(batch, options, data, labels):
     (3, {}, "the loader yielded 3; a batch is a tensor, a tuple or list with the labels last, a mapping, a dataclass, or an object with a method to(device)"),
     (None, {}, "the loader yielded None; a batch is *"), ("abc", {}, "the loader yielded 'abc'; a batch is *"), (object, {}, "the loader yielded <class 'object'>; a batch is *"),
     ((), {}, "the loader yielded an empty tuple; give it at least one tensor"), ({}, {}, "the loader yielded an empty dict; *"),
-    ({"input": 1}, {}, "the batch has no labels for loss_func; its keys are ['input']; name it with Learner(..., labels=\"...\"), or pass labels=None"),
+    ({"input": 1}, {}, "the batch has no labels for loss_func; its keys are ['input']; name them with Learner(..., labels=\"...\"), or pass labels=None"),
     ({"x": 1, "target": 2}, dict(labels="targets"), "labels='targets': the batch is a dict, which has ['x', 'target']; did you mean target?"),
     ((1, 2), dict(labels=2), "labels=2: the batch is a tuple, which has [0, 1]"), (Pair(1, 2), dict(inputs=["z"]), "inputs='z': the batch is a Pair, which has ['x', 'y']"),
-    (torch.ones(3), dict(inputs="x"), "inputs='x': the batch is a Tensor, which has no parts with names"), ({"x": 1}, dict(labels=0), "labels=0: the batch is a dict, which has ['x']"),
+    (torch.ones(3), dict(inputs="x"), "inputs='x': the batch is a Tensor, which has no named parts"), ({"x": 1}, dict(labels=0), "labels=0: the batch is a dict, which has ['x']"),
     (Graphs(y=torch.ones(3)), dict(labels="z"), "labels='z': the batch is a Graphs, which has ['y']"),
     ([{"a": 1}] * 3, {}, "the loader yielded a list of 3 examples of type dict; collate them, or pass labels=None to give the model the whole list"),
     (["a", "b", "c"], {}, "the loader yielded a list of 3 examples of type str; *")])

@@ -401,7 +401,7 @@ def test_what_has_no_hash_raises_nothing(make):
 
 
 def test_an_error_becomes_a_warning():
-    with pytest.warns(UserWarning, match=r"the data has no hash: .*; Run\(hash_data=False\) does without"):
+    with pytest.warns(UserWarning, match=r"the data has no hash: .*; Run\(hash_data=False\) turns this off"):
         assert loader_hash(DataLoader(Pictures(20, broken=3))) is None
 
 

@@ -104,12 +104,12 @@ def test_a_search_ends():
 def test_orders_that_can_be_restored(make): assert cannot_restore(make()) == ""
 
 
-FIX = ", so a training that is resumed would get other batches from it; give it state_dict() and load_state_dict(), or a list, a DataLoader or a TensorLoader"
+FIX = ", so resumed training would get different batches from it; give it state_dict() and load_state_dict(), or use a list, a DataLoader or a TensorLoader"
 
 
 @pytest.mark.parametrize("make, reason", [
-    (lambda: iter([1]), "list_iterator is an iterator, which cannot be wound back"), (lambda: (i for i in range(3)), "generator is an iterator, which cannot be wound back"),
-    (lambda: Both(itertools.cycle([1])), "Both holds an iterator, which cannot be wound back (Both._loaders[0])"),
+    (lambda: iter([1]), "list_iterator is an iterator, which cannot be rewound"), (lambda: (i for i in range(3)), "generator is an iterator, which cannot be rewound"),
+    (lambda: Both(itertools.cycle([1])), "Both holds an iterator, which cannot be rewound (Both._loaders[0])"),
     (lambda: DataLoader(Augmented(np.random.default_rng(0)), 4), "DataLoader holds a random generator of NumPy (DataLoader.dataset.generator)"),
     (lambda: Both(DataLoader(Augmented(np.random.RandomState(0)), 4)), "Both holds a random generator of NumPy (Both._loaders[0].dataset.generator)"),
     (lambda: DataLoader(Subset(Augmented(random.Random(0)), [1]), 4), "DataLoader holds a generator of Python's random (DataLoader.dataset.dataset.generator)")])
@@ -133,7 +133,7 @@ def test_loaders_with_names():
     ({"train": "abc"}, TypeError, "dataloaders[\"train\"] is 'abc'; pass an iterable of batches"),
     ({"train": (NUMBERS, NUMBERS)}, TypeError, "dataloaders[\"train\"] is a tuple of 2 arrays, which is data and not an iterable of batches; pass TensorLoader((x, y), batch_size=...), or [(x, y)] to have one batch"),
     ({"train": (NUMBERS.numpy(), NUMBERS)}, TypeError, "dataloaders[\"train\"] is a tuple of 2 arrays, which *"), ({"test": {"a": NUMBERS}}, TypeError, "dataloaders[\"test\"][\"a\"] is a Tensor, which is data *"),
-    ({"validation": NUMBERS.numpy()}, TypeError, "dataloaders[\"validation\"] is a ndarray, which is data *"),
+    ({"validation": NUMBERS.numpy()}, TypeError, "dataloaders[\"validation\"] is an ndarray, which is data *"),
     ({"valid": []}, ValueError, "dataloaders: 'valid' is not one of ['train', 'validation', 'test']; did you mean validation?")])
 def test_loaders_that_cannot_be(loaders, kind, message):
     with pytest.raises(kind) as caught: check_parts(nn.Linear(1, 1), torch.optim.SGD, F.mse_loss, loaders)

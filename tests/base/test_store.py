@@ -1046,7 +1046,7 @@ def test_a_folder_of_checkpoints_that_is_a_link_of_the_run_is_not_followed(folde
 
 def test_a_folder_without_a_whole_one(folder):
     for path in list_checkpoints(folder): path.write_bytes(b"")
-    with pytest.warns(UserWarning) as told, pytest.raises(DamagedError, match="holds no checkpoint that is whole"): read_checkpoint(folder)
+    with pytest.warns(UserWarning) as told, pytest.raises(DamagedError, match="holds no intact checkpoint"): read_checkpoint(folder)
     assert len(told) == 4
     with pytest.raises(FileNotFoundError, match="there is no checkpoint .*rum; did you mean run"): read_checkpoint(folder.parents[1] / "rum")
     (folder.parent / "empty").mkdir()

@@ -18,11 +18,13 @@ from learner.base.words import (
     check_whole,
     flatten,
     format_value,
+    kind_of,
     mode_of,
     named_loaders,
     plain,
     read_column,
     split_column,
+    with_article,
 )
 from learner.runs.config import nested
 
@@ -106,3 +108,11 @@ def test_columns_of_named_loaders():
 
 def test_the_name_of_a_loader_says_nothing_about_its_values():
     assert mode_of("validation_error_free_accuracy") is None and mode_of("validation_error_free_accuracy", {"validation": ["error_free"]}) == "max"
+
+
+@pytest.mark.parametrize("spoken", ["an int", "an optimiser", "an ndarray", "an LSTM", "an MSELoss", "an F1", "a ReLU", "a Metric", "a list", "a UNet", "a UUID",
+                                    "a Union", "a uint8", "a OneCycleLR", "a Euclidean", "an UntypedStorage", "an _Inner", "a _Hidden", "a nested"])
+def test_the_article_follows_the_sound(spoken): assert with_article(spoken.split()[1]) == spoken
+
+
+def test_the_kind_of_a_value_has_its_article(): assert (kind_of(np.ones(2)), kind_of(1), kind_of("")) == ("an ndarray", "an int", "a str")

@@ -353,7 +353,7 @@ def test_a_callback_that_judges_by_another_column_starts_over_with_a_warning(tmp
     fresh = improving(tmp_path / "run", "good")
     with pytest.warns(UserWarning) as told: train(fresh, 5, resume=tmp_path / "run")
     messages = sorted(str(warning.message) for warning in told)
-    by = "the training that is resumed was judged by bad (mode=\"min\"), and this callback judges by good (mode=\"max\"); it starts over, without the best value so far"
+    by = "the resumed training monitored bad (mode=\"min\"), and this callback monitors good (mode=\"max\"); it starts over, without the best value so far"
     assert messages == [f"Checkpoint('{tmp_path / 'run'}'): {by}", f"EarlyStopping: {by}"]
     assert len(fresh.history) == 5  # each epoch is better than the one before
     index = json.loads((tmp_path / "run" / "index.json").read_text())
@@ -512,7 +512,7 @@ def test_a_link_in_place_of_a_checkpoint_is_not_written_through(tmp_path):
 def test_a_folder_with_nothing_whole_is_an_error(three):
     for path in list_checkpoints(three): path.write_text("{}")
     learn = make("plain")
-    with pytest.warns(UserWarning) as told, pytest.raises(DamagedError, match="run holds no checkpoint that is whole"): train(learn, resume=three)
+    with pytest.warns(UserWarning) as told, pytest.raises(DamagedError, match="run holds no intact checkpoint"): train(learn, resume=three)
     assert len(told) == 3 and len(learn.history) == 0 and whole(learn)
     with pytest.warns(UserWarning): assert Checkpoint.latest(three) is None
     assert Checkpoint.latest(three.parent / "nothing") is None and Checkpoint.best(three.parent / "nothing") is None
@@ -526,7 +526,7 @@ def test_a_lost_index_loses_the_best_and_nothing_else(tmp_path):
     for text in ("", "[]", "{", "null"):
         (tmp_path / "run" / "index.json").write_text(text)
         assert Checkpoint.best(tmp_path / "run") is None and Checkpoint.latest(tmp_path / "run").stem == "epoch-0003"
-        with pytest.raises(CheckpointError, match="index.json, which says of which training, is lost"): train(make("plain", Checkpoint(tmp_path / "run")))
+        with pytest.raises(CheckpointError, match="checkpoints of an unknown training, since index.json is lost, up to"): train(make("plain", Checkpoint(tmp_path / "run")))
     (tmp_path / "run" / "index.json").unlink()
     fresh = make("plain", Checkpoint(tmp_path / "run"), seed=9)
     fresh.on("before_epoch", lambda: seen.append(json.loads((tmp_path / "run" / "index.json").read_text())))
@@ -589,7 +589,7 @@ def test_another_trainings_folder_is_refused_before_anything_happens(tmp_path):
     learn = trained(tmp_path / "run")
     before = sorted(map(str, tmp_path.rglob("*")))
     other = make("plain", Checkpoint(tmp_path / "run"))
-    with pytest.raises(CheckpointError, match=r"run holds checkpoints of another training, up to epoch-0003; go on with it: train\(resume='.*run'\), or give another folder"):
+    with pytest.raises(CheckpointError, match=r"run holds checkpoints of another training, up to epoch-0003; continue it with train\(resume='.*run'\), or use another folder"):
         train(other)
     assert sorted(map(str, tmp_path.rglob("*"))) == before and len(other.history) == 0 and whole(other)
     learn.train(1)  # the one whose they are may
@@ -605,7 +605,7 @@ def test_a_second_learner_with_the_same_callback_is_refused_before_anything_happ
     assert bool(len(first.history)) == (stop is None)
     before = sorted(map(str, tmp_path.rglob("*")))
     second = make("plain", saver)
-    with pytest.raises(CheckpointError, match=r"that this learner has not gone on from, up to epoch-000.*train\(resume='.*run'\), or give another folder"): train(second)
+    with pytest.raises(CheckpointError, match=r"that this learner has not continued, up to epoch-000.*train\(resume='.*run'\), or use another folder"): train(second)
     assert sorted(map(str, tmp_path.rglob("*"))) == before and len(second.history) == 0 and whole(second)
     train(second, resume=tmp_path / "run")  # that is no mixing
     assert differences(second, reference("plain")) == []

@@ -146,7 +146,7 @@ def test_a_run_of_two_processes_is_stopped_resumed_and_run_again_by_two(tmp_path
     while not (tmp_path / "run" / "history.csv").exists() and time.monotonic() < until: time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal: to all of them
     shown = process.communicate(timeout=60)[0]
-    assert process.returncode == 130 and f"stopped; to go on: learner resume {run}" in shown
+    assert process.returncode == 130 and f"stopped; to continue: learner resume {run}" in shown
     meta = json.loads((tmp_path / "run" / "meta.json").read_text())
     assert (meta["status"], meta["facts"]["processes"]) == ("stopped", 2)
     epochs = meta["epochs_done"] + 1

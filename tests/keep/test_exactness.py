@@ -488,7 +488,7 @@ class Rolling:
 
 
 def test_a_loader_with_a_hidden_order_is_named_once_at_the_first_save_and_again_by_whoever_resumes(tmp_path):
-    sentence = "Rolling holds a generator of Python's random (Rolling.draw), so a training that is resumed would get other batches from it"
+    sentence = "Rolling holds a generator of Python's random (Rolling.draw), so resumed training would get different batches from it"
     told = told_by(small(loader=Rolling()), tmp_path)
     assert len(told) == 1 and told[0].startswith(sentence)
     learn = small(Fail("after_epoch"), loader=Rolling())

@@ -307,7 +307,7 @@ def test_each_round_has_its_own_order():
 NOTHING = {  # how it is called, and what is said
     "rates that are all too low": (dict(end=1e-5), "raise end or take more steps"),
     "rates that are all too high": (dict(start=5.0, end=1000.0), "start"),
-    "too few points": (dict(steps=5), "there are 5 points and it takes 8; take more steps"),
+    "too few points": (dict(steps=5), "there are 5 points, and 8 are needed; take more steps"),
 }
 
 

@@ -398,7 +398,7 @@ def test_another_model_is_seen_and_an_optimiser_of_the_old_one_refused():
     learn = learner()
     learn.train()
     learn.model = net()
-    with pytest.raises(ValueError, match="has no parameter of the model in it"): learn.train()
+    with pytest.raises(ValueError, match="holds no parameter of the model"): learn.train()
     learn.optimiser = torch.optim.SGD
     before = copy.deepcopy(learn.model.state_dict())
     learn.train(learning_rate=0.1)
@@ -815,7 +815,7 @@ CONSTRUCTION = {
     "no model": (dict(model=3), TypeError, "model is 3, not a torch.nn.Module"),
     "optimiser": (dict(optimiser=3), TypeError, "optimiser is 3; pass a torch Optimizer or a factory such as torch.optim.AdamW"),
     "other parameters": (dict(optimiser=torch.optim.SGD(net().parameters())), ValueError,
-                         "optimiser: SGD has no parameter of the model in it; make it from model.parameters()"),
+                         "optimiser: SGD holds no parameter of the model; make it from model.parameters()"),
     "no lr": (dict(optimiser=lambda parameters: 0), TypeError,
               "optimiser: the factory <lambda>(parameters) takes no lr; it is called as factory(parameters, lr=learning_rate)"),
     "loss class": (dict(loss_func=nn.MSELoss), TypeError, "loss_func: MSELoss is a class; pass an instance: MSELoss()"),
@@ -861,7 +861,7 @@ TRAINING = {
     "empty tuple": (dict(loaders_={"train": [()]}), {}, BatchError,
                     "the loader yielded an empty tuple; give it at least one tensor"),
     "no labels": (dict(loaders_={"train": [{"input": x, "target": y}]}), {}, BatchError,
-                  "the batch has no labels for loss_func; its keys are ['input', 'target']; name it with Learner(..., labels=\"...\"), or pass labels=None"),
+                  "the batch has no labels for loss_func; its keys are ['input', 'target']; name them with Learner(..., labels=\"...\"), or pass labels=None"),
     "vector loss": (dict(loss_func=lambda p, t: F.cross_entropy(p, t, reduction="none")), {}, LossError,
                     "loss_func returned a tensor of shape (16,); the loss must be a scalar: take its .mean()"),
     "float loss": (dict(loss_func=lambda p, t: 1.0), {}, LossError, "loss_func returned a float; the loss must be a scalar tensor"),
@@ -880,7 +880,7 @@ TRAINING = {
     "factory": (dict(optimiser=lambda ps, lr=0: NotAnOptimiser), {}, TypeError,
                 "optimiser: the factory returned <class 'test_learner.NotAnOptimiser'>; it must return a torch Optimizer"),
     "factory of other parameters": (dict(optimiser=lambda ps, lr=0.1: torch.optim.SGD(net().parameters(), lr=lr)), {}, ValueError,
-                                    "optimiser: SGD has no parameter of the model in it; make it from model.parameters()"),
+                                    "optimiser: SGD holds no parameter of the model; make it from model.parameters()"),
     "logging a vector": (dict(callbacks=None), "log", ValueError, "log: wide has shape (3,); log a scalar"),
 }
 
@@ -1117,19 +1117,19 @@ def test_what_steered_a_training_that_goes_on_is_missed(tmp_path, way):
     learn, go_on = resumable(tmp_path, callbacks=[Halves(), Halves()], way=way)
     assert warned_in(go_on) == [] and len(learn.history) == 2
     learn, go_on = resumable(tmp_path, callbacks=Halves(), way=way)
-    assert warned_in(go_on) == ["the training that is resumed was steered by callbacks that this learner does not have: Halves; add them to get the same result"]
+    assert warned_in(go_on) == ["the resumed training had callbacks that this learner lacks: Halves; add them to get the same result"]
     learn, go_on = resumable(tmp_path, loss_func=squared, way=way)
     assert warned_in(go_on) == [
-        "the training that is resumed was steered by callbacks that this learner does not have: Halves, Halves; add them to get the same result",
-        "the training that is resumed had the loss cross_entropy, and goes on with squared; give the learner the loss that it had to get the same result"]
+        "the resumed training had callbacks that this learner lacks: Halves, Halves; add them to get the same result",
+        "the resumed training had the loss cross_entropy and continues with squared; give the learner the original loss to get the same result"]
 
 
 @pytest.mark.parametrize(("then", "now", "said"), [
-    (lambda: made(nn.CrossEntropyLoss, label_smoothing=0.1), lambda: made(nn.CrossEntropyLoss, label_smoothing=0.2), "goes on with CrossEntropyLoss with other arguments"),
+    (lambda: made(nn.CrossEntropyLoss, label_smoothing=0.1), lambda: made(nn.CrossEntropyLoss, label_smoothing=0.2), "continues with CrossEntropyLoss with other arguments"),
     (lambda: made(nn.CrossEntropyLoss, torch.ones(3)), lambda: made(nn.CrossEntropyLoss, torch.ones(3)), None),
-    (lambda: made(nn.CrossEntropyLoss, torch.ones(3)), lambda: made(nn.CrossEntropyLoss, 2 * torch.ones(3)), "goes on with CrossEntropyLoss with other arguments"),
-    (lambda: nn.CrossEntropyLoss(), lambda: made(nn.CrossEntropyLoss), None), (lambda: F.cross_entropy, lambda: nn.CrossEntropyLoss(), "goes on with CrossEntropyLoss"),
-    (lambda: partial(F.cross_entropy, label_smoothing=0.1), lambda: F.cross_entropy, "had the loss partial of cross_entropy, and goes on with cross_entropy"),
+    (lambda: made(nn.CrossEntropyLoss, torch.ones(3)), lambda: made(nn.CrossEntropyLoss, 2 * torch.ones(3)), "continues with CrossEntropyLoss with other arguments"),
+    (lambda: nn.CrossEntropyLoss(), lambda: made(nn.CrossEntropyLoss), None), (lambda: F.cross_entropy, lambda: nn.CrossEntropyLoss(), "continues with CrossEntropyLoss"),
+    (lambda: partial(F.cross_entropy, label_smoothing=0.1), lambda: F.cross_entropy, "had the loss partial of cross_entropy and continues with cross_entropy"),
     (lambda: lambda p, y: F.cross_entropy(p, y), lambda: lambda p, y: F.cross_entropy(p, y), None)])
 def test_another_loss_of_a_training_that_goes_on_is_named(tmp_path, then, now, said):
     first = Learner(net(), torch.optim.SGD, then(), loaders(), device="cpu")

@@ -1,6 +1,9 @@
 """The table of stages, and every message for a callback that is wrong by itself."""
 import inspect
+import os
 import re
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -33,7 +36,7 @@ DEFINITIONS = {
     "yielding action": ({"predict": yielding}, "Loud.predict yields, and would never run; only around_ hooks yield"),
     "async": ({"after_batch": asynchronous}, "Loud.after_batch is async and would never run; drop async"),
     "context manager": ({"around_batch": contextmanager(yielding)},
-                        "Loud.around_batch is a context manager; leave @contextmanager out, a plain generator will do"),
+                        "Loud.around_batch is a context manager; drop @contextmanager from the generator"),
     "no self": ({"after_batch": lambda: 0}, "Loud.after_batch has no self; a hook is a method"),
     "the learner's method": ({"compute_loss": lambda self: 0},
                              "Loud.compute_loss would never be called; to replace the learner's own, call it loss"),
@@ -56,8 +59,7 @@ DEFINITIONS = {
     "in no stage of a group": ({"before_any_batch": lambda self, loss: 0},
                                "Loud.before_any_batch asks for loss, which lives from after_loss to the end of a batch"),
     "a group that yields": ({"after_pass": yielding}, "Loud.after_pass yields, and would never run; only around_ hooks yield"),
-    "parts that are a method": ({"parts": lambda self: 0}, "Loud.parts is a method, and parts are the callbacks that a "
-                                "callback brings along; make it a property or an attribute, or rename it"),
+    "parts that are a method": ({"parts": lambda self: 0}, "Loud.parts is a method; parts are callbacks, so make it a property"),
     "on": ({"on_train_epoch_end": lambda self: 0}, "Loud.on_train_epoch_end would never be called; hooks are named "
            "before_X and after_X for a stage X, such as after_epoch"),
 }
@@ -107,3 +109,22 @@ def test_stages_that_cannot_be(case):
     stages, message = OWN[case]
     with pytest.raises(CallbackError) as caught: StageTree(stages)
     assert str(caught.value) == message
+
+
+WRONG = ("Checkpoint('x', every=-3)", "EarlyStopping(patience=-1)", "Metrics(3)", "ClipGradients(-1)", "Accumulate(0)", "Mixup(-1)",
+         "EMA(decay=2)", "Run(3)", "type('Mine', (EarlyStopping,), {})(patience=-1)")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_in_ipython_a_wrong_argument_of_a_callback_shows_none_of_our_frames(full, tmp_path):
+    pytest.importorskip("IPython", reason="the frames are those that IPython shows: pip install ipython")
+    code = ("import sys; from IPython.core.interactiveshell import InteractiveShell; shell = InteractiveShell.instance(colors='NoColor')\n"
+            "shell.run_cell('from learner.all import *')\n"
+            "for each in sys.argv[1:]: assert shell.run_cell(each).error_in_exec is not None; print('=' * 9)")
+    env = {**os.environ, "IPYTHONDIR": str(tmp_path), "LEARNER_TRACEBACK": "full" if full else ""}
+    done = subprocess.run([sys.executable, "-c", code, *WRONG], capture_output=True, text=True, env=env, check=True)
+    shown = done.stdout.split("=" * 9)[:-1]
+    assert len(shown) == len(WRONG)
+    for call, text in zip(WRONG, shown, strict=True):
+        assert call in text and re.search(r"^(Value|Type)Error: .+", text, re.MULTILINE), text
+        assert full == bool(re.search(r"learner/\w+/\w+\.py", text)), text

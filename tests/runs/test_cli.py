@@ -144,7 +144,7 @@ MISTAKES = [
     ("train god.yaml runs/x", "god.yaml: there is no such file; did you mean good.yaml?"),
     ("train typo.yaml runs/x", "typo.yaml: modle: digits has no setting modle; did you mean model?"),
     ("train none.yaml runs/x", "none.yaml: it is empty"),
-    ("train twice.yaml runs/x", "twice.yaml: line 3: epochs is there twice"),
+    ("train twice.yaml runs/x", "twice.yaml: line 3: epochs occurs twice"),
     ("train evil.yaml runs/x", "evil.yaml: line 2: tag:yaml.org,2002:python/object/apply:os.system is not a plain value"),
     ("train no_such:thing runs/x", "no_such:thing: there is no module no_such"),
     ("train json:no_such runs/x", "json has no no_such"),
@@ -350,7 +350,7 @@ def test_a_warning_is_one_line(runs, tmp_path):
     meta["data"]["validation"] = "0" * 64
     (tmp_path / "first/meta.json").write_text(json.dumps(meta))
     done = subprocess.run([sys.executable, "-m", "learner", "evaluate", "first"], cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
-    assert (done.returncode, done.stderr) == (0, "warning: first: the validation data is not what it was\n")
+    assert (done.returncode, done.stderr) == (0, "warning: first: the validation data has changed since the run began\n")
 
 
 def test_a_run_is_trained_again_from_its_folder(runs, tmp_path, quick):

@@ -89,7 +89,7 @@ def test_nan_survives():
 
 
 @pytest.mark.parametrize("text, words", [
-    ("a: 1\na: 2", "line 2: a is there twice"), ("a: {b: 1, b: 2}", "b is there twice"), ('{"a": 1, "a": 2}', "a is there twice"),
+    ("a: 1\na: 2", "line 2: a occurs twice"), ("a: {b: 1, b: 2}", "b occurs twice"), ('{"a": 1, "a": 2}', "a occurs twice"),
     ("a: [1", "line 1"), ("a: !!python/object/apply:os.system [id]", "is not a plain value"), ("!!python/name:os.system", "not a plain value"),
     ("a: !!python/object/new:os.system [id]", "not a plain"), ("a: !!binary aGk=", "is not a plain value"), ("a: !!set {b}", "is not a plain value"),
     ("a: !!omap [b: 1]", "not a plain"), ("a: !!timestamp 2026-01-31", "is not a plain value"), ("a: !own 1", "is not a plain value"),
@@ -328,7 +328,7 @@ def test_all_kinds_of_parameters(monkeypatch):
     assert settings_of(learn) is settings
     assert settings.config == f"{__name__}:{everything.__qualname__}"
     assert from_record(json.loads(json.dumps(settings.record()))).values == settings.values
-    assert "odd cannot be given by settings" in message(resolve, everything, {"odd": 3})
+    assert "odd cannot be set, since it is not a plain value" in message(resolve, everything, {"odd": 3})
     assert "data.sice: Data has no setting sice; did you mean data.size?" in message(resolve, everything, {"data.sice": 3})
     assert "model.inner.sice" in message(resolve, everything, {"model.inner.sice": 3})
     settings.build()
@@ -407,7 +407,7 @@ def test_mistakes_are_told_in_one_line(settings, words):
 @pytest.mark.parametrize("text, words", [
     ("", "it is empty"), ("[1]", "it holds [1]"), ("3", "it holds 3"), ("model: LeNet", "it does not say whose settings"), ("config: digts", "no config is called \"digts\"; did you mean digits?"),
     ("config: 3", "does not say whose"), ("config: digits\nmodle: 3", "modle: digits has no setting modle; did you mean model?"), ("config: digits\nepochs: [1]", "epochs is [1]"),
-    ("config: digits\nconfig: digits", "line 2: config is there twice"), ("config: digits\n a: [", "line"), ("config: no_such:thing", "there is no module no_such"), (b"\xff\xfe\x00", "not text in UTF-8"),
+    ("config: digits\nconfig: digits", "line 2: config occurs twice"), ("config: digits\n a: [", "line"), ("config: no_such:thing", "there is no module no_such"), (b"\xff\xfe\x00", "not text in UTF-8"),
 ])
 def test_a_wrong_file_is_named(tmp_path, text, words):
     file = tmp_path / "own.yaml"

@@ -242,7 +242,7 @@ def test_what_a_callback_froze_when_the_checkpoint_was_written_is_trained_later(
 
 def test_the_same_part_given_twice_is_refused():
     part = made(nn.Linear, 4, 3)
-    said = r"^made\(Two\): the same Linear is given twice, and loading would build two of it; .*$"
+    said = r"^made\(Two\): the same Linear is given twice, and loading would build two of them; .*$"
     with pytest.raises(ValueError, match=said): made(Two, part, part)
     with pytest.raises(ValueError, match=said): made(Two, part, second=made(Two, made(nn.Linear, 4, 3), part))
     with pytest.raises(ValueError, match="Net.*given twice"): made(nn.ModuleList, [(net := made(Net, 2)), net])

@@ -551,7 +551,7 @@ def test_other_data_is_noticed(copied):
     meta = read_json(copied / "meta.json")
     meta["data"]["validation"] = "0" * 64
     write_json(copied / "meta.json", meta)
-    with pytest.warns(UserWarning, match="the validation data is not what it was"): evaluate_run(copied)
+    with pytest.warns(UserWarning, match="the validation data has changed since the run began"): evaluate_run(copied)
     assert read_run(copied).meta["data"]["validation"] == "0" * 64  # of the training, it stays
 
 
@@ -559,7 +559,7 @@ def test_going_on_with_other_data_is_noticed(copied):
     meta = read_json(copied / "meta.json")
     meta["data"]["train"] = "0" * 64
     write_json(copied / "meta.json", meta)
-    with pytest.warns(UserWarning, match="the train data is not what it was"): resume_run(copied, epochs=3)
+    with pytest.warns(UserWarning, match="the train data has changed since the run began"): resume_run(copied, epochs=3)
     assert read_run(copied).meta["data"]["train"] == "0" * 64 and len(read_run(copied).rows) == 3
     write_json(copied / "meta.json", read_json(copied / "meta.json") | {"epochs_done": "six"})
     with pytest.raises(RunError, match="meta.json is damaged: epochs_done is 'six'"): resume_run(copied, epochs=4)

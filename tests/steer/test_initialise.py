@@ -279,9 +279,9 @@ def dead():
 
 
 BAD = {  # model, options, and what is said
-    "dead": (dead, dict(batch=vectors()), InitError, "layer 4 (Linear) gives out the same value everywhere, 0: its weights are zero or its inputs "
+    "dead": (dead, dict(batch=vectors()), InitError, "layer 4 (Linear) outputs the same value everywhere, 0: its weights are zero or its inputs "
              "do not vary; give other data, or leave it out with skip"),
-    "nan": (deep, dict(batch=vectors() * math.nan), InitError, "layer 0 (Linear) gives out nan on average; look for bad data"),
+    "nan": (deep, dict(batch=vectors() * math.nan), InitError, "layer 0 (Linear) outputs nan on average; look for bad data"),
     "not called": (Unused, dict(batch=vectors()), InitError, 'layer spare (Linear) was not called; leave it out with skip=["spare"]'),
     "cap": (lambda: deep(nn.Tanh), dict(batch=vectors(), after_activation=True, iterations=3), InitError, "after 3 iterations behind tanh, which may"),
     "no layer": (nn.ReLU, dict(batch=vectors()), InitError, "ReLU has nothing to initialise: it has no linear or convolutional layer"),
@@ -290,7 +290,7 @@ BAD = {  # model, options, and what is said
     "skip": (deep, dict(batch=vectors(), skip=["22"]), ValueError, "skip: the model has no module '22'; did you mean 2?"),
     "iterations": (deep, dict(batch=vectors(), iterations=0), ValueError, "iterations is 0; it must be a whole number of at least 1"),
     "tolerance": (deep, dict(batch=vectors(), tolerance=-1), ValueError, "tolerance is -1; it must be a finite number of at least 0"),
-    "no model": (lambda: "resnet", dict(), TypeError, "weights are initialised of a Learner, or of a model with a batch, not of a str"),
+    "no model": (lambda: "resnet", dict(), TypeError, "initialisation takes a Learner, or a model with a batch, not a str"),
 }
 
 

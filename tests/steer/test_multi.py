@@ -548,7 +548,7 @@ def test_an_unknown_name_is_told():
 
 
 def test_optimisers_of_another_model_are_refused_by_the_learner():
-    with pytest.raises(ValueError, match="Optimisers has no parameter of the model in it"):
+    with pytest.raises(ValueError, match="Optimisers holds no parameter of the model"):
         Learner(networks(), adams(NET), None, {"train": real_batches()})
 
 

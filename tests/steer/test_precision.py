@@ -356,7 +356,7 @@ def test_parameters_without_gradient_are_no_obstacle():
 
 
 def test_it_warns_where_no_scale_will_do():
-    with pytest.warns(UserWarning, match="left out 32 steps in a row: the gradients are infinite or NaN at any scale"):
+    with pytest.warns(UserWarning, match="skipped 32 steps in a row: the gradients are infinite or NaN at any scale"):
         learner(MixedPrecision("float16"), Spoil(*range(100))).train(8)
 
 

@@ -360,7 +360,7 @@ def test_a_schedule_shorter_than_the_run_is_refused_before_anything_starts():
 
 def test_a_schedule_longer_than_the_run_is_said_and_goes_on():
     learn = learner([BatchSchedule(partial(lrs.OneCycleLR, max_lr=0.3, total_steps=TOTAL)), watch := Watch()])
-    with pytest.warns(UserWarning, match="has 21 of its 21 steps left and this train takes 7; the next train goes on"): learn.train(1)
+    with pytest.warns(UserWarning, match="has 21 of its 21 steps left and this train takes 7; the next train continues it"): learn.train(1)
     learn.train(2)
     assert watch.seen == by_hand(partial(lrs.OneCycleLR, max_lr=0.3, total_steps=TOTAL))[0]
 
@@ -377,7 +377,7 @@ def test_more_updates_than_planned_keep_the_last_value_and_say_so_once():
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
             learn.train(2)
-        assert [("needs steps_per_epoch" in str(w.message)) for w in found] == [True] * warned
+        assert [("pass steps_per_epoch" in str(w.message)) for w in found] == [True] * warned
         assert len(watch.seen) == 4 * PER_EPOCH
         if warned: assert len({str(seen) for seen in watch.seen[2 * PER_EPOCH:]}) == 1
 
@@ -596,7 +596,7 @@ def test_last_epoch_goes_on_from_elsewhere(kind, factory, per):
 def test_last_epoch_without_an_initial_rate_is_refused_and_changes_nothing():
     learn = learner(EpochSchedule(partial(lrs.StepLR, step_size=2, last_epoch=3)))
     before = values(learn.optimiser)
-    with pytest.raises(ScheduleError, match="last_epoch goes on from elsewhere, and the parameter groups have no initial_lr; add it to each"): learn.train(2)
+    with pytest.raises(ScheduleError, match="last_epoch continues an earlier schedule, but the parameter groups have no initial_lr; add it to each"): learn.train(2)
     assert values(learn.optimiser) == before
 
 

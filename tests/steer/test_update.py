@@ -767,7 +767,7 @@ def test_a_training_that_is_resumed_is_frozen_as_long_as_the_callback_says(tmp_p
     assert same(fresh.model, whole.model)
     assert flags[-1] == [True] * 4 and [p.requires_grad for p in fresh.model.parameters()] == [True] * 4
     without, flags = with_flags()
-    with pytest.warns(UserWarning, match="does not have: FreezeUntil"):
+    with pytest.warns(UserWarning, match="lacks: FreezeUntil"):
         without.train(4, resume=tmp_path / where)  # nobody keeps it frozen any longer
     assert all(each == [True] * 4 for each in flags) and len(without.history) == 4
 

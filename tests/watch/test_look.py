@@ -846,13 +846,13 @@ BAD = [
     (lambda: predict(learner(), np.zeros((3, 1, 6, 6))), TypeError, "inputs are an ndarray; they must be tensors with a row for each example, alone or in tuples, lists and mappings; convert with torch.as_tensor"),
     (lambda: predict(learner(model=nn.Linear(4, 3)), torch.randn(4)), ValueError, "predictions have shape (3,) for 4 examples; the model must give a row for each (inputs[None] makes a batch of a single example)"),
     (lambda: predict(learner(model=Nested(lambda p: (p, p[:1]))), data()[0]), ValueError, "predictions have shape (50, 4), (1, 4) for 50 examples; the model must give a row for each"),
-    (lambda: predict(learner(cls=OwnRoutine), data()[0]), ValueError, "1 of 1 batches did not come through the action predict: a callback cancels them, or the learner's own validation_batch leaves it out"),
-    (lambda: predict(learner(SkipsSecond()), data()[0], 20), ValueError, "1 of 3 batches did not come through the action predict: a callback cancels them"),
+    (lambda: predict(learner(cls=OwnRoutine), data()[0]), ValueError, "1 of 1 batches did not reach the action predict: a callback cancels them, or the learner's own validation_batch leaves it out"),
+    (lambda: predict(learner(SkipsSecond()), data()[0], 20), ValueError, "1 of 3 batches did not reach the action predict: a callback cancels them"),
     (lambda: show_batch(learner(), "trian"), ValueError, "did you mean train?"),
     (lambda: confusion_matrix(learner(), ["test"]), ValueError, "phase is ['test']; it must be one of"),
     (lambda: show_top_losses(learner(given={"train": [data()]})), ValueError, "dataloaders has no \"validation\" loader, only ['train']; look at one of these"),
     (lambda: predictions(learner(given={"train": []}), "train"), ValueError, "dataloaders[\"train\"] is empty; give it at least one batch"),
-    (lambda: predictions(learner(given={"train": ITERATOR}), "train"), ValueError, "dataloaders[\"train\"] is an iterator, and a look would use it up"),
+    (lambda: predictions(learner(given={"train": ITERATOR}), "train"), ValueError, "dataloaders[\"train\"] is an iterator, and reading it would use it up"),
     (lambda: predictions(learner(), count=0), ValueError, "count is 0; it must be a whole number of at least 1"),
     (lambda: show_batch(learner(), count=0), ValueError, "count is 0;"),
     (lambda: show_predictions(learner(), count=2.5), ValueError, "count is 2.5;"),
@@ -887,7 +887,7 @@ BAD = [
     (lambda: show_predictions(learner(model=nn.Linear(5, 4), given={"validation": [(torch.randn(8, 5), torch.zeros(8).long())]})), TypeError, "the inputs are not images"),
     (lambda: top_losses(learner(loss_func=lambda p, y: F.cross_entropy(p, y))), ValueError, "loss_func <lambda> gives no loss for each example; give it a parameter `reduction`"),
     (lambda: predictions(learner(Skips())), ValueError, "no batch of dataloaders[\"validation\"] was completed; does a callback cancel them all?"),
-    (lambda: show_batch(learner(SkipsTraining())), ValueError, "no batch of dataloaders[\"train\"] came as far as the model"),
+    (lambda: show_batch(learner(SkipsTraining())), ValueError, "no batch of dataloaders[\"train\"] reached the model"),
 ]
 
 
