@@ -5,10 +5,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from learner import EMA, BatchSchedule, Learner, Metrics, Recorder, predictions
-from learner.base.batch import BatchError
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
+
+from learner import EMA, BatchSchedule, Learner, Metrics, Recorder, predictions
+from learner.base.batch import BatchError
 
 torch.manual_seed(0)
 X = torch.randn(18, 4)
