@@ -157,13 +157,14 @@ class WithModes(torch.optim.SGD):
         return super().step(closure)
 
 
-@pytest.mark.parametrize("loaders", [{}, {"validation": PARTS}])
-def test_an_optimiser_with_modes_trains_on_after_a_validation_beside_training(loaders):
-    model = net()
-    learn = made(model, F.mse_loss, optimiser=WithModes(model.parameters(), lr=0.1), **loaders)
-    if loaders: learn.on("after_batch", lambda learn: learn.validate())
+@pytest.mark.parametrize("hook", ["after_batch", "before_batch"])
+def test_an_optimiser_with_modes_trains_on_after_a_validation_beside_training(hook):
+    model, seen = net(), []
+    learn = made(model, F.mse_loss, optimiser=WithModes(model.parameters(), lr=0.1), validation=PARTS)
+    learn.on(hook, lambda learn: learn.validate())
+    learn.on("after_validation_batch", lambda optimiser: seen.append(optimiser.mode))
     learn.train(2)
-    assert learn.optimiser.mode == "eval"
+    assert learn.optimiser.mode == "eval" and seen == ["eval"] * 6
 
 
 def test_sparse_gradients_have_a_norm_and_an_average():

@@ -433,7 +433,7 @@ class Total(NamedTuple):
     "A sum over a batch, made by `total`."
     value: Any
 
-    def mean(self, size: int) -> Any:
+    def mean(self, size: float) -> Any:
         "The value for one example of a batch of that size."
         return self.value / size if size else self.value
 

@@ -136,7 +136,6 @@ def in_mode(learn: Any, training: bool) -> Iterator[None]:
     set_mode(learn.optimiser, training)
     try:
         with guarded_updates(learn) if training else nullcontext(): yield
-        if training: set_mode(learn.optimiser, False)  # its weights are to be used now
     finally:
         learn.stepping, learn.evaluating = outer, False
         if outer: set_mode(learn.optimiser, True)
