@@ -164,7 +164,7 @@ def test_an_optimiser_with_modes_trains_on_after_a_validation_beside_training(ho
     learn.on(hook, lambda learn: learn.validate())
     learn.on("after_validation_batch", lambda optimiser: seen.append(optimiser.mode))
     learn.train(2)
-    assert learn.optimiser.mode == "eval" and seen == ["eval"] * 6
+    assert learn.optimiser.mode == "eval" and seen == ["eval"] * 24  # 3 batches, in 6 passes beside and 2 by themselves
 
 
 def test_sparse_gradients_have_a_norm_and_an_average():
