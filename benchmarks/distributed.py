@@ -21,7 +21,7 @@ from learner import DataLoaders, Learner
 from learner.keep.distributed import Distributed
 from learner.loop.data import TensorLoader
 
-BATCH, BATCHES, TURNS, PROCESSES = 128, 24, 7, 2
+BATCH, BATCHES, TURNS, PROCESSES = 128, 96, 7, 2
 
 
 def net():
@@ -105,7 +105,8 @@ def main():
         spawn(work, (f"{folder}/store", f"{folder}/took"), nprocs=PROCESSES)
         with open(f"{folder}/took") as file: took = json.load(file)
     base = took["plain DDP"]
-    print(f"ms a step of {BATCH} images in {PROCESSES} processes, medians of {TURNS} turns, and of their ratios to plain DDP")
+    print(f"ms a step of {BATCH} images in {PROCESSES} processes, in calls of {BATCHES} steps with all that begins and ends them;")
+    print(f"medians of {TURNS} turns, and of their ratios to plain DDP")
     print(f"{'':24}{'wall':>8}{'ratio':>7}{'processor':>11}{'ratio':>7}{'collectives':>13}{'bytes':>12}")
     for name, (wall, processor, (count, sent)) in took.items():
         ratios = [median(one / other for one, other in zip(each, plain, strict=True))

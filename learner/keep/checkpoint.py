@@ -230,7 +230,7 @@ class _Remembering(_Stored):
     def _look_ahead(self, learn: Learner) -> None:
         "Warn of a best value that never comes, and of batches that cannot be given again."
         self._best.begin(self, learn)
-        learn.cursor.tell([*unready_loaders(learn), *filter(None, [self._best.replaced])])
+        learn.cursor.warn_once([*unready_loaders(learn), *filter(None, [self._best.replaced])])
 
     def state_dict(self) -> dict[str, Any]:
         "Whose checkpoints these are, which is the best, and how far the next is."

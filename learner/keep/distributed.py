@@ -21,7 +21,7 @@ from ..base.provenance import rng_state, set_rng_state
 from ..base.words import check_number, check_whole
 from .debugging import announced, first_writer
 from .gradients import DDPGradients, Gradients, TreeGradients
-from .part_means import Parts, Sums, added_up, merged
+from .part_means import Parts, Sums, added_up, check_parts, merged
 from .ranks import Alone, OtherRankError, RankError, Ranks, Watch, is_lost, meet
 from .ranks import use_own_device, world_size
 from .sharded import SharedGradients, check_kinds
@@ -29,6 +29,7 @@ from .shards import ShardError, bounds, cut, draw_key, joined, seed_shard, shard
 from ..loop.attached import attached_modules
 from ..loop.stages import Callback, CancelException
 from ..loop.state import with_state
+from ..watch.metrics import Metrics, PassMetrics
 
 # %% ../../nbs/keep/distributed.ipynb #ce460209
 class _Agreeing:
@@ -246,8 +247,16 @@ class _Stated(_Merging):
         return dict(self.loaded or {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        "Go on with the parts of a pass."
+        "Go on with the parts of a pass. Raises ValueError for a state of another kind."
+        if state: check_parts(state)
         self.loaded = dict(state) or None
+
+    def check_loaded(self, learn: Any) -> None:
+        "Raise an error unless the metrics of the learner take those that were loaded."
+        measuring = [each for each in learn.callbacks if isinstance(each, Metrics)]
+        for states in (self.loaded or {"metrics": {}})["metrics"].values():
+            for each, state in zip(measuring, states, strict=False):
+                PassMetrics(each.metrics, learn.device).load_state_dict(state)
 
 # %% ../../nbs/keep/distributed.ipynb #b87acf2e
 class _Calling(_Stated):

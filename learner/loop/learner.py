@@ -78,8 +78,8 @@ class Resumable(Placed):
     def _name_losses(self, loop: Mapping[str, Any]) -> None:
         "Warn of what a state does not hold."
         cursor = self.cursor
-        if loop["under_way"]: cursor.tell(unready_loaders(self))
-        cursor.tell(sentences(self, [*loop["unkept"], *cursor.undone]))
+        if loop["under_way"]: cursor.warn_once(unready_loaders(self))
+        cursor.warn_once(sentences(self, [*loop["unkept"], *cursor.repeated]))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Take over a state from `state_dict`; raises ResumeError if it does not fit, and changes nothing."
@@ -410,8 +410,8 @@ def check_rate(state: Mapping[str, Any] | None, learning_rate: float | None) -> 
     rate = None if learning_rate is None else check_number("learning_rate", learning_rate)
     began = state["loop"].get("learning_rate") if state else None
     if rate is not None and began not in (None, rate):
-        warnings.warn(f"learning_rate={rate:g} is left aside: the training that is resumed began with "
-                      f"{began:g}, and keeps what it has now", stacklevel=3)
+        warnings.warn(f"learning_rate={rate:g} is ignored: the resumed training began with {began:g} and keeps its "
+                      "current rate; to change that, set it in learn.optimiser.param_groups first", stacklevel=3)
     return rate
 
 # %% ../../nbs/loop/learner.ipynb #24861c83

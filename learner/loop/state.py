@@ -63,10 +63,10 @@ def _in_epochs(loader: Any) -> list[Any]:
     return [part for part in parts if hasattr(part, "set_epoch") and hasattr(part, "epoch")]
 
 # %% ../../nbs/loop/state.ipynb #20164898
-WORKERS = ("the training loader goes on from a state of its own, and its workers begin with other random numbers: "
-           "augmentation may differ in the rest of the epoch")
-PERSISTENT = ("the workers of the training loader persist, and random numbers that they drew in earlier epochs cannot "
-              "be drawn again: augmentation may differ from here on")
+WORKERS = ("the training loader resumes from its own state, and its workers start with other random numbers, so "
+           "augmentation may differ for the rest of the epoch")
+PERSISTENT = ("the training loader's workers persist, and the random numbers they drew in earlier epochs cannot be "
+              "drawn again, so augmentation may differ from here on")
 EXACT = "order and everything else are exact; use DataLoaders.from_datasets"
 
 # %% ../../nbs/loop/state.ipynb #2c809b37
@@ -92,8 +92,8 @@ def batches_from(
     for number in range(first):
         try: next(batches)
         except StopIteration:
-            raise ResumeError(f"the training loader gave {number} batches, and training goes on with "
-                              f"batch {first}; give it the data that it had") from None
+            raise ResumeError(f"the training loader ended after {number} batches, and training resumes at "
+                              f"batch {first}; give it the same data as before") from None
     return batches
 
 # %% ../../nbs/loop/state.ipynb #1b3a2f04
@@ -106,7 +106,7 @@ def _from_own(batches: Iterator[Any], loader: Any, order: Mapping[str, Any]) -> 
     yield from batches
 
 def _refused(error: Exception) -> ResumeError:
-    return ResumeError(f"the training loader does not go on from its state: {error!r:.100}")
+    return ResumeError(f"the training loader cannot resume from its state: {error!r:.100}")
 
 # %% ../../nbs/loop/state.ipynb #112e94d1
 def state_of(module: nn.Module) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def plain_name(name: str) -> str:
 
 def check_model_state(model: nn.Module, state: Any, kind: str = "model") -> None:
     "Raise ResumeError unless a state has the names, shapes and dtypes of a module."
-    other = f"it is of another {kind}"
+    other = f"it belongs to another {kind}"
     if not isinstance(state, Mapping):
         raise ResumeError(f"the {kind}'s state is {kind_of(state)}, not a mapping of tensors")
     own = state_of(model)
@@ -145,7 +145,7 @@ def check_state(state: Any) -> None:
     "Raise ResumeError for a value that is not the state of a training."
     for name in ("model", "optimiser", "callbacks", "loop"):
         if not isinstance(state, Mapping) or name not in state:
-            raise ResumeError(f"the state has no {name}; save() and state_dict() make whole ones")
+            raise ResumeError(f"the state has no {name}; use one from save() or state_dict()")
     if not isinstance(state["callbacks"], Mapping):
         raise ResumeError("the state's callbacks are not a mapping of names to states")
     if not isinstance(state.get("modules", {}), Mapping):
@@ -176,7 +176,7 @@ def check_orders(learn: Any, loop: Mapping[str, Any]) -> None:
     for began in (loop.get("began"), (loop.get("stream") or {}).get("began")):
         if began and began["order"] != {}: orders.append(("train", began["order"]))
     if loop["place"][1] == "train" and loop["place"][2] and "train" not in loop["orders"]:
-        raise ResumeError("the state has no order of the train loader, and training stands within its pass")
+        raise ResumeError("the state lacks the order of the training loader, and training stopped within a pass over it")
     for name, order in orders:
         if name not in loaders: continue
         before = order_state(loaders[name])
@@ -228,18 +228,18 @@ def check_loop_state(loop: Any) -> None:
               "validation_epochs": int(), "first_row": int(), "rows": dict(rows), "results": dict(),
               "steps": dict(), "keep_steps": bool(), "row_steps": dict(),
               "means": dict(means), "rng": dict(rng), "orders": dict(), "optimiser": str()}: pass
-        case _: raise ResumeError("the state does not say where training stands; save() makes whole ones")
+        case _: raise ResumeError("the state does not say where training stands; use one from save() or state_dict()")
     if not isinstance(loop.get("learning_rate"), int | float | None):
         raise ResumeError("the learning rate in the state is not a number")
     began = loop.get("began")
     if not isinstance(began, dict | None):
-        raise ResumeError("the state does not say how its pass began; save() makes whole ones")
+        raise ResumeError("the state does not say how its pass began; use one from save() or state_dict()")
     _check_unkept(loop.get("epoch", 0), loop.get("unkept", []))
     flags = loop.get("flags", {})
     if not isinstance(flags, dict) or not {*map(type, flags.values())} <= {bool}:
         raise ResumeError("the state does not say which parameters require gradients")
     if not isinstance(loop.get("stream"), dict | None):
-        raise ResumeError("the state does not say where its stream of batches stood; save() makes whole ones")
+        raise ResumeError("the state does not say where its stream of batches stood; use one from save() or state_dict()")
     if not isinstance(loop.get("half"), str | None):
         raise ResumeError("the state does not say in words how training was stopped")
     _check_counts(loop)
@@ -394,7 +394,7 @@ def _put_optimiser(optimiser: Any, state: Any) -> None:
               for each in several for group in each.param_groups]
     try: optimiser.load_state_dict(state)
     except Exception as error:
-        raise ResumeError(f"the optimiser does not take its state: {error}") from error
+        raise ResumeError(f"the optimiser rejects its state: {error}") from error
     for names, group in zip(needed, groups_of(optimiser), strict=True):
         for name in sorted(names - group.keys()):
             raise ResumeError(f"the state of the optimiser has a group without {name}")
@@ -418,7 +418,7 @@ def _put_loop(learn: Any, loop: Mapping[str, Any]) -> None:
 def _put_module(name: str, module: nn.Module, state: Mapping[str, Any]) -> None:
     try: module.load_state_dict({each: state[plain_name(each)] for each in module.state_dict()})
     except Exception as error:  # names and shapes fit, so a module has its own way of loading
-        raise ResumeError(f"the {name} does not take its state: {error}") from error
+        raise ResumeError(f"the {name} rejects its state: {error}") from error
 
 def fitting_optimiser(learn: Any, state: Mapping[str, Any]) -> Any:
     "The optimiser, made if there is only a factory; raises ResumeError if the state does not fit it."

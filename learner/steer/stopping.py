@@ -228,7 +228,7 @@ class _Stop(_Kept):
 
     def around_train(self, learn: Learner) -> Iterator[None]:
         check_monitor("EarlyStopping", self.monitor, learn)
-        if self.replaced: learn.cursor.tell([self.replaced])
+        if self.replaced: learn.cursor.warn_once([self.replaced])
         if not self.under_way: self._begin()
         self.under_way = True
         ended = False  # by itself; one that was stopped may go on from its last weights

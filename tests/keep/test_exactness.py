@@ -353,7 +353,7 @@ def interrupted(row, hook, way, folder, told):
 
 
 NAMED = ("Forgets changes its attribute n in training and has no state_dict, so a training that is resumed would go on with another value",
-         "the training loader goes on from a state of its own, and its workers begin with other random numbers")
+         "the training loader resumes from its own state, and its workers start with other random numbers")
 ELSEWHERE = ("'set_vital' is deprecated", "BatchSchedule")  # in torchdata; steps that are left out leave a schedule unfinished
 
 
@@ -556,7 +556,7 @@ def test_a_lazy_model_goes_back_to_a_copy_in_memory(n):
     learn = lazy(Rewind(5), Fail("after_backward", n))
     with pytest.raises(RuntimeError): learn.train(2)
     if n == 1:  # there was no model yet to be copied
-        with pytest.warns(UserWarning, match="the batch that failed is done again, and what its first half drew"): learn.train(resume=True)
+        with pytest.warns(UserWarning, match="the batch that failed runs again, but the random numbers it drew"): learn.train(resume=True)
     else:
         learn.train(resume=True)
         assert all(map(torch.equal, whole.model.parameters(), learn.model.parameters()))

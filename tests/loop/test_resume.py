@@ -834,7 +834,7 @@ def test_another_learning_rate_for_a_training_that_is_resumed_is_left_aside_with
     learn = stopped("plain", 10)
     learn.save(tmp_path / "c")
     fresh = make("plain", seed=9)
-    with pytest.warns(UserWarning, match=r"learning_rate=0.5 is left aside: the training that is resumed began with 0.01, and keeps"):
+    with pytest.warns(UserWarning, match=r"learning_rate=0.5 is ignored: the resumed training began with 0.01 and keeps"):
         fresh.train(3, 0.5, resume=tmp_path / "c")
     assert differences(fresh, reference("plain")) == []
 
@@ -867,7 +867,7 @@ def test_a_model_that_does_not_take_its_state_leaves_optimiser_and_callbacks_as_
     one.train(1)
     other.train(3)
     before = hash_state({"optimiser": one.optimiser.state_dict(), "EMA": one.callbacks[0].state_dict()})
-    with pytest.raises(ResumeError, match="the model does not take its state: 'no'"): one.load_state_dict(other.state_dict())
+    with pytest.raises(ResumeError, match="the model rejects its state: 'no'"): one.load_state_dict(other.state_dict())
     assert hash_state({"optimiser": one.optimiser.state_dict(), "EMA": one.callbacks[0].state_dict()}) == before
 
 
@@ -1157,11 +1157,11 @@ class Trap:
     def __reduce__(self): return (exec, ("import sys; sys.trapped = True",))
 
 
-SAYS_NOT = "the state does not say where training stands; save() makes whole ones"
+SAYS_NOT = "the state does not say where training stands; use one from save() or state_dict()"
 NO_MEANS = "the means, steps or random numbers in the state are damaged: "
 FORGED = {
     # parts
-    "nothing": (lambda s: s.clear(), "the state has no model; save() and state_dict() make whole ones"),
+    "nothing": (lambda s: s.clear(), "the state has no model; use one from save() or state_dict()"),
     "no model": (lambda s: s.pop("model"), "the state has no model; save() and state_dict() make"),
     "no optimiser": (lambda s: s.pop("optimiser"), "the state has no optimiser; save() and state_dict() make"),
     "no callbacks": (lambda s: s.pop("callbacks"), "the state has no callbacks; save() and state_dict() make"),
@@ -1171,15 +1171,15 @@ FORGED = {
     # the model
     "a model that is none": (lambda s: s.update(model=[1]), "the model's state is a list, not a mapping of tensors"),
     "a model of None": (lambda s: s.update(model=None), "the model's state is a NoneType, not a mapping of tensors"),
-    "a weight less": (model(lambda m: m.pop("1.weight")), "the state has no 1.weight, which the model has; it is of another model"),
-    "a weight more": (model(lambda m: m.update({"1.wieght": torch.ones(1)})), "the state has 1.wieght, which the model does not have; did you mean 1.weight?; it is of another model"),
-    "a path as a name": (model(lambda m: m.update({"../../etc/passwd": torch.ones(1)})), "the state has ../../etc/passwd, which the model does not have; it is of another model"),
+    "a weight less": (model(lambda m: m.pop("1.weight")), "the state has no 1.weight, which the model has; it belongs to another model"),
+    "a weight more": (model(lambda m: m.update({"1.wieght": torch.ones(1)})), "the state has 1.wieght, which the model does not have; did you mean 1.weight?; it belongs to another model"),
+    "a path as a name": (model(lambda m: m.update({"../../etc/passwd": torch.ones(1)})), "the state has ../../etc/passwd, which the model does not have; it belongs to another model"),
     "an attribute as a name": (model(lambda m: m.update({"__class__": torch.ones(1)})), "the state has __class__, which the model does not have"),
-    "another shape": (model(lambda m: m.update({"1.weight": torch.ones(8, 17)})), "1.weight is float32 (8, 17) in the state, and float32 (8, 16) in the model; it is of another model"),
+    "another shape": (model(lambda m: m.update({"1.weight": torch.ones(8, 17)})), "1.weight is float32 (8, 17) in the state, and float32 (8, 16) in the model; it belongs to another model"),
     "no shape": (model(lambda m: m.update({"2.running_mean": torch.tensor(1.0)})), "2.running_mean is float32 () in the state, and float32 (8,) in the model"),
     "another dtype": (model(lambda m: m.update({"1.weight": torch.ones(8, 16, dtype=torch.float64)})), "1.weight is float64 (8, 16) in the state, and float32 (8, 16) in the model"),
-    "a number as a weight": (model(lambda m: m.update({"1.weight": 3})), "1.weight is an int in the state, not a tensor; it is of another model"),
-    "text as a weight": (model(lambda m: m.update({"5.bias": "import os"})), "5.bias is a str in the state, not a tensor; it is of another model"),
+    "a number as a weight": (model(lambda m: m.update({"1.weight": 3})), "1.weight is an int in the state, not a tensor; it belongs to another model"),
+    "text as a weight": (model(lambda m: m.update({"5.bias": "import os"})), "5.bias is a str in the state, not a tensor; it belongs to another model"),
     # the optimiser
     "another optimiser": (put(optimiser="SGD"), "the state is of SGD, and the optimiser is AdamW; use SGD"),
     "an optimiser that is none": (lambda s: s.update(optimiser=[]), "the state of the optimiser has no param_groups or no state"),

@@ -1,8 +1,10 @@
 """A state that fits in everything but one value is refused before anything is put in, or does no harm."""
 import random
+import tempfile
 import warnings
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +15,12 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from learner.base.hashing import hash_state
 from learner.base.nested import snapshot
+from learner.keep.checkpoint import Checkpoint
+from learner.keep.distributed import Distributed
 from learner.loop.data import DatasetLoader
 from learner.loop.learner import Learner
 from learner.loop.stages import Callback
+from learner.runs.loggers import CSVLogger
 from learner.steer.accumulate import Accumulate
 from learner.steer.curves import FunctionScheduler, linear
 from learner.steer.freeze import FreezeUntil
@@ -94,7 +99,14 @@ def third(model):
     return optimisers, [BatchSchedule(falling, "body"), EpochSchedule(partial(ReduceLROnPlateau, patience=0), optimiser="head")]
 
 
-KINDS = {"first": first, "second": second, "third": third}
+def fourth(model):
+    folder = Path(tempfile.mkdtemp())
+    model[1] = nn.LayerNorm(4)  # shards refuse batch norm
+    callbacks = [Distributed(shards=2), Metrics(accuracy=MulticlassAccuracy()), Checkpoint(folder / "run"), CSVLogger(folder / "log.csv")]
+    return torch.optim.AdamW(model.parameters(), 0.01), callbacks
+
+
+KINDS = {"first": first, "second": second, "third": third, "fourth": fourth}
 
 
 def made(loader="torch", kind="first"):
@@ -159,7 +171,7 @@ def fault(error):
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # in torchdata
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # of torch, where a forged list is an index
-@pytest.mark.parametrize(("loader", "kind"), [("torch", "first"), ("own state", "first"), ("torch", "second"), ("package", "third")])
+@pytest.mark.parametrize(("loader", "kind"), [("torch", "first"), ("own state", "first"), ("torch", "second"), ("package", "third"), ("package", "fourth")])
 def test_a_state_with_one_wrong_value_is_refused_whole(loader, kind, request):
     found = states(loader, kind)
     assert {*found} == {"middle", "end"}
