@@ -25,14 +25,24 @@ from ..loop.state import groups_of
 from ..steer.accumulate import Accumulate
 
 # %% ../../nbs/keep/gradients.ipynb #77620df2
-class Gradients(Callback):
-    "How the gradients of the parts of a batch come together."
+class _Points(Callback):
+    "What can be done at the points that all ranks come to."
     priority = -10_000  # before all others: in before_step gradients are those of all ranks
 
     def __init__(self, owner: Any): self.owner = owner
 
     def begin(self, learn: Any) -> None:
         "A batch begins."
+
+    def factor(self, learn: Any, weight: float) -> float:
+        "What the loss of a part is multiplied by."
+        return 1.0
+
+    def put_right(self, learn: Any) -> None:
+        "The backward pass of a part is over."
+
+    def bring_together(self, learn: Any) -> None:
+        "A step is about to be taken, or left out."
 
     def end_pass(self, learn: Any) -> None:
         "All ranks have come to the end of a pass."
@@ -44,9 +54,9 @@ class Gradients(Callback):
         "This rank ends alone, because one of them has failed."
         self.end_call()
 
-    def factor(self, learn: Any, weight: float) -> float:
-        "What the loss of a part is multiplied by."
-        return 1.0
+# %% ../../nbs/keep/gradients.ipynb #c99631cf
+class Gradients(_Points):
+    "How the gradients of the parts of a batch come together."
 
     def around_backward(self, learn: Any) -> Iterator[None]:
         if learn.ranks is not self.owner:  # a trial
@@ -58,14 +68,8 @@ class Gradients(Callback):
         learn.loss = loss
         self.put_right(learn)
 
-    def put_right(self, learn: Any) -> None:
-        "The backward pass of a part is over."
-
     def before_step(self, learn: Any) -> None:
         if learn.ranks is self.owner: self.bring_together(learn)
-
-    def bring_together(self, learn: Any) -> None:
-        "A step is about to be taken, or left out."
 
     def after_step(self) -> None: self.owner.steps += 1
 

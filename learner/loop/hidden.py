@@ -125,18 +125,6 @@ def _of_callbacks(learn: Any) -> Iterator[tuple[str, str, Any]]:
         if callback.watches or _ours(callback) or hasattr(callback, "state_dict"): continue
         yield from ((where, name, value) for name, value in vars(callback).items())
 
-def _of_loader(learn: Any) -> Iterator[tuple[str, str, Any]]:
-    for where, part in _parts_of_loader(learn).items():
-        yield from ((where, name, value) for name, value in vars(part).items() if type(value) is int)
-
-def _parts_of_loader(learn: Any) -> dict[str, Any]:
-    "What may count passes over the training data: neither of torch, nor ours, nor with a way of its own."
-    parts = {f"dataloaders[\"train\"]{where}": part
-             for where, part in places_in(learn.dataloaders.get("train")) if hasattr(part, "__dict__")}
-    return {where: part for where, part in parts.items()
-            if not type(part).__module__.startswith((_PACKAGE, "torch.")) and not isinstance(part, torch.Generator)
-            and not any(hasattr(part, name) for name in ("__getitem__", "state_dict", "set_epoch"))}
-
 def _of_learner(learn: Any) -> Iterator[tuple[str, str, Any]]:
     owner = next(kind for kind in type(learn).__mro__ if "state_dict" in vars(kind))
     if not owner.__module__.startswith(_PACKAGE): return  # it has a way of its own
@@ -170,6 +158,7 @@ def sentences(learn: Any, keys: Iterable[Sequence[str]]) -> list[str]:
     return [_SENTENCES[kind].format(where, name) for kind, where, name in keys
             if kind in _SENTENCES and hasattr(holders.get(where), name)]
 
+# %% ../../nbs/loop/hidden.ipynb #9d1bd4b0
 def _loaders(learn: Any) -> list[Any]:
     return [each for phase in learn.dataloaders for each in passes_of(learn.dataloaders, phase).values()]
 
@@ -190,6 +179,19 @@ def _buffers(learn: Any) -> dict[Key, Any]:
     "The marks of all buffers."
     return {("buffer", where, name): _Same(buffer) for where, module in modules_of(learn).items()
             for name, buffer in module._buffers.items() if buffer is not None}
+
+# %% ../../nbs/loop/hidden.ipynb #17140c69
+def _of_loader(learn: Any) -> Iterator[tuple[str, str, Any]]:
+    for where, part in _parts_of_loader(learn).items():
+        yield from ((where, name, value) for name, value in vars(part).items() if type(value) is int)
+
+def _parts_of_loader(learn: Any) -> dict[str, Any]:
+    "What may count passes over the training data: neither of torch, nor ours, nor with a way of its own."
+    parts = {f"dataloaders[\"train\"]{where}": part
+             for where, part in places_in(learn.dataloaders.get("train")) if hasattr(part, "__dict__")}
+    return {where: part for where, part in parts.items()
+            if not type(part).__module__.startswith((_PACKAGE, "torch.")) and not isinstance(part, torch.Generator)
+            and not any(hasattr(part, name) for name in ("__getitem__", "state_dict", "set_epoch"))}
 
 # %% ../../nbs/loop/hidden.ipynb #8377a7a8
 class Note:

@@ -266,6 +266,7 @@ AGAIN = ("the batch that failed runs again, but the random numbers it drew, the 
          "and what callbacks heard of it are not undone")
 COUNTED = "the batch that failed had already taken its step, so it counts as done and its remaining hooks do not run"
 
+# %% ../../nbs/loop/resume.ipynb #b01ed2a0
 class Stopping(TrainingBatches):
     "What is kept of a training that ends early."
 

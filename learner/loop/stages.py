@@ -330,7 +330,7 @@ def _reference(tree: StageTree) -> str:
     names = indent(fill(", ".join([*tree.hooks, *tree.actions]), 92), "    ")
     return "\n\n".join([
         "Stages, and the exceptions that end them early. A callback's method with the name of a\n"
-        "stage marked * takes the place of the learner's own:", _table(stages),
+        "stage marked * replaces the learner's own:", _table(stages),
         "Groups of stages:", _table(groups), "Fixtures:", _table(lives), "All hooks:", names])
 
 # %% ../../nbs/loop/stages.ipynb #30dd0b2d

@@ -178,11 +178,11 @@ def _check_learner(folder: Path, parts: Iterable[Callback], learn: Learner) -> N
     # which is from before the first batch
     if fresh and files.checkpoints and files.checkpoints[-1] != checkpoint_name(0, 0):
         raise RunError(f"{folder} has checkpoints that this learner has not resumed from; write "
-                       f"train(resume={str(folder / 'checkpoints')!r}), or give another folder")
+                       f"train(resume={str(folder / 'checkpoints')!r}), or use another folder")
     if fresh and files.rows:
         raise RunError(f"{folder} has {epochs_text(len(files.rows))} of a training that this "
                        "learner "
-                       "has not done, and no checkpoint to resume from; give another folder")
+                       "has not done, and no checkpoint to resume from; use another folder")
     for part in parts:
         if isinstance(part, Checkpoint): part.check_folder(learn)
 

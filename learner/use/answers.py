@@ -150,8 +150,8 @@ def answers(outputs: Any, probabilities: str | None = None,
     shares = PROBABILITIES[probabilities](outputs.float())
     count = 2 if shares.ndim == 1 or shares.shape[1] == 1 else shares.shape[1]
     if classes is not None and len(classes) != count:
-        raise ValueError(f"classes has {len(classes)} names, and the model tells {count} classes "
-                         "apart; give one name for each")
+        raise ValueError(f"classes has {len(classes)} names, and the model has {count} "
+                         "classes; give one name for each")
     return Answers(outputs, shares, _labels(shares, exclusive, classes))
 
 # %% ../../nbs/use/answers.ipynb #ea4cceb8

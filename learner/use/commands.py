@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..base.files import is_file
 from ..runs.cli import check_record, command, mistakes
 from ..runs.command import UsageError, say
 
@@ -36,6 +37,9 @@ def _verify(
     /,
 ) -> None:
     "Run an exported model and compare it with its stored answers."
+    path = Path(folder)
+    if is_file(path / "meta.json", path) and not is_file(path / "hashes.json", path):
+        raise UsageError(f"{folder} is a run; export it first: learner export {folder} FOLDER")
     with mistakes():
         from learner.use.folder import ExportError, verify
         found = verify(folder)
@@ -52,30 +56,30 @@ def _by_name(words: Sequence[str]) -> dict[str, str]:
         if name in found:
             raise UsageError(f"two models have the name {name}; write NAME={path} for one of them")
         found[name] = path
-    if not found: raise UsageError("a model is missing: learner serve RUN, or learner serve FOLDER")
+    if not found: raise UsageError("no model was given: learner serve RUN, or learner serve FOLDER")
     return found
 
 def _key(key: str | None) -> str | None:
     "The key that clients have to send."
     if key != "env": return key
     if os.environ.get("LEARNER_KEY"): return os.environ["LEARNER_KEY"]
-    raise UsageError("--key is env, and the variable LEARNER_KEY is not set; set it to the key")
+    raise UsageError("--key is env, but the variable LEARNER_KEY is not set; set it to the key")
 
 # %% ../../nbs/use/commands.ipynb #2f68c749
 @command
 def _serve(
     *models: str,  # runs or exported folders, each as PATH or NAME=PATH
-    host: str = "127.0.0.1",  # where to listen; by default only this machine can ask
-    port: int = 8000,  # 0: any that is free
-    key: str | None = None,  # that clients have to send; env: that in the variable LEARNER_KEY
-    public: bool = False,  # let others in the network ask without a key
-    watch: float | None = None,  # seconds between looks at folders that may have changed
+    host: str = "127.0.0.1",  # address to listen on; by default only this machine can ask
+    port: int = 8000,  # port to listen on; 0 takes any free one
+    key: str | None = None,  # key that clients have to send; env takes it from LEARNER_KEY
+    public: bool = False,  # let others on the network ask without a key
+    watch: float | None = None,  # seconds between checks for changes in the folders
     batch: int = 64,  # examples that the model is asked about at a time; 1: no micro-batching
-    wait_ms: float = 2.0,  # milliseconds that a request waits for others at most
-    queue: int = 1024,  # examples that may wait; what comes then is refused
-    body_mb: int = 16,  # megabytes of a request at most
-    seconds: float = 10.0,  # for a request to arrive, and for the model to answer
-    checkpoint: str = "best",  # of runs: best, last, or the name of one in checkpoints
+    wait_ms: float = 2.0,  # milliseconds that a request waits for others, at most
+    queue: int = 1024,  # examples that may wait; further requests are refused
+    body_mb: int = 16,  # megabytes in one request, at most
+    seconds: float = 10.0,  # time for a request to arrive, and then for the model to answer
+    checkpoint: str = "best",  # checkpoint of a run: best, last, or the name of one
     allow: Sequence[str] = (),  # a module of your own that a run names
 ) -> None:
     "Answer requests over HTTP, with a page to try a model."
@@ -92,4 +96,4 @@ def _serve(
         service = Service(loaded, host, port, key=secret, public=public, watch=watch)
     say(f"{service}; Ctrl-C stops it, and SIGHUP loads the models again")
     service.run()
-    say("stopped; what was accepted is answered")
+    say("stopped; all accepted requests were answered")

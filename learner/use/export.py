@@ -36,7 +36,7 @@ from ..runs.runfiles import mapping_in, read_run
 from ..runs.runs import load_run
 from .folder import FILES, TOLERANCE, ExportError, Parts, Verification, in_structure
 from .folder import largest_difference, onnx_outputs, structure_of, verify, write_folder
-from .inputs import ImageReader, describe, form_of, names_of
+from .inputs import ImageReader, columns_of, describe, form_of, names_of
 from .predict import predictor_of
 from .program import ProgramError, program_from, run_program
 from ..watch.outputs import predict as outputs_of
@@ -346,12 +346,13 @@ def _parts_of(learn: Any, predictor: Any, formats: _Formats, examples: Any, answ
             "torch_version": torch.__version__}
     return Parts(form_of(examples), formats.outputs, formats.program, formats.weights, examples,
                  answers, predictor.classes, predictor.probabilities,
-                 reader if isinstance(reader, ImageReader) else None, more)
+                 reader if isinstance(reader, ImageReader) else None,
+                 more, predictor.preparation.columns or columns_of(examples))
 
 # %% ../../nbs/use/export.ipynb #f2f7f4d2
 def export(learn: Any, folder: AnyPath, example: Any = None, *, onnx: bool = False,
            read: ImageReader | None = None, classes: Sequence[str] | None = None,
-           probabilities: str | None = None, count: int = 8,
+           columns: Sequence[str] | None = None, probabilities: str | None = None, count: int = 8,
            facts: Mapping[str, Any] | None = None, command: str | None = None) -> Verification:
     """Write a folder with a trained model that runs without its code, and verify it.
 
@@ -362,7 +363,7 @@ def export(learn: Any, folder: AnyPath, example: Any = None, *, onnx: bool = Fal
             default from the learner's first loader.
         onnx: Whether to write an ONNX model too, with the extra `onnx`.
         read: How a picture becomes an example; by default as the data do, if that is an `ImageReader`.
-        classes, probabilities: As for `predict`.
+        classes, columns, probabilities: As for `predictor_of`.
         count: Examples to store at most.
         facts: For the model card; by default those of this learner.
         command: That made the folder, for the card.
@@ -377,7 +378,8 @@ def export(learn: Any, folder: AnyPath, example: Any = None, *, onnx: bool = Fal
         >>> export(learn, "model", example=images).ok
         True
     """
-    predictor = predictor_of(learn, read=read, classes=classes, probabilities=probabilities)
+    predictor = predictor_of(learn, read=read, classes=classes, columns=columns,
+                             probabilities=probabilities)
     with kept_rng():
         examples = _examples(learn, example, predictor, count)
         answers = outputs_of(learn, examples)

@@ -21,7 +21,7 @@ from ..base.files import open_file, read_bytes, read_json, remove, tidy, write_b
 from ..base.hashing import hash_file
 from ..base.rows import leaves_of
 from ..base.store import load_state, save_state
-from .inputs import ImageReader, Preparation, names_of
+from .inputs import Columns, ImageReader, Preparation, as_tensor, slots_of
 from .predictor import Predictor
 from .program import check_program, run_program
 
@@ -39,7 +39,7 @@ FILES = {
 _NEEDED = ("config.json", "model.safetensors", "program.json", "examples.safetensors")
 
 class ExportError(ValueError):
-    "A model that cannot be exported, or a folder that is not a whole export: what, where, the fix."
+    "A model that cannot be exported, or a folder that is not a complete export: what, where, the fix."
 
 @dataclass
 class Parts:
@@ -54,6 +54,7 @@ class Parts:
     probabilities: str | None = None
     read: ImageReader | None = None
     more: dict[str, Any] = field(default_factory=dict)  # for config.json
+    columns: Columns | None = None
 
 # %% ../../nbs/use/folder.ipynb #89d06581
 def structure_of(tree: Any) -> Any:
@@ -70,17 +71,15 @@ def in_structure(structure: Any, leaves: Any) -> Any:
         case {"mapping": dict(parts)}:
             return {key: in_structure(part, leaves) for key, part in parts.items()}
         case {"tuple": list(parts)}: return tuple(in_structure(part, leaves) for part in parts)
-    raise ExportError(f"config.json has the structure {str(structure)[:60]}, which means nothing")
+    raise ExportError(f"config.json has the structure {str(structure)[:60]}, which is not valid")
 
 def _config_of(parts: Parts) -> dict[str, Any]:
-    slots = [{"name": name, "dtype": str(leaf.dtype).removeprefix("torch."),
-              "shape": list(leaf.shape)}
-             for name, leaf in zip(names_of(parts.form), leaves_of(parts.form), strict=True)]
     names = None if parts.classes is None else list(map(str, parts.classes))
     labels = {} if names is None else {
         "id2label": {str(place): name for place, name in enumerate(names)},
         "label2id": {name: place for place, name in enumerate(names)}}
-    return {"format": "learner.export", "version": 1, **parts.more, "inputs": slots,
+    return {"format": "learner.export", "version": 1, **parts.more,
+            "inputs": slots_of(parts.form, parts.columns),
             "structure": structure_of(parts.form), "outputs": parts.outputs, "classes": names,
             **labels, "probabilities": parts.probabilities,
             "image": None if parts.read is None else parts.read.settings()}
@@ -119,8 +118,8 @@ def write_folder(folder: AnyPath, parts: Parts, others: Mapping[str, bytes]) -> 
     tidy(folder)
     foreign = [name for name in list_names(folder) if name not in FILES and name[0] != "."]
     if foreign:
-        raise ExportError(f"{folder} has {foreign[0]}, which is not of an export; give an empty "
-                          "folder")
+        raise ExportError(f"{folder} has {foreign[0]}, which is not part of an export; give an "
+                          "empty folder")
     for name in ("hashes.json", "README.md", "program.pt2", "model.onnx"): remove(folder / name, folder)
     save_state(folder / "model.safetensors", dict(parts.weights))
     examples: dict[str, Any] = {"inputs": leaves_of(parts.examples), "outputs": leaves_of(parts.answers)}
@@ -138,8 +137,8 @@ def check_hashes(folder: AnyPath) -> None:
     if not folder.is_dir(): raise FileNotFoundError(f"there is no folder {folder}")
     try: written = read_json(folder / "hashes.json", inside=folder)
     except FileNotFoundError:
-        raise ExportError(f"{folder} has no hashes.json, so it is not an export, or one that was "
-                          "not finished; export the model again") from None
+        raise ExportError(f"{folder} has no hashes.json, so it is not a complete export; export "
+                          "the model again") from None
     except FileError as error: raise ExportError(str(error)) from None
     exact = json.dumps(written, indent=2, ensure_ascii=False) + "\n"
     if not isinstance(written, dict) or read_bytes(folder / "hashes.json", inside=folder) != exact.encode():
@@ -147,8 +146,8 @@ def check_hashes(folder: AnyPath) -> None:
     try: there = _hashes(folder)
     except FileError as error: raise ExportError(str(error)) from None
     for name in [*written, *there]:
-        if name not in there: raise ExportError(f"{folder} has lost {name[:80]}")
-        if name not in written: raise ExportError(f"{folder} has a file that was added: {name[:80]}")
+        if name not in there: raise ExportError(f"{folder} is missing {name[:80]}")
+        if name not in written: raise ExportError(f"{folder} has an extra file, {name[:80]}")
         if there[name] != written[name]: raise ExportError(f"{folder / name} was changed")
     for name in _NEEDED:
         if name not in written: raise ExportError(f"{folder} has no {name}")
@@ -161,7 +160,7 @@ def _slot(spec: Any) -> Tensor:
                 type(size) is int and 0 <= size < 2**31 for size in shape):
             dtype = getattr(torch, name, None)
             if isinstance(dtype, torch.dtype): return torch.empty(shape, dtype=dtype, device="meta")
-    raise ExportError(f"config.json has the input {str(spec)[:80]}, which means nothing")
+    raise ExportError(f"config.json has the input {str(spec)[:80]}, which is not valid")
 
 def _reader(settings: Any) -> ImageReader | None:
     if settings is None: return None
@@ -172,7 +171,23 @@ def _reader(settings: Any) -> ImageReader | None:
     except (TypeError, AttributeError): pass
     else:
         if reader.channels in (1, 3, 4): return reader
-    raise ExportError(f"config.json has the image {str(settings)[:80]}, which means nothing")
+    raise ExportError(f"config.json has the image {str(settings)[:80]}, which is not valid")
+
+# %% ../../nbs/use/folder.ipynb #26fd6598
+def _columns(specs: Sequence[Mapping[str, Any]], form: Any) -> Columns | None:
+    "The columns of a table from config.json; raises ExportError."
+    if not all("columns" in spec for spec in specs): return None
+    try:
+        values = [as_tensor(spec["typical"], slot, spec["name"])
+                  for spec, slot in zip(specs, leaves_of(form), strict=True)]
+        names = tuple(name for spec in specs for name in spec["columns"])
+        columns = Columns(names, in_structure(structure_of(form), iter(values)))
+    except (KeyError, TypeError, ValueError): pass
+    else:
+        finite = all(bool(value.isfinite().all()) for value in values)
+        same = [value.shape for value in values] == [slot.shape for slot in leaves_of(form)]
+        if finite and same: return columns
+    raise ExportError("config.json has columns that do not belong to its inputs")
 
 # %% ../../nbs/use/folder.ipynb #ab92472c
 class _Runs:
@@ -218,17 +233,18 @@ class Exported(_Runs):
         check_hashes(self.folder)
         self.config = self._json("config.json")
         if not isinstance(self.config, dict) or self.config.get("format") != "learner.export":
-            raise ExportError(f"{self.folder / 'config.json'} is not that of an export")
+            raise ExportError(f"{self.folder / 'config.json'} does not belong to an export")
         self.program = self._json("program.json")
         try:
             check_program(self.program)
             self.weights = load_state(self.folder / "model.safetensors", inside=self.folder)
-            slots = map(_slot, self.config["inputs"])
-            self.form = in_structure(self.config.get("structure"), slots)
+            specs = self.config["inputs"]
+            self.form = in_structure(self.config.get("structure"), map(_slot, specs))
             in_structure(self.config.get("outputs"), iter(self.program["outputs"]))
-            self.predictor = Predictor(
-                self.outputs, Preparation(self.form, _reader(self.config.get("image"))),
-                self.config.get("classes"), self.config.get("probabilities"))
+            preparation = Preparation(self.form, _reader(self.config.get("image")),
+                                      columns=_columns(specs, self.form))
+            self.predictor = Predictor(self.outputs, preparation, self.config.get("classes"),
+                                       self.config.get("probabilities"))
         except (KeyError, TypeError, StopIteration, ValueError) as error:
             if isinstance(error, ExportError | FileError): raise
             raise ExportError(f"{self.folder} is not an export that can be read: {error}") from error

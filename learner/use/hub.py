@@ -31,7 +31,7 @@ def _tensors(path: Path, folder: Path) -> dict[str, Tensor]:
     with open_file(path, LIMIT, folder) as file: data = file.read()
     try: return dict(load(data))
     except (SafetensorError, ValueError) as error:
-        raise WeightsError(f"{path} is not a file of safetensors: {error}") from None
+        raise WeightsError(f"{path} is not a safetensors file: {error}") from None
 
 def _files(folder: Path) -> list[str]:
     "The names of the files that hold the weights of a folder."
@@ -43,8 +43,8 @@ def _files(folder: Path) -> list[str]:
     found = list(dict.fromkeys(names.values()))
     wrong = [name for name in found if not isinstance(name, str) or Path(name).name != name]
     if wrong:
-        raise WeightsError(f"{folder}: the index names the file {str(wrong[0])[:80]!r}, which does "
-                           "not lie in the folder")
+        raise WeightsError(f"{folder}: the index names the file {str(wrong[0])[:80]!r}, which is "
+                           "not in the folder")
     return found
 
 # %% ../../nbs/use/hub.ipynb #b899d8fe
@@ -69,7 +69,7 @@ def read_weights(folder: AnyPath) -> dict[str, Tensor]:
     if not folder.is_dir(): raise FileNotFoundError(f"there is no folder {folder}")
     try: names = _files(folder)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{folder} has no model.safetensors; weights that are pickled, such as "
+        raise FileNotFoundError(f"{folder} has no model.safetensors; pickled weights, such as "
                                 "pytorch_model.bin, are not read") from None
     weights: dict[str, Tensor] = {}
     for name in names: weights |= _tensors(folder / name, folder)

@@ -6,6 +6,7 @@
 __all__ = ['OpenPass', 'predictor_of', 'predict', 'Answer', 'Answers', 'InputError', 'Predictor']
 
 # %% ../../nbs/use/predict.ipynb #49923464
+import atexit
 from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
 from threading import Lock, Thread
@@ -33,26 +34,27 @@ class _Questions:
         self.reply: SimpleQueue[Any] | None = None  # of the question that is under way
         self.closed = False
 
+    def _next(self) -> Any:
+        "The inputs of the next question; None at the end."
+        inputs, self.reply = self.waiting.get() or (None, None)
+        self.closed = self.reply is None
+        return inputs
+
     def __iter__(self) -> Iterator[tuple[Any, None]]:
-        while not self.closed:
-            question = self.waiting.get()
-            if question is None: self.closed = True
-            else:
-                inputs, self.reply = question
-                yield inputs, None
-                if self.reply is not None:
-                    self.answer(ValueError("a callback cancelled the batch before the model was "
-                                           "asked, so there is no answer"))
+        while True:
+            inputs = self._next()
+            if self.closed: break
+            yield inputs, None
+            if self.reply is not None:
+                self.answer(ValueError("a callback cancelled the batch before the model was "
+                                       "asked, so there is no answer"))
         raise CancelEpochException  # there are no losses, so hooks after a whole pass do not run
 
     def answer(self, value: Any) -> None:
         "Answer the question that is under way, or the next one."
-        reply, self.reply = self.reply, None
-        if reply is None:
-            question = self.waiting.get()
-            if question is None: self.closed = True
-            else: question[1].put(value)
-        else: reply.put(value)
+        if self.reply is None: self._next()
+        if self.reply is not None: self.reply.put(value)
+        self.reply = None
 
 # %% ../../nbs/use/predict.ipynb #4743a749
 class _Answering(Callback):
@@ -78,6 +80,24 @@ def _answer_all(learn: Any, questions: _Questions) -> None:
         try: learn.validate(_Answering(questions))
         except BaseException as error: questions.answer(error)
 
+# %% ../../nbs/use/predict.ipynb #111bd5ae
+_threads: WeakKeyDictionary[Thread, _Questions] = WeakKeyDictionary()
+_PATIENCE = 5.0  # seconds at the end of Python for a model that is still busy
+
+def _begin(learn: Any, questions: _Questions) -> Thread:
+    "A thread that answers questions, and ends before Python does."
+    thread = Thread(target=_answer_all, args=(learn, questions), name="predictor", daemon=True)
+    _threads[thread] = questions
+    thread.start()
+    return thread
+
+@atexit.register
+def _end_all() -> None:
+    "End all threads while Python is still whole."
+    for thread, questions in list(_threads.items()):
+        questions.waiting.put(None)
+        thread.join(_PATIENCE)
+
 # %% ../../nbs/use/predict.ipynb #3b64bda0
 class _Answered:
     "How the thread of an open pass is asked, and ended."
@@ -92,9 +112,7 @@ class _Answered:
         with self._lock:
             if self._questions.closed: raise ValueError("the predictor is closed; make another")
             if self._thread is None or not self._thread.is_alive():  # the first time, or a fork
-                self._thread = Thread(target=_answer_all, args=(self._learn, self._questions),
-                                      name="predictor", daemon=True)
-                self._thread.start()
+                self._thread = _begin(self._learn, self._questions)
             self._questions.waiting.put((batch, reply))
         found = reply.get()
         if isinstance(found, BaseException): raise found
@@ -128,15 +146,15 @@ class OpenPass(_Answered):
         self._questions, self._lock = _Questions(), Lock()
         copy.dataloaders = {"validation": self._questions}
         self._thread = None
-        finalize(self, self._questions.waiting.put, None)
+        finalize(self, self._questions.waiting.put, None).atexit = False
 
 # %% ../../nbs/use/predict.ipynb #e19f4c3e
 def _classes_of(learn: Any, classes: Sequence[str] | None) -> list[str] | None:
     return class_names(learn, next(iter(learn.dataloaders), ""), classes)
 
 def predictor_of(learn: Any, *, example: Any = None, read: Callable[[Any], Any] | None = None,
-                 classes: Sequence[str] | None = None, probabilities: str | None = None,
-                 batch_size: int = 256) -> Predictor:
+                 classes: Sequence[str] | None = None, columns: Sequence[str] | None = None,
+                 probabilities: str | None = None, batch_size: int = 256) -> Predictor:
     """A predictor with a copy of a learner, which may train on.
 
     Args:
@@ -144,6 +162,8 @@ def predictor_of(learn: Any, *, example: Any = None, read: Callable[[Any], Any] 
         example: What goes to the model, with rows; by default from the first batch of its data.
         read: How a picture becomes an example, such as an `ImageReader`; by default as the data do.
         classes: The names of the classes; by default those of the data.
+        columns: The names of the columns of a table; by default those of the data, if they have
+            an attribute `columns`.
         probabilities: How outputs become probabilities: "softmax", "exp", "sigmoid" or "identity";
             by default as the loss of torch says.
         batch_size: Examples that are asked about at a time.
@@ -156,7 +176,7 @@ def predictor_of(learn: Any, *, example: Any = None, read: Callable[[Any], Any] 
         ['7', '2', '1', '0', '4']
     """
     check_idle(learn)
-    return Predictor(OpenPass(learn), preparation_of(learn, example, read),
+    return Predictor(OpenPass(learn), preparation_of(learn, example, read, columns),
                      _classes_of(learn, classes), probabilities or probabilities_of(learn.loss_func),
                      batch_size)
 

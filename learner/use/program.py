@@ -20,7 +20,7 @@ from ..base.words import kind_of
 
 # %% ../../nbs/use/program.ipynb #0c62e75a
 class ProgramError(ValueError):
-    "A program that is not one, or has a step that is not run."
+    "A program that is malformed, or has a step that may not be run."
 
 # %% ../../nbs/use/program.ipynb #7348f741
 VERSION = 1
@@ -50,8 +50,8 @@ def operator_of(name: str) -> Any:
         packet = getattr(torch.ops.aten, path[0], None)
         if isinstance(packet, torch._ops.OpOverloadPacket) and path[1] in packet.overloads():
             return getattr(packet, path[1])
-    raise ProgramError(f"the program has the operator {str(name)[:80]!r}, which is not one that a "
-                       "program may use")
+    raise ProgramError(f"the program has the operator {str(name)[:80]!r}, which a program may "
+                       "not use")
 
 # %% ../../nbs/use/program.ipynb #12836d27
 _NAMED = {  # what JSON does not know, by the name of its class
@@ -81,7 +81,7 @@ def decode_argument(value: Any, known: Mapping[str, Any], device: torch.device) 
         (kind, name), = value.items()
         found = getattr(torch, name, None) if isinstance(name, str) else None
         if kind in _NAMED and isinstance(found, _NAMED[kind]): return found
-    raise ProgramError(f"the program has the argument {str(value)[:80]}, which means nothing")
+    raise ProgramError(f"the program has the argument {str(value)[:80]}, which is not valid")
 
 # %% ../../nbs/use/program.ipynb #2d4f5f76
 def _name_of(target: Any, node: Any) -> str:

@@ -11,11 +11,13 @@ import gc
 import html
 import secrets
 import socket
+import threading
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Self
+from weakref import WeakSet
 
 from ..base.words import printable
 from ..runs.command import say
@@ -27,7 +29,7 @@ _NEEDED = {"starlette": "Starlette", "uvicorn": "Uvicorn", "httptools": "httptoo
            "python_multipart": "python-multipart"}
 
 def check_installed() -> None:
-    "Raise ImportError that names the extra, unless all is there that a server needs."
+    "Raise ImportError that names the extra, unless everything a server needs is installed."
     missing = [name for module, name in _NEEDED.items() if find_spec(module) is None]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
@@ -38,23 +40,23 @@ def check_installed() -> None:
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 
 def check_access(host: str, key: str | None, public: bool) -> None:
-    "Raise ValueError for a server that anyone in the network could ask without a key."
+    "Raise ValueError if anyone on the network could ask the server without a key."
     if key is not None and (len(key) < 8 or not key.isascii() or not key.isprintable()):
-        raise ValueError("key is too short or has characters that no header can hold; use at least "
-                         f"8 letters and digits, such as {secrets.token_urlsafe(12)}")
+        raise ValueError("key is too short, or has characters that a header cannot hold; use at "
+                         f"least 8 letters and digits, such as {secrets.token_urlsafe(12)}")
     if host in _LOCAL or key is not None or public: return
-    raise ValueError(f"host is {host}, so others in the network can ask the model; give a key, or "
-                     "public=True (--public) if everybody may")
+    raise ValueError(f"host is {host}, so others on the network can ask the model; give a key, or "
+                     "public=True (--public) to let everybody ask")
 
 def _listen(host: str, port: int) -> socket.socket:
-    "A socket that listens; raises ValueError for an address that cannot be had."
+    "A socket that listens; raises ValueError if the address is not available."
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     if not 0 <= port < 2**16: raise ValueError(f"port is {port}; it must be from 0 to 65535")
     try: return socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
         reason = (error.strerror or str(error)).partition(" (")[0]
-        raise ValueError(f"port {port} of {host} cannot be had ({reason}); choose another, or "
-                         "port=0 for any that is free") from None
+        raise ValueError(f"port {port} of {host} is not available ({reason}); choose another, or "
+                         "port=0 for any free port") from None
 
 # %% ../../nbs/use/serve.ipynb #2074fa08
 class _Reloads:
@@ -77,6 +79,15 @@ class _Reloads:
             await asyncio.sleep(seconds)
             await self._reload(changed=True)
 
+# %% ../../nbs/use/serve.ipynb #b36ca8f0
+_running: WeakSet["_Runs"] = WeakSet()
+
+def _stop_all() -> None:
+    "Stop what still runs, while the pools of threads are open."
+    for service in list(_running): service.stop()
+
+threading._register_atexit(_stop_all)  # type: ignore[attr-defined]
+
 # %% ../../nbs/use/serve.ipynb #7e4acf1a
 class _Runs(_Reloads):
     "How a service runs, here or in a thread."
@@ -96,6 +107,7 @@ class _Runs(_Reloads):
                               daemon=True)
         self._thread.start()
         self._ready.wait(60)
+        _running.add(self)
         return self
 
     def stop(self) -> None:
@@ -135,19 +147,19 @@ class Service(_Shown):
     """A server of models, which listens and does not answer yet: `run()` or `start()` it.
 
     Args:
-        models: That are served.
-        host, port: Where it listens; port 0: any that is free.
-        key: That clients have to send; None: whoever reaches it may ask.
+        models: The models to serve.
+        host, port: The address to listen on; port 0 takes any free port.
+        key: The key that clients have to send; with None, anyone who reaches the server may ask.
         public: Whether others in the network may ask without a key.
-        watch: Seconds from one look at the folders of the models to the next; None: they are loaded
-            again only when asked.
+        watch: Seconds between checks for changes in the folders of the models; with None, they are
+            reloaded only when asked.
 
     Attributes:
-        url: Of the page; requests go to its /predict.
+        url: The address of the page; requests go to /predict below it.
 
     Raises:
         ImportError: The extra `serve` is not installed.
-        ValueError: The port cannot be had, or the server would be open to anyone.
+        ValueError: The port is not available, or the server would be open to anyone.
     """
 
     def __init__(self, models: Models, host: str = "127.0.0.1", port: int = 8000, *,
@@ -180,21 +192,21 @@ def serve(models: Any, *, host: str = "127.0.0.1", port: int = 8000, key: str | 
     Args:
         models: A learner, a predictor, or the path of a run or of an exported folder; or a mapping
             of names to these. A learner is copied, and may train on.
-        host: Where the server listens; by default only this machine reaches it.
-        port: 0: any that is free.
-        key: That clients have to send as `Authorization: Bearer KEY`; None: none.
+        host: The address to listen on; by default only this machine can reach it.
+        port: The port; 0 takes any free one.
+        key: The key that clients have to send as `Authorization: Bearer KEY`; None asks for none.
         public: Whether others in the network may ask without a key.
-        watch: Seconds from one look at folders that may have changed to the next; None: `reload()`
-            loads them again.
-        limits: On batches, waiting, sizes and times.
-        checkpoint, allow: Of runs, as for `load_run`.
+        watch: Seconds between checks for changes in the folders of the models; with None, call
+            `reload()` after a change.
+        limits: Limits on batches, waiting, sizes and times.
+        checkpoint, allow: Passed to `load_run` for a run.
 
     Returns:
         The service; its `url` is where it answers.
 
     Raises:
         ImportError: The extra `serve` is not installed.
-        ValueError: A model cannot be served, or the address cannot be had.
+        ValueError: A model cannot be served, or the address is not available.
 
     Example:
         >>> service = serve(learn)

@@ -69,8 +69,8 @@ class _Bodies:
     def _check(self, size: int, more: int | None = None) -> None:
         "Raise RequestError for a body that is too large, or too much beside the others."
         if size > self.limits.body:
-            raise RequestError(f"the body has more than the {self.limits.body:,} bytes that are "
-                               "taken; send fewer examples at a time", 413)
+            raise RequestError(f"the body has more than {self.limits.body:,} bytes, which is the "
+                               "limit; send fewer examples at a time", 413)
         if self.held + (size if more is None else more) > self.limits.memory:
             raise RequestError("the server is busy with other large requests; try again in a "
                                "second", 503, retry=1)
@@ -108,7 +108,7 @@ _SMALL = 2**15  # bytes of a body that is read at once; larger ones are read in 
 _EXPLAINING = 8  # requests for saliency that may wait
 
 def _of_model(error: BaseException) -> RequestError:
-    "What a client is told of an error that the model has raised about its inputs."
+    "What a client is told about an error that the model raised on its inputs."
     if isinstance(error, RequestError): return error
     if isinstance(error, InputError): return RequestError(str(error), field=FIELD)
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -144,14 +144,14 @@ class _Asking:
 
 # %% ../../nbs/use/serve_app.ipynb #c1dcfa27
 class _Explaining(_Asking):
-    "How a request becomes a saliency picture."
+    "How a request becomes an explanation."
     explaining: int
 
     async def explain(self, served: Served, batch: Any) -> Any:
-        "A saliency picture, of which few are made at the same time."
+        "An explanation; only a few may wait at the same time."
         if self.explaining >= _EXPLAINING:
-            raise RequestError("the server is busy with other saliency pictures; try again", 503,
-                               retry=1)
+            raise RequestError("the server is busy with other explanations; try again in a "
+                               "second", 503, retry=1)
         self.explaining += 1
         work = asyncio.ensure_future(self._in_thread("saliency", served.explain, batch))
         work.add_done_callback(self._explained)
@@ -250,15 +250,16 @@ def _refusal(error: RequestError) -> Response:
 async def _not_routed(request: Request, error: Exception) -> Response:
     "The answer where there is no such route, or not by this method."
     status = getattr(error, "status_code", 404)
-    line = f"there is nothing at {request.url.path[:100]}; GET /openapi.json lists what there is"
-    if status == 405: line = f"{request.url.path[:100]} is not asked by {request.method[:20]}"
+    line = f"there is nothing at {request.url.path[:100]}; GET /openapi.json lists the addresses"
+    if status == 405:
+        line = f"{request.url.path[:100]} does not take {request.method[:20]} requests"
     answer = _refusal(RequestError(line, status))
     answer.headers.update(getattr(error, "headers", None) or {})
     return answer
 
 def _fault(error: Exception) -> Response:
     say("".join(traceback.format_exception(error)), end="", error=True)
-    line = "the server has a fault, which is on its terminal"
+    line = "the server failed; the reason is on its terminal"
     return _JSON({"error": line, "field": None}, 500)
 
 # %% ../../nbs/use/serve_app.ipynb #e4ddf66e
@@ -289,9 +290,9 @@ class Application(_Endpoints):
     """Answers requests about models: an application of ASGI.
 
     Args:
-        models: By name; their limits hold for the application.
-        key: That a client has to send; None: whoever reaches the server may ask.
-        hosts: The names that the server answers to; None: any.
+        models: The models by name; their limits hold for the application.
+        key: The key that clients have to send; with None, anyone who reaches the server may ask.
+        hosts: The host names that the server answers to; with None, any.
 
     Example:
         >>> fastapi_app.mount("/model", Application(Models({"digits": learn})))

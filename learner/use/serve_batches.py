@@ -22,17 +22,17 @@ from .serve_inputs import RequestError
 # %% ../../nbs/use/serve_batches.ipynb #6ae1b8fa
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes on, and how long it lets a request wait.
+    """How much work a server accepts, and how long it lets a request wait.
 
     Args:
-        batch: Examples that the model is asked about at a time; 1: no micro-batching.
-        wait: Seconds that a request waits for others at most, while the model is free.
-        queue: Examples that may wait for a model; what comes then is refused with 503.
-        rows: Examples in a request.
-        body: Bytes of the body of a request.
-        memory: Bytes of all bodies that are being read or answered.
-        connections: That are open at the same time.
-        seconds: For a request to arrive, and then for the model to answer.
+        batch: Examples that the model is asked about at a time, at most; 1 means no micro-batching.
+        wait: Seconds that a request waits for others while the model is free, at most.
+        queue: Examples that may wait for a model; further requests are refused with status 503.
+        rows: Examples in one request, at most.
+        body: Bytes in the body of one request, at most.
+        memory: Bytes in all bodies that are being read or answered, at most.
+        connections: Connections that are open at the same time, at most.
+        seconds: The time in which a request has to arrive, and then the model has to answer.
     """
     batch: int = 64
     wait: float = 0.002
@@ -48,7 +48,7 @@ class Limits:
             check_whole(name, getattr(self, name))
         check_number("wait", self.wait)
         if check_number("seconds", self.seconds) <= 0:
-            raise ValueError("seconds is 0, and no request could be answered; give more")
+            raise ValueError("seconds is 0, so no request could be answered; give more")
         if self.queue < self.rows:
             raise ValueError(f"queue is {self.queue}, and one request may have {self.rows} "
                              "examples; give a queue of at least rows")
@@ -82,8 +82,8 @@ class _Queue:
     def put(self, request: _Waiting) -> None:
         "Add a request; raises RequestError with status 503 if there are too many."
         if self.rows + request.rows > self.most:
-            raise RequestError(f"the server is busy: {self.rows} examples wait for the model "
-                               "already; try again in a second", 503, retry=1)
+            raise RequestError(f"the server is busy: {self.rows} examples are waiting for the "
+                               "model; try again in a second", 503, retry=1)
         self.rows += request.rows
         self.waiting.append(request)
 

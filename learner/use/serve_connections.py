@@ -77,7 +77,7 @@ class Protocol(_Patient):
         super().data_received(data)
         if self._head >= 0: self._head += len(data)
         if self._head > _HEAD:
-            line = "the head of the request is too long"
+            line = "the headers of the request are too long"
             self._refuse(_plain("431 Request Header Fields Too Large", line))
         elif self._is_whole(): self._stop_waiting()
         elif self._patience is None: self._wait()
@@ -98,7 +98,7 @@ class Protocol(_Patient):
         return True
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(_plain("400 Bad Request", "this is not HTTP that can be read"))
+        self._refuse(_plain("400 Bad Request", "the request is not valid HTTP"))
 
 # %% ../../nbs/use/serve_connections.ipynb #331395e1
 class _Signals(uvicorn.Server):

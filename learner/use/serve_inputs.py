@@ -23,7 +23,7 @@ from .inputs import InputError, Preparation, as_tensor, fitted, names_of, stacke
 FIELD = "inputs"  # what a body calls the data
 
 class RequestError(InputError):
-    """A request that is refused: the line that the client gets, and the status of HTTP.
+    """A request that is refused: the line that the client gets, and the HTTP status.
 
     Args:
         message: What is wrong, where, and the fix.
@@ -196,8 +196,8 @@ def _check_size(batch: Any, form: Any, most: int) -> None:
     for name, leaf, slot in zip(names_of(form), leaves_of(batch), leaves_of(form), strict=True):
         rows = len(leaf)
         if rows > most:
-            raise RequestError(f"{name} has {rows:,} examples, and at most {most:,} are taken at a "
-                               "time; send them in parts", 413, name)
+            raise RequestError(f"{name} has {rows:,} examples, and at most {most:,} are accepted "
+                               "at a time; send them in parts", 413, name)
         if not leaf.numel():
             raise RequestError(f"{name} has the shape {list(leaf.shape)}, which holds no example",
                                field=name)
@@ -208,7 +208,7 @@ def _check_size(batch: Any, form: Any, most: int) -> None:
     for name, count in zip(names_of(form), counts, strict=True):
         if count != counts[0]:
             raise RequestError(f"{name} has {count} examples, and {names_of(form)[0]} has "
-                               f"{counts[0]}; give each example one in both", field=name)
+                               f"{counts[0]}; give both the same number", field=name)
 
 # %% ../../nbs/use/serve_inputs.ipynb #83f8d7d6
 _TYPES = ("", "application/json", "application/octet-stream", "application/x-npy", "text/plain",
@@ -226,7 +226,7 @@ def kind_of(body: bytes, content_type: str = "") -> str:
     """
     declared = content_type.partition(";")[0].strip().lower()
     if declared not in _TYPES and not declared.startswith("image/"):
-        raise RequestError(f"the content type {declared} is not taken; send application/json, a "
+        raise RequestError(f"the content type {declared} is not supported; send application/json, a "
                            ".npy file as application/octet-stream, image/png or image/jpeg, or "
                            "multipart/form-data", 415)
     if not body: raise RequestError('the body is empty; send JSON such as {"inputs": ...}', 400)
@@ -256,7 +256,7 @@ class _Reads:
         "One of a list of mappings."
         tensors, is_batch = fitted(fields(value, self.form, f"{FIELD}[{place}]"), self.form)
         if not is_batch: return tensors
-        raise RequestError(f"{FIELD}[{place}] is a batch; a list holds one example in each place",
+        raise RequestError(f"{FIELD}[{place}] is a batch; each entry of a list must be one example",
                            field=f"{FIELD}[{place}]")
 
     def _stacked(self, examples: Sequence[Any]) -> Any:
@@ -294,8 +294,8 @@ class _Checks(_ReadsFiles):
 
     def _several(self, files: Sequence[bytes]) -> Any:
         if len(files) > self.most:
-            raise RequestError(f"{len(files)} files are too many; at most {self.most} are taken at "
-                               "a time", 413, FIELD)
+            raise RequestError(f"{len(files)} files are too many; at most {self.most} are accepted "
+                               "at a time", 413, FIELD)
         return self._stacked([self.preparation.example(self._tensors(each, "image/*"))
                               for each in files])
 

@@ -19,18 +19,18 @@ import torch
 from torch import Tensor
 
 from ..base.files import is_file, read_text
-from ..base.rows import leaves_of
+from ..base.rows import leaves_of, take
 from ..base.words import did_you_mean, format_value, plain
 from ..loop.learner import Learner
 from ..runs.rundir import is_run
 from ..runs.runs import checkpoint_of, load_run
 from .answers import Answers
 from .folder import Exported
-from .inputs import describe, names_of
+from .inputs import describe, is_table, names_of, slots_of
 from .predict import predictor_of
 from .predictor import Predictor
 from .serve_batches import Batcher, Limits
-from .serve_inputs import BodyReader, RequestError
+from .serve_inputs import FIELD, BodyReader, RequestError
 from .serve_metrics import Meter
 
 # %% ../../nbs/use/serve_models.ipynb #a4fabde0
@@ -95,7 +95,7 @@ class Source(_Path):
 
     def __init__(self, model: Any, checkpoint: str = "best", allow: Sequence[str] = ()):
         if not isinstance(model, Learner | Predictor | str | Path):
-            raise TypeError(f"a model to serve is a {type(model).__name__}; give a learner, a "
+            raise TypeError(f"a {type(model).__name__} cannot be served; give a learner, a "
                             "predictor, or the path of a run or of an exported folder")
         self.model, self.checkpoint, self.allow = model, checkpoint, tuple(allow)
 
@@ -173,24 +173,26 @@ class _About:
         return self.loaded.predictor
 
     @property
-    def takes_images(self) -> bool:
-        "Whether an example is one image in floats, channels x height x width."
+    def can_explain(self) -> bool:
+        "Whether an example is an image in floats, channels x height x width, or a row of a table."
         form = self.predictor.preparation.form
         image = isinstance(form, Tensor) and form.ndim == 3 and form.is_floating_point()
-        return image and form.shape[0] in (1, 3, 4)
+        return is_table(form) or (image and form.shape[0] in (1, 3, 4))
+
+    def inputs(self) -> list[dict[str, Any]]:
+        "Each input: its name, its dtype and its shape, and of a table the columns."
+        preparation = self.predictor.preparation
+        return slots_of(preparation.form, preparation.columns)
 
     def info(self) -> dict[str, Any]:
         "What a client can know, as JSON can hold it."
-        form, read = self.predictor.preparation.form, self.predictor.preparation.read
-        inputs = [{"name": name, "dtype": str(leaf.dtype).removeprefix("torch."),
-                   "shape": list(leaf.shape)}
-                  for name, leaf in zip(names_of(form), leaves_of(form), strict=True)]
+        read = self.predictor.preparation.read
         classes = None if self.predictor.classes is None else list(self.predictor.classes)
         exact = getattr(read, "size", None) is not None and not getattr(read, "resize", False)
-        return {"name": self.name, "inputs": inputs, "classes": classes,
+        return {"name": self.name, "inputs": self.inputs(), "classes": classes,
                 "probabilities": self.predictor.probabilities, "pictures": read is not None,
                 "exact_size": exact,
-                "saliency": self.takes_images and find_spec("captum") is not None,
+                "saliency": self.can_explain and find_spec("captum") is not None,
                 "loaded": self.since.isoformat(timespec="seconds"), "card": self.loaded.card}
 
 # %% ../../nbs/use/serve_models.ipynb #5bc5656f
@@ -219,17 +221,21 @@ class _Answers(_Used):
         return results(self.predictor(batch), self.predictor.classes)
 
     def explain(self, batch: Any) -> dict[str, Any]:
-        "How much each pixel of one image speaks for the answer; raises RequestError."
-        if not self.takes_images:
-            raise RequestError(f"the model {self.name} takes no images of channels x height x "
-                               "width, and only for these there is a saliency picture")
-        if len(batch) != 1:
-            raise RequestError(f"inputs has {len(batch)} examples, and a saliency picture is of "
-                               "one", field="inputs")
+        "How much each pixel or column of one example speaks for the answer; raises RequestError."
+        if not self.can_explain:
+            raise RequestError(f"the model {self.name} takes neither images of channels x height x "
+                               "width nor rows of a table, and only these can be explained")
+        rows = len(leaves_of(batch)[0])
+        if rows != 1:
+            raise RequestError(f"{FIELD} has {rows} examples, and only one at a time can be "
+                               "explained", field=FIELD)
         from learner.use.saliency import attributions
-        found = self._work(batch)[0]
-        values = attributions(self.predictor, batch[0], method="occlusion")
-        return {"model": self.name, "label": found.get("label"), "saliency": _listed(values)}
+        answer = self.predictor(batch)[0]
+        values = attributions(self.predictor, take(batch, 0), method="occlusion")
+        share = answer.probabilities
+        if share is not None and share.numel() == 1 and float(share) < 0.5:
+            values = -values  # the one score is that of the other class
+        return {"model": self.name, "label": answer.label, "saliency": _listed(values)}
 
 # %% ../../nbs/use/serve_models.ipynb #f10449b3
 class Served(_Answers):
@@ -253,8 +259,8 @@ class Served(_Answers):
         classes = self.predictor.classes or ()
         twice = next((each for each in classes if classes.count(each) > 1), None)
         if twice is not None:
-            raise ValueError(f"the model {name} has two classes of the name {twice}; give each its "
-                             "own")
+            raise ValueError(f"the model {name} has two classes named {twice}; give each its own "
+                             "name")
         self.batcher = Batcher(self._work, limits, self._count)
 
     def _count(self, rows: int) -> None:
@@ -265,8 +271,8 @@ class Served(_Answers):
 def _check_name(name: Any) -> None:
     text = str(name)
     if text and all(c.isalnum() or c in "-_." for c in text): return
-    raise ValueError(f"a model has the name {text!r}; use letters, digits, '-', '_' and '.', since "
-                     "it is a part of the address")
+    raise ValueError(f"{text!r} cannot be the name of a model; use letters, digits, '-', '_' and "
+                     "'.', since the name is part of the address")
 
 # %% ../../nbs/use/serve_models.ipynb #92d6ab9d
 class _Reloading:

@@ -21,7 +21,7 @@ def _number(dtype: torch.dtype) -> dict[str, Any]:
     if dtype == torch.bool: return {"type": ["boolean", "integer"], "minimum": 0, "maximum": 1}
     if not dtype.is_floating_point:
         limits = torch.iinfo(dtype)
-        return {"type": "integer", "minimum": limits.min, "maximum": limits.max}
+        return {"type": ["integer", "boolean"], "minimum": limits.min, "maximum": limits.max}
     most = torch.finfo(dtype).max
     return {"type": ["number", "boolean"], "minimum": -most, "maximum": most}
 
@@ -94,7 +94,9 @@ _PREDICTIONS = {"type": "object", "required": ["model", "predictions"], "propert
     "model": {"type": "string"}, "predictions": {"type": "array", "items": _PREDICTION}}}
 _SALIENCY = {"type": "object", "required": ["model", "label", "saliency"], "properties": {
     "model": {"type": "string"}, "label": {},
-    "saliency": {"type": "array", "items": {"type": "array", "items": _NUMBERS}}}}
+    "saliency": {"description": "Rows of pixels, or a number for each column of a table.",
+                 "type": "array", "items": {"anyOf": [
+                     _NUMBERS, {"type": "array", "items": _NUMBERS}]}}}}
 
 # %% ../../nbs/use/serve_openapi.ipynb #ea92e4ca
 _BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
@@ -128,7 +130,7 @@ def _asking(served: Served, rows: int, prefix: str, end: str) -> dict[str, Any]:
     asked = {f"{prefix}/predict": _post(served, rows, f"predict{end}", f"Ask {served.name}.",
                                         _PREDICTIONS)}
     if not served.info()["saliency"]: return asked
-    summary = f"What of an image speaks for the answer of {served.name}."
+    summary = f"What of an example speaks for the answer of {served.name}."
     return asked | {f"{prefix}/saliency": _post(served, 1, f"saliency{end}", summary, _SALIENCY)}
 
 # %% ../../nbs/use/serve_openapi.ipynb #6debfff9

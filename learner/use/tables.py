@@ -121,7 +121,7 @@ def importances(model: Model, x: Tensor, y: Tensor, *, repeats: int = 10, seed: 
     """
     try: from sklearn.inspection import permutation_importance as measure
     except ImportError:
-        raise ImportError("permutation importance is scikit-learn's, which is not installed; "
+        raise ImportError("permutation importance needs scikit-learn, which is not installed; "
                           "pip install 'nblearner[data]'") from None
     ask = scores_function(model)
     def score(rows: Any, labels: Any) -> float:
@@ -224,7 +224,7 @@ def sliders(model: Model, example: Tensor, x: Tensor, *, names: Sequence[str] | 
     """
     try: import ipywidgets as widgets  # type: ignore[import-untyped]
     except ImportError:
-        raise ImportError("sliders are of ipywidgets, which is not installed; pip install "
+        raise ImportError("sliders need ipywidgets, which is not installed; pip install "
                           "'nblearner[widgets]', or draw with what_if(...)") from None
     from matplotlib.figure import Figure
     ask, low, high = scores_function(model), _check_table(x).min(0).values, x.max(0).values

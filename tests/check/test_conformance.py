@@ -251,7 +251,7 @@ class OtherHalf(Decay):
     def load_state_dict(self, state): self.steps = state["steps"]
 
 
-@breaks("resumes", "goes on from its state differs from one that never stopped")
+@breaks("resumes", "resumed from its state differs from training that never stopped")
 class SavesTooLittle(DecayWithState):
     def __init__(self):
         super().__init__()

@@ -652,7 +652,7 @@ def test_a_folder_has_one_training_at_a_time_in_every_order_of_starting(tmp_path
     first = make("plain", Checkpoint(folder))
     first.on("before_epoch", begin_another)  # the first time there is nothing yet but the lock
     train(first)
-    assert len(refusals) == 2 * EPOCHS and "run is in use by another training; wait for its end, or give another folder" in refusals[0]
+    assert len(refusals) == 2 * EPOCHS and "run is in use by another training; wait until it ends, or use another folder" in refusals[0]
     assert differences(first, reference("plain")) == [] and names(folder) == ["epoch-0001", "epoch-0002", "epoch-0003"]
     with FileLock(folder / ".lock"): pass  # it is free again
 

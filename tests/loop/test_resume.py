@@ -470,7 +470,7 @@ def test_callbacks_may_be_changed_before_training_goes_on():
     learn = stopped("plain", 10)
     learn.remove(*[callback for callback in learn.callbacks if isinstance(callback, EMA)])
     learn.add(Recorder(), ClipGradients(0.1))
-    with pytest.warns(UserWarning, match="was steered by callbacks that this learner does not have: EMA"): learn.train(resume=True)
+    with pytest.warns(UserWarning, match="callbacks that this learner lacks: EMA"): learn.train(resume=True)
     assert learn.history["epoch"] == [0, 1, 2] and math.isfinite(learn.history[-1]["train_loss"])
     assert len(learn.callbacks) == 4
 
@@ -1342,7 +1342,7 @@ def test_the_scale_of_float16_goes_on(tmp_path):
     assert load_state(tmp_path / "c12")["callbacks"]["MixedPrecision"]["scale"] != 2.0**24
 
 
-@pytest.mark.filterwarnings("ignore:.*callbacks that this learner does not have")
+@pytest.mark.filterwarnings("ignore:.*callbacks that this learner lacks")
 def test_compiled_and_plain_learners_load_each_others_states(tmp_path):
     def learner(*more, seed=0):
         seed_everything(seed)

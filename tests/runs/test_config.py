@@ -474,7 +474,7 @@ def test_a_config_of_ones_own_in_a_record(own_package):
 
 
 @pytest.mark.parametrize("record, words", [
-    ({}, "made by hand"), ({"config": None}, "made by hand"), ({"config": 3}, "made by hand"), ({"config": "digits", "settings": [1]}, "must be names with values"),
+    ({}, "built by hand"), ({"config": None}, "built by hand"), ({"config": 3}, "built by hand"), ({"config": "digits", "settings": [1]}, "must be names with values"),
     ({"config": "os:system"}, "is code that is not registered"), ({"config": "digits", "settings": {"model": {"name": "os.system"}}}, "is code that is not registered"),
     ({"config": "digits", "settings": {"optimiser": "subprocess.Popen"}}, "is code that is not"), ({"config": "digits", "settings": {"callbacks": {"x": {"name": "os.system"}}}}, "is code that is not"),
     ({"config": "/etc/passwd"}, "no config is called"), ({"config": "../x.yaml"}, "no config is called"), ({"config": "digits", "settings": {"gone": 1}}, "no setting gone"),

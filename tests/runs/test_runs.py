@@ -308,7 +308,7 @@ def test_a_second_learner_with_the_same_callback_is_refused(tmp_path, checkpoint
     run = quick(tmp_path / "a", checkpoint=checkpoint)
     first, second = (no_test(example_learner()) for _ in range(2))
     first.train(2, callbacks=run)
-    with unchanged(tmp_path / "a"), pytest.raises(RunError, match="give another folder"): second.train(1, callbacks=run)
+    with unchanged(tmp_path / "a"), pytest.raises(RunError, match="use another folder"): second.train(1, callbacks=run)
     first.train(1, callbacks=run)  # its own goes on
     assert len(read_run(tmp_path / "a").rows) == 3 and not len(second.history)
 

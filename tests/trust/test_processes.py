@@ -53,7 +53,7 @@ def test_the_second_process_is_refused_before_its_first_batch(tmp_path, first, s
     text, _ = started(tmp_path, second).communicate(timeout=100)
     lines = text.splitlines()
     assert len(lines) == 1 and lines[0].startswith("CheckpointError: ") and "a batch" not in text, text
-    if second == "resume" or not before: assert "is in use by another training; wait for its end, or give another folder" in text
+    if second == "resume" or not before: assert "is in use by another training; wait until it ends, or use another folder" in text
     assert listed(tmp_path / "run") == before
     (tmp_path / "go on").touch()
     text, _ = one.communicate(timeout=100)

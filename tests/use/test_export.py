@@ -156,11 +156,14 @@ def test_pictures_and_classes_go_along(exported):
     assert config["id2label"]["3"] == "3" and config["probabilities"] == "softmax" and config["architectures"] == ["Sequential"]
 
 
-def test_the_card_says_where_the_model_comes_from(tmp_path):
+def test_the_card_says_where_the_model_comes_from(tmp_path, capsys):
     run, folder = tmp_path / "run", tmp_path / "model"
     assert main(["train", "digits", str(run), "--epochs=1", "--model.width=4", "--quiet"]) == 0
     assert main(["evaluate", str(run), "--split=test"]) == 0
     assert main(["export", str(run), str(folder)]) == main(["verify", str(folder)]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(run)]) == 2
+    assert capsys.readouterr().err == f"learner verify: {run} is a run; export it first: learner export {run} FOLDER\n"
     card, meta = (folder / "README.md").read_text(), json.loads((run / "meta.json").read_text())
     for text in (meta["data"]["train"], meta["data"]["validation"], meta["git"]["commit"], "width: 4", "test_accuracy", "## Limits",
                  f"learner export {run} {folder} --checkpoint=best", "program.json", "float32 of shape (1, 8, 8)"):
@@ -289,6 +292,24 @@ def test_a_config_that_makes_no_sense_is_refused_in_one_line(copy, change):
     rehash(copy)
     with pytest.raises(ExportError) as error: verify(copy)
     assert "\n" not in str(error.value)
+
+
+def test_columns_are_kept_and_refused_where_they_do_not_belong_to_the_inputs(tmp_path):
+    rows = torch.tensor([[0.0, 7.0], [1.0, 7.0], [1.0, 9.0]])
+    folder = tmp_path / "model"
+    export(Learner(nn.Linear(2, 2), None, F.cross_entropy, {"validation": [(rows, torch.zeros(3, dtype=torch.long))]}), folder, columns=["dose", "weight"])
+    columns = Exported(folder).predictor.preparation.columns
+    assert columns.names == ("dose", "weight") and columns.typical.tolist() == [1.0, 7.0]
+    good = (folder / "config.json").read_text()
+    for change in ({"columns": ["dose"]}, {"columns": ["dose", 3]}, {"columns": 3}, {"typical": [1.0]}, {"typical": ["a", "b"]}, {"typical": [1e300, 1.0]},
+                   {"typical": [[1.0, 2.0]]}, {"typical": None}):
+        config = json.loads(good)
+        config["inputs"][0].update(change)
+        (folder / "config.json").write_text(json.dumps(config))
+        rehash(folder)
+        with pytest.raises(ExportError, match="columns that do not belong to its inputs") as caught: Exported(folder)
+        assert "\n" not in str(caught.value)
+
 
 
 def test_loading_nothing_is_unpickled(copy, monkeypatch):

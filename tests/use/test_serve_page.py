@@ -157,7 +157,14 @@ def test_fields_are_filled_in(browser, service, width):
         assert one.page.locator("#fields label").all_inner_texts() == ["age", "scores 1", "scores 2", "scores 3"]
         for place, value in enumerate(["2.5", "1", "-1", "0.5"]): boxes.nth(place).fill(value)
         one.page.click("#ask")
-        assert one.label() == "old" and not one.page.is_visible("#saliency")
+        assert one.label() == "old"
+        one.page.wait_for_selector("#columns:visible")
+        bars = one.page.locator("#columns li")
+        names, numbers = zip(*(row.split("\n")[::len(row.split("\n")) - 1] for row in bars.all_inner_texts()), strict=True)
+        assert set(names) == {"age", "scores 1", "scores 2", "scores 3"}
+        found = [float(number.replace("\N{MINUS SIGN}", "-").rstrip("%")) for number in numbers]
+        assert [abs(number) for number in found] == sorted(map(abs, found), reverse=True) and found[names.index("age")] > 0
+        assert not one.page.is_visible("#map") and "typical value" in one.page.inner_text("#meaning")
         boxes.nth(0).fill("-9")
         boxes.nth(0).press("Enter")
         expect(one.page.locator("#label")).to_have_text("young <b>")  # text, and no markup

@@ -279,11 +279,11 @@ def test_no_body_breaks_the_server_or_makes_it_grow(server, count):
 # Models that change
 
 class Asking:
-    "Clients that ask without pause, each over one connection as long as it lasts, and note what they got."
+    "Clients that ask again and again, each over one connection as long as it lasts, and note what they got."
 
-    def __init__(self, server, clients=8):
-        self.server, self.going = server, True
-        self.outputs, self.bad, self.lost, self.count, self.refused = set(), [], [], 0, 0
+    def __init__(self, server, clients=8, pause=0):
+        self.server, self.going, self.pause = server, True, pause
+        self.outputs, self.bad, self.lost, self.times, self.count, self.refused = set(), [], [], [], 0, 0
         self.threads = [threading.Thread(target=self.run) for _ in range(clients)]
         for thread in self.threads: thread.start()
 
@@ -303,12 +303,15 @@ class Asking:
 
     def ask(self, connection):
         "Ask once; returns whether the connection lasts."
+        start = time.monotonic()
         connection.request("POST", "/predict", BODY, {"Content-Type": "application/json"})
         answer = connection.getresponse()
         text = answer.read()
+        self.times.append(time.monotonic() - start)
         self.count += 1
         if answer.status == 200: self.outputs.add(tuple(json.loads(text)["predictions"][0]["output"]))
         else: self.bad.append((answer.status, text))
+        time.sleep(self.pause)
         return not answer.will_close
 
     def wait_for(self, more):
@@ -370,6 +373,30 @@ def test_a_service_ends_with_its_process(exports):
     assert done.returncode == 0 and "0 served at" in done.stdout and done.stderr == ""
 
 
+def test_a_process_that_ends_answers_first_and_leaves_no_thread_in_the_model(exports):
+    code = """if True:
+        import atexit, threading, time
+        atexit.register(lambda: print("alive:", [thread.name for thread in threading.enumerate() if thread.name == "predictor"]))  # the last that is called
+        import torch, torch.nn.functional as F
+        from torch import nn
+        from urllib.request import Request, urlopen
+        from learner.loop.learner import Learner
+        from learner.use.serve import serve
+
+        class Slow(nn.Module):
+            def forward(self, x):
+                time.sleep(0.5)
+                return x
+
+        service = serve(Learner(Slow(), None, F.mse_loss, dict(validation=[(torch.rand(2, 3), torch.rand(2, 3))])), port=0)
+        def ask(): print(urlopen(Request(service.url + "/predict", b'{"inputs": [1, 2, 3]}')).read().decode())
+        threading.Thread(target=ask).start()
+        time.sleep(0.2)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert '"output":[1.0,2.0,3.0]' in done.stdout and done.stdout.endswith("alive: []\n")
+
+
 def test_a_key_from_the_environment(monkeypatch):
     from learner.runs.command import UsageError
     from learner.use.commands import _key
@@ -387,22 +414,27 @@ def test_an_hour_under_load_leaves_the_memory_flat_and_loses_nothing(exports, tm
     folder = tmp_path / "model"
     shutil.copytree(exports / "0", folder)
     with Process(folder) as server:
-        asking = Asking(server, clients=4)
+        asking = Asking(server, clients=4, pause=0.05)  # up to 80 requests a second, which leave a processor to others
         source, begin = random.Random(0), time.monotonic()
         sizes, reloads = [], 0
         while time.monotonic() - begin < seconds:
             time.sleep(min(5, seconds / 40))
             body, kind = mutated(source)
             assert server.ask(body, headers={"Content-Type": kind})[0] < 500
-            sizes.append(server.memory())
+            assert server.ask(path="/saliency")[0] == 200 and server.ask(path="/metrics", method="GET")[0] == 200
+            sizes.append((server.memory(), server.files()))
             if len(sizes) % 6 == 0:
                 export(small_model(reloads % 2), folder)
                 server.process.send_signal(signal.SIGHUP)
                 reloads += 1
                 until(lambda: sum("was loaded again" in line for line in server.errors) == reloads)
+            if len(sizes) % 60 == 0: print(f"{time.monotonic() - begin:.0f} s: {asking.count} answers, {sizes[-1]}", flush=True)
         assert server.stop() == 0
         asking.end()
-        assert asking.lost == [] and asking.bad == []
+        assert asking.lost == [] and asking.bad == [] and asking.refused == 4
         third = len(sizes) // 3
-        print(f"{asking.count} answers, {reloads} reloads, memory from {sizes[third]:.0f} to {sizes[-1]:.0f} MB")
-        assert asking.count > seconds and max(sizes[-third:]) < max(sizes[third:2 * third]) + 30
+        (memory, files), times = zip(*sizes, strict=True), sorted(asking.times)
+        print(f"{asking.count} answers, {reloads} reloads, memory from {memory[third]:.0f} to {memory[-1]:.0f} MB, at most {max(memory):.0f}, "
+              f"{max(files)} open files, p50 {times[len(times) // 2] * 1e3:.1f} ms, p99 {times[len(times) * 99 // 100] * 1e3:.1f} ms")
+        assert asking.count > seconds and max(memory[-third:]) < max(memory[third:2 * third]) + 30
+        assert max(files[-third:]) <= max(files[:third]) + 4

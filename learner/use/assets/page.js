@@ -4,7 +4,6 @@
 const $ = (id) => document.getElementById(id);
 const make = (tag, text, more = {}) => Object.assign(document.createElement(tag), {textContent: text, ...more});
 const PAD = 280;
-const FIELDS = 64; // more inputs than these are written as JSON
 let models = [];
 let model = null;
 let file = null; // a picture that is sent as it is
@@ -39,8 +38,7 @@ const isImage = () => {
   const shape = model.inputs[0].shape;
   return model.pictures && shape.length === 3 && [1, 3, 4].includes(shape[0]);
 };
-const count = (shape) => shape.reduce((product, size) => product * size, 1);
-const isTable = () => model.inputs.reduce((sum, input) => sum + count(input.shape), 0) <= FIELDS;
+const isTable = () => model.inputs.every((input) => input.columns);
 const isNamed = () => !(model.inputs.length === 1 && model.inputs[0].name === "inputs");
 
 function begin(chosen) {
@@ -79,10 +77,10 @@ const empty = () => inputsFrom(() => 0);
 
 function makeFields() {
   const boxes = model.inputs.flatMap((input) =>
-    Array.from({length: count(input.shape)}, (_, place) => {
-      const name = input.shape.length ? `${isNamed() ? input.name : "input"} ${place + 1}` : input.name;
+    input.columns.map((name, place) => {
       const whole = /int|bool/.test(input.dtype);
-      const box = make("input", "", {type: "number", step: whole ? "1" : "any", value: "0", required: true});
+      const value = Number([input.typical].flat()[place]).toPrecision(6);
+      const box = make("input", "", {type: "number", step: whole ? "1" : "any", value: Number(value), required: true});
       const label = make("label", name);
       label.append(box);
       return label;
@@ -245,7 +243,9 @@ async function predict() {
     answer(predictions[0]);
     if (!model.saliency) return;
     const {saliency} = await ask(`models/${model.name}/saliency`, options);
-    if (mine === turn) await overlay(saliency, request.body);
+    if (mine !== turn) return;
+    if (isTable()) weigh(saliency, predictions[0]);
+    else await overlay(saliency, request.body, predictions[0]);
   } catch (error) {
     if (mine === turn) show(error instanceof TypeError ? "The server cannot be reached." : error.message);
   }
@@ -262,6 +262,16 @@ $("fields").addEventListener("keydown", (event) => {
 
 const percent = (share) => (share === null ? "?" : `${(100 * share).toFixed(1)}%`);
 
+function bar(name, value, most, number, kind = "") {
+  const row = make("li", "");
+  row.append(
+    make("span", name, {className: "name", title: name}),
+    make("meter", number, {min: 0, max: most, value, className: kind}),
+    make("span", number, {className: "number"}),
+  );
+  return row;
+}
+
 function answer(found) {
   $("waiting").hidden = true;
   $("answer").hidden = false;
@@ -269,17 +279,7 @@ function answer(found) {
   const shares = Object.entries(found.probabilities || {}).sort((a, b) => b[1] - a[1]);
   const names = Array.isArray(found.label) ? found.label.join(", ") || "none of the classes" : found.label;
   $("label").textContent = found.probabilities ? names : "";
-  $("bars").replaceChildren(
-    ...shares.slice(0, 10).map(([name, share]) => {
-      const row = make("li", "");
-      row.append(
-        make("span", name, {className: "name", title: name}),
-        make("meter", percent(share), {min: 0, max: 1, value: share || 0}),
-        make("span", percent(share), {className: "number"}),
-      );
-      return row;
-    }),
-  );
+  $("bars").replaceChildren(...shares.slice(0, 10).map(([name, share]) => bar(name, share || 0, 1, percent(share))));
   $("output").hidden = Boolean(found.probabilities);
   $("output").textContent = JSON.stringify(found.output);
 }
@@ -289,8 +289,18 @@ const colour = (name) => {
   return [1, 3, 5].map((start) => parseInt(text.slice(start, start + 2), 16));
 };
 
+// Show the picture or the bars, and the words beside them.
+function reveal(shares, table) {
+  $("why").textContent = shares ? "What speaks for it" : "What raises or lowers it";
+  $("pro").textContent = shares ? "speaks for the answer" : "raises the output";
+  $("contra").textContent = shares ? "speaks against it" : "lowers it";
+  $("map").hidden = table;
+  $("columns").hidden = $("meaning").hidden = !table;
+  $("saliency").hidden = false;
+}
+
 // The input in grey, and over it what speaks for and against the answer, the stronger the less clear.
-async function overlay(values, sent) {
+async function overlay(values, sent, found) {
   const [height, width] = [values.length, values[0].length];
   const picture = await createImageBitmap(sent);
   const canvas = $("map");
@@ -311,7 +321,30 @@ async function overlay(values, sent) {
     pixels.data[at + 3] = 255;
   });
   context.putImageData(pixels, 0, 0);
-  $("saliency").hidden = false;
+  reveal(Boolean(found.probabilities), false);
+}
+
+// A bar for each column of a table, the longest first: what the answer would lose with a typical value.
+const COLUMNS = 12;
+const SMALL = 0.001; // of a probability
+function weigh(values, found) {
+  const shares = Boolean(found.probabilities);
+  const names = model.inputs.flatMap((input) => input.columns);
+  const rows = names.map((name, place) => [name, values[place]]);
+  rows.sort((a, b) => Math.abs(b[1]) - Math.abs(a[1]));
+  const most = Math.abs(rows[0][1]) || 1;
+  const sign = (value) => (value < 0 ? "−" : "+");
+  const size = (value) => (shares ? percent(Math.abs(value)) : Number(Math.abs(value).toPrecision(3)));
+  $("columns").replaceChildren(
+    ...rows.slice(0, COLUMNS).map(([name, value]) =>
+      bar(name, Math.abs(value), most, sign(value) + size(value), value < 0 ? "against" : "for"),
+    ),
+  );
+  const what = shares ? "The probability of the answer" : found.output.length > 1 ? "The largest output" : "The output";
+  const rest = rows.length > COLUMNS ? ` The ${COLUMNS} largest of ${rows.length} columns.` : "";
+  const sure = shares && most < SMALL ? " No column by itself changes this answer." : "";
+  $("meaning").textContent = `${what} compared with the same input where this column has a typical value.${rest}${sure}`;
+  reveal(shares, true);
 }
 
 // Begin
