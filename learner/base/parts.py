@@ -75,6 +75,9 @@ def make_optimiser(
 
 # %% ../../nbs/base/parts.ipynb #6b7547c2
 def _check_factory(optimiser: Any, model: nn.Module) -> None:
+    if isinstance(optimiser, Mapping | list | tuple):
+        raise TypeError(f"optimiser is {kind_of(optimiser)}; pass one torch Optimizer, or several by "
+                        "name: Optimisers(generator=..., critic=...)")
     if not callable(optimiser):
         raise TypeError(f"optimiser is {optimiser!r}; pass a torch Optimizer or a factory such as "
                         "torch.optim.AdamW")
@@ -83,6 +86,7 @@ def _check_factory(optimiser: Any, model: nn.Module) -> None:
         raise TypeError(f"optimiser: the factory {name}{inspect.signature(optimiser)} takes no lr; "
                         "it is called as factory(parameters, lr=learning_rate)")
 
+# %% ../../nbs/base/parts.ipynb #f88a9e07
 def _check_loss_func(loss_func: Any) -> None:
     if isinstance(loss_func, type):
         raise TypeError(f"loss_func: {loss_func.__name__} is a class; pass an instance: "
@@ -115,6 +119,11 @@ def check_parts(
     check_dataloaders(dataloaders)
 
 # %% ../../nbs/base/parts.ipynb #28b052fa
+def _is_loader(value: Any) -> bool:
+    "Whether an item of a list is a loader, and not a batch."
+    batch = isinstance(value, Tensor | tuple | list | Mapping | str) or hasattr(value, "to")
+    return not batch and hasattr(value, "__iter__") and not hasattr(value, "shape")
+
 def _is_array(value: Any) -> bool: return hasattr(value, "shape") and hasattr(value, "dtype")
 
 def _check_batched(where: str, loader: Any) -> None:
@@ -146,11 +155,16 @@ def check_dataloaders(dataloaders: Any) -> None:
             raise ValueError(f"dataloaders: {phase!r} is not one of {list(PHASES)}"
                              f"{did_you_mean(meant, PHASES)}")
         if isinstance(given, Mapping): _check_names(phase, given)
+        if isinstance(given, list | tuple) and given and all(map(_is_loader, given)):
+            fix = "learner.loop.together.Together makes one of several"
+            if phase != "train": fix = "give each a name: {\"clean\": loader, \"noisy\": loader}"
+            raise TypeError(f"{_where(phase, '')} is {kind_of(given)} of loaders; {fix}")
         for name, loader in loaders_of(given).items():
             if not hasattr(loader, "__iter__") or isinstance(loader, str | Mapping):
                 raise TypeError(f"{_where(phase, name)} is {loader!r}; pass an iterable of batches")
             _check_batched(_where(phase, name), loader)
 
+# %% ../../nbs/base/parts.ipynb #f06879fe
 def _check_names(phase: str, loaders: Mapping[Any, Any]) -> None:
     "Raise ValueError for names of loaders that cannot stand in the name of a column."
     if phase == "train":
@@ -224,6 +238,9 @@ def place_model(
     tensors = [*model.parameters(), *model.buffers()]
     elsewhere = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), None)
     if device is None:
+        if elsewhere is not None and elsewhere.type == "meta":
+            raise ValueError("the model is on the device meta, where tensors have no values; call "
+                             "model.to_empty(device=...), and give it its weights")
         if elsewhere is not None: return elsewhere  # perhaps on several devices
         accelerated = torch.accelerator.is_available()
         device = (torch.accelerator.current_accelerator() if accelerated else None) or "cpu"

@@ -37,9 +37,21 @@ def check_rows(name: str, tree: Any) -> None:
         raise TypeError(f"{name} {verb} {article} {kind}; they must be tensors with a row for each "
                         f"example, alone or in tuples, lists and mappings{fix}")
 
-def logits_of(output: Any) -> Any:
-    "The `.logits` of an output that is an object, as in Hugging Face; others as they are."
+def logits_of(output: Any, own_loss: bool = False) -> Any:
+    """The `.logits` of an output that is an object, as in Hugging Face; others as they are.
+
+    Args:
+        output: What a model returned.
+        own_loss: The model computes its own loss: of a mapping its `"logits"`, or else all but its
+            `"loss"`, and of a tuple all but the scalars.
+    """
     if isinstance(output, Tensor | Distribution): return output
+    if own_loss and isinstance(output, Mapping):
+        rest = {key: value for key, value in output.items() if key != "loss"}
+        return rest.get("logits", rest)
+    if own_loss and type(output) in (tuple, list):
+        left = [item for item in output if not isinstance(item, Tensor) or item.ndim]
+        return left[0] if len(left) == 1 else tuple(left)
     return getattr(output, "logits", output)
 
 # %% ../../nbs/base/rows.ipynb #fe851d4e

@@ -62,16 +62,26 @@ def map_tensors(function: Callable[[Any], Any], tree: Any) -> Any:
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(map_tensors(function, leaf) for leaf in tree))
     if isinstance(tree, tuple | list):
-        return type(tree)(map_tensors(function, leaf) for leaf in tree)
+        items = [map_tensors(function, leaf) for leaf in tree]
+        return items if type(tree) is list else _sequence_like(tree, items)
     if is_record(tree):
         names = [field.name for field in fields(tree) if hasattr(tree, field.name)]
         return _replaced(tree, {name: map_tensors(function, getattr(tree, name)) for name in names})
     return tree
 
+# %% ../../nbs/base/tree.ipynb #c5586521
 def _like(mapping: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
     "A mapping of the same type where its constructor takes one, else a dict."
-    try: return type(mapping)(values)  # type: ignore[call-arg]
+    try: made = type(mapping)(values)  # type: ignore[call-arg]
     except TypeError: return values
+    tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+    kept = made.keys() == values.keys() and all(made[key] is tensors[key] for key in tensors)
+    return made if kept else values  # it may take its first argument for one of its entries
+
+def _sequence_like(sequence: Any, items: list[Any]) -> Any:
+    "A tuple or list of the same type where its constructor takes one, else a plain one."
+    try: return type(sequence)(items)
+    except TypeError: return tuple(items) if isinstance(sequence, tuple) else items
 
 def _replaced(record: Any, values: dict[str, Any]) -> Any:
     "A copy of a dataclass, frozen or not, with other values; `replace` would run its checks again."

@@ -53,7 +53,9 @@ def _named_parts(function: Any) -> dict[str, Any]:
     if isinstance(function, partial):
         positional = {str(number): value for number, value in enumerate(function.args)}
         return {"function": function.func, **positional, **function.keywords}
-    if isinstance(function, MethodType): return {"self": function.__self__}
+    if isinstance(function, MethodType):
+        owner: Any = function.__self__
+        return {"self": owner} if isinstance(owner, nn.Module) else dict(getattr(owner, "__dict__", {}))
     if not isinstance(function, FunctionType): return dict(getattr(function, "__dict__", {}))
     code, cells = function.__code__, function.__closure__ or ()
     outer = dict(zip(code.co_freevars, cells, strict=True))

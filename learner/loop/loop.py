@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..base.history import History
 from ..base.parts import accepts, check_loaders, check_parts, is_optimiser, length_of, make_optimiser
 from ..base.parts import no_loss, not_scalar, place_model, set_learning_rate
-from ..base.batch import LABELS, call_model, loss_of, misfit, unpack, warn_again
+from ..base.batch import LABELS, Total, call_model, is_sum, loss_of, misfit, unpack, warn_again
 from ..base.words import PHASES, check_number, check_whole, kind_of
 from .attached import LossError, Modes, asked_by, attached_modules, check_asked, frames
 from .attached import warn_untrained
@@ -28,7 +28,7 @@ from .frames import users_frames
 from .passes import PASSES, Columns, Pass, passes_of, scalar
 from .stages import Callback, CancelEpochException, CancelException, CancelTrainException
 from .explain import Timed
-from .updates import check_updates, guarded_updates, set_mode
+from .updates import check_updates, drop_gradients, in_mode
 
 # %% ../../nbs/loop/loop.ipynb #f4dc1c51
 class Prepared(Timed):
@@ -48,6 +48,7 @@ class Prepared(Timed):
     inputs_at: Any = None  # those of what goes to the model; None: all but the labels
     predict_new: Callable[[Any], Any]  # a learner has it, for new data
     ranks: Any = None  # the `Distributed` of a call that several processes make together
+    sums: bool = False  # the loss function says that it adds up over the examples of a batch
     _asked: tuple[str, ...] = ()  # fixtures that the loss function asks for
 
     def validation_batch(self) -> Mapping[str, Any] | None:
@@ -94,6 +95,7 @@ class Evaluation(Prepared):
 class Training(Evaluation):
     "What happens in a batch of training; override any of it in a subclass."
     batches_stepped: int  # of the pass that is under way, up to the last in which the optimiser stepped
+    gathered: tuple[int, ...] = ()  # the first and the last batch whose gradients wait for a step
 
     def train_batch(self) -> Mapping[str, Any] | None:
         "One step of training; a mapping that an override returns is logged."
@@ -102,6 +104,7 @@ class Training(Evaluation):
 
     def backward(self) -> None:
         "Compute the gradients."
+        self.gathered = *self.gathered[:1], self.batch_num
         try: self.loss.backward()
         except RuntimeError as error:
             if self.loss.ndim: raise LossError(not_scalar(self.loss)) from error
@@ -119,7 +122,7 @@ class Training(Evaluation):
             raise TypeError(
                 f"optimiser: {kind}.step needs a closure, which the loop does not give; "
                 "take another optimiser, or override step() in a subclass") from error
-        self.batches_stepped = self.batch_num + 1
+        self.batches_stepped, self.gathered = self.batch_num + 1, ()
         self.optimiser.zero_grad()
 
 # %% ../../nbs/loop/loop.ipynb #b7c0a472
@@ -181,6 +184,7 @@ class Values(Logging):
             loss, size = self.loss, self._size()
         if loss is None: return
         if loss.ndim: raise LossError(not_scalar(loss))  # a callback or an override may have made it
+        if self.sums: loss = Total(loss).mean(size)
         if not values or "loss" not in values: self.columns.means["loss"].add(loss, size)
 
 # %% ../../nbs/loop/loop.ipynb #30218404
@@ -300,20 +304,17 @@ class Rows(Values):
 class Frames(Rows):
     "What the loop has around an epoch, a pass and a batch."
     evaluating: bool = False  # a validation or test pass is under way
+    stepping: bool = False  # a training pass is under way
     unseen_step: bool = False  # weights may have changed in this batch, and no stage was opened for it so far
     _modes: Modes  # of all modules, as they were before this call
 
     @contextmanager
     def _mode(self, each: Pass) -> Iterator[None]:
         self.phase, self.loader_name = each
-        self.batch_num, self.batches_done, self.batches_stepped = -1, 0, 0
+        self.batch_num, self.batches_done, self.batches_stepped, self.gathered = -1, 0, 0, ()
         training = self.phase == "train"
-        self.evaluating = not training
         self._modes.set(self.model, training)
-        set_mode(self.optimiser, training)
-        try:
-            with torch.set_grad_enabled(training), guarded_updates(self) if training else nullcontext(): yield
-        finally: self.evaluating = False
+        with in_mode(self, training), torch.set_grad_enabled(training): yield
 
     @contextmanager
     def _columns(self, each: Pass) -> Iterator[None]:
@@ -369,8 +370,8 @@ class Walk(Frames):
         try:
             values = self.train_batch()
             if self.unseen_step: check_updates(self)
-        except BaseException:
-            self.optimiser.zero_grad()  # a batch that is cut short leaves no gradients behind
+        except BaseException as error:
+            drop_gradients(self, error)  # a batch that is cut short leaves none behind
             raise
         self._end_batch(values)
 
@@ -390,7 +391,7 @@ class Framed(Walk):
         self.check_idle(call)
         check_parts(self.model, self.optimiser, self.loss_func, self.dataloaders)
         check_loaders(self.dataloaders, phases)
-        self._asked = asked_by(self.loss_func) if self.loss_func is not None else ()
+        self._asked, self.sums = asked_by(self.loss_func), is_sum(self.loss_func)
         with self._guard(), self.running(call, callbacks):
             if self._asked: check_asked(self, self._asked)
             attached = attached_modules(self).values()

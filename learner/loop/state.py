@@ -441,6 +441,7 @@ def fitting_optimiser(learn: Any, state: Mapping[str, Any]) -> Any:
 def put_gradients(learn: Any, gradients: Any) -> None:
     "Put the gradients back that a step which was left out has kept."
     if gradients is None: return
+    learn.gathered = (-1,)  # of batches before
     parameters = [p for group in groups_of(learn.optimiser) for p in group["params"]]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)

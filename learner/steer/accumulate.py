@@ -38,6 +38,7 @@ def _scale(gradients: list[Tensor], factor: float | Tensor, divide: bool = False
             real = dtype.to_real() if dtype.is_complex else dtype
             function(alike, factor.to(device, real, non_blocking=True))
 
+# %% ../../nbs/steer/accumulate.ipynb #c34977c1
 class _Group:
     "The batches whose gradients have come together for one step."
 
@@ -47,21 +48,24 @@ class _Group:
         self.unit: Any = None  # the weight of the first, in which the others are counted
         self.divisor: Any = None  # of the gradients, once they have been divided
 
-    def add(self, weight: Any) -> Any:
-        "Count a batch; returns the factor of its loss."
+    def factor(self, weight: Any) -> Any:
+        "The factor of the loss of a batch."
         if self.unit is None: self.unit = weight + (weight == 0)
+        return weight / self.unit
+
+    def add(self, weight: Any) -> None:
+        "Count a batch whose gradients have come."
         self.batches += 1
         self.total = self.total + weight
-        return weight / self.unit
 
     def weight(self) -> Any:
         "What to divide the sum of the gradients by."
         return (self.total + (self.total == 0)) / self.unit
 
-    def divide(self, gradients: list[Tensor]) -> None:
+    def divide(self, gradients: list[Tensor], divisor: Any) -> None:
         "Make the mean of the gradients from their sum."
-        self.divisor = self.weight()
-        _scale(gradients, self.divisor, divide=True)
+        self.divisor = divisor
+        _scale(gradients, divisor, divide=True)
 
 # %% ../../nbs/steer/accumulate.ipynb #7bdeabc6
 def _check_weight(weight: Any) -> float | Tensor:
@@ -123,15 +127,15 @@ class _WithState(Callback):
     "What of an accumulation is kept, and put back."
     _group: _Group
     keeps_gradients = True
-    _optimiser: Any = None  # in a pass
-    _in_batch = False  # or in one whose end was not seen
+    _learn: Any = None  # in a pass
     _loaded: dict[str, Any] | None = None  # a state whose gradients are still to be put back
 
     def state_dict(self) -> dict[str, Any]:
         "The open group with its gradients, where one is open."
         if self._loaded is not None: return dict(self._loaded)
-        if self._group.unit is None or self._in_batch: return {}  # lost with a batch that fails
-        gradients = [_packed(p.grad) for p in trained_parameters(self._optimiser)]
+        learn = self._learn
+        if not self._group.batches or learn.batches_done <= learn.batch_num: return {}  # lost with it
+        gradients = [_packed(p.grad) for p in trained_parameters(learn.optimiser)]
         return {**vars(self._group), "gradients": gradients}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -141,15 +145,16 @@ class _WithState(Callback):
                 raise ValueError(f"load_state_dict: the state has no {name}; it has {sorted(state)}")
         if state: _check_group(state)
         self._loaded = dict(state) or None
-        if self._optimiser is None: return
+        if self._learn is None: return
         self._group = _Group()
         if self._loaded is not None: self._restore(self._loaded)
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         "Put the gradients of an earlier run back."
         self._loaded, gradients = None, state["gradients"]
-        parameters = trained_parameters(self._optimiser)
+        parameters = trained_parameters(self._learn.optimiser)
         _check_gradients(parameters, gradients)
+        self._learn.gathered = (-1,)  # of batches before
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = _unpacked(gradient, parameter.device)
         for name in _STATE[:-1]:
@@ -166,8 +171,8 @@ class _Counting(_WithState):
         if weight is not None and not callable(weight):
             raise TypeError(f"weight is {weight!r}; pass a function of the learner, or None for "
                             "the size of the batch")
-        self._factor: Any = None  # of the loss of this batch
-        self._weighed = self._stepping = -1  # batches: with that factor; whose step is under way
+        self._weight: Any = None  # of this batch
+        self._weighed = self._counted = self._stepping = -1  # batches: with it; in the group; in a step
         self._losses: Any = None  # in the backward pass: the true loss and the weighted one
 
     def _weigh(self, learn: Learner) -> float | Tensor:
@@ -186,32 +191,63 @@ class _Counting(_WithState):
 
     def _go_on(self) -> None:
         "Another callback cancelled a step and kept the gradients: they still count."
-        gradients = gradients_of(self._optimiser)
+        gradients = gradients_of(self._learn.optimiser)
         if not gradients: self._group = _Group()
         else:
             _scale(gradients, self._group.divisor)
             self._group.batches, self._group.divisor = 0, None
 
+# %% ../../nbs/steer/accumulate.ipynb #8fbfa675
+class _Dividing(_Counting):
+    "Makes a mean over the group of what are means over batches."
+
+    def _factor(self, learn: Learner, weight: Any) -> Any:
+        "The factor of the loss of a batch; sums are added up as they are."
+        factor = self._group.factor(weight)
+        return 1.0 if learn.sums and self.weight is None else factor
+
+    def _divisor(self, learn: Learner) -> Any:
+        "The divisor of the gradients of the group."
+        return 1.0 if learn.sums and self.weight is None else self._group.weight()
+
 # %% ../../nbs/steer/accumulate.ipynb #5b049a23
-class _Weighted(_Counting):
+class _Weighted(_Dividing):
     "Weighs the loss of a batch for its backward pass."
 
     def before_backward(self, learn: Learner) -> None:
         if self._stepping == learn.batch_num and self.n > 1:
             raise CallbackError(
                 "Accumulate: a second backward pass within the step sees only the last batch of "
-                "the group; let train_batch do both before the step, or leave Accumulate out")
-        self._in_batch = True
+                "the group; let train_batch take the first with torch.autograd.grad and do both before "
+                "the step, or leave Accumulate out")
         if self._group.divisor is not None: self._go_on()
+        self._check_kept(learn)
         if self._weighed != learn.batch_num:
             weight = self._weigh(learn)
             if learn.ranks is not None: weight = learn.ranks.sum(learn, float(weight))
-            self._factor, self._weighed = self._group.add(weight), learn.batch_num
-        loss = learn.loss
-        if not _is_one(self._factor): learn.loss = loss * self._factor
+            self._weight, self._weighed = weight, learn.batch_num
+        loss, factor = learn.loss, self._factor(learn, self._weight)
+        if not _is_one(factor): learn.loss = loss * factor
         self._losses = loss, learn.loss
 
+    def _check_kept(self, learn: Learner) -> None:
+        "Raise CallbackError if somebody has dropped the gradients of the batches before."
+        if self._group.batches <= (self._counted == learn.batch_num): return
+        groups = learn.optimiser.param_groups
+        if any(p.grad is not None for group in groups for p in group["params"]): return
+        raise CallbackError(
+            "Accumulate: the gradients of the batches before this one are gone, as after zero_grad() "
+            "within a batch; take a gradient that is not for the step with torch.autograd.grad, which "
+            "leaves .grad alone, or leave Accumulate out")
+
+# %% ../../nbs/steer/accumulate.ipynb #e4e1d2a6
+class _Adding(_Weighted):
+    "Counts a batch whose gradients are there."
+
     def after_backward(self, learn: Learner) -> None:
+        if self._counted != learn.batch_num:
+            self._group.add(self._weight)
+            self._counted = learn.batch_num
         (loss, weighted), self._losses = self._losses, None
         if learn.loss is not weighted:
             raise CallbackError("Accumulate: learn.loss was replaced in before_backward, after it "
@@ -219,24 +255,16 @@ class _Weighted(_Counting):
         learn.loss = loss
 
 # %% ../../nbs/steer/accumulate.ipynb #ab8f413c
-class _Grouped(_Weighted):
+class _Grouped(_Adding):
     "Leaves out the steps within a group."
     _length: int | None = None  # of the pass, where the loader tells it
     _last_loss: Tensor | None = None  # for the step of a group that is open when the pass ends
     _closing = False  # that step is being taken
 
     def before_training(self, learn: Learner) -> None:
-        self._length, self._optimiser = learn.plan.length(learn), learn.optimiser
-        self._in_batch, self._group = False, _Group()
-        self._weighed = self._stepping = -1
+        self._length, self._learn, self._group = learn.plan.length(learn), learn, _Group()
+        self._weighed = self._counted = self._stepping = -1
         if self._loaded is not None: self._restore(self._loaded)
-
-    def before_prepare(self, learn: Learner) -> None:
-        if learn.phase != "train": return
-        if self._in_batch:  # the one before was cancelled, and its group is lost with it
-            learn.optimiser.zero_grad()
-            self._group = _Group()
-        self._in_batch = True
 
     def before_step(self, learn: Learner) -> None:
         if self._weighed != learn.batch_num and not self._closing:
@@ -246,14 +274,12 @@ class _Grouped(_Weighted):
         if self._group.batches < self.n and not last:
             self._last_loss = learn.loss.detach()
             raise CancelStepException
-        self._group.divide(gradients_of(learn.optimiser))
+        self._group.divide(gradients_of(learn.optimiser), self._divisor(learn))
         self._stepping = learn.batch_num
 
     def after_step(self) -> None:
         self._group = _Group()
-        self._weighed = self._stepping = -1
-
-    def after_batch(self) -> None: self._in_batch = False
+        self._weighed = self._counted = self._stepping = -1
 
 # %% ../../nbs/steer/accumulate.ipynb #d4fef64e
 class _Counted(_Grouped):
@@ -261,9 +287,11 @@ class _Counted(_Grouped):
 
     def _weigh_in_graph(self, learn: Learner) -> tuple[Any, Any]:
         "The factor of the loss, and the divisor of the gradients, or None within a group."
-        factor = self._group.add(self._weigh(learn))
+        weight = self._weigh(learn)
+        factor = self._factor(learn, weight)
+        self._group.add(weight)
         if self._group.batches < self.n and learn.batch_num + 1 != self._length: return factor, None
-        return factor, self._group.weight()
+        return factor, self._divisor(learn)
 
     def _done_in_graph(self, learn: Learner, _: Any) -> None:
         if learn.batches_stepped > learn.batch_num: self._group = _Group()
@@ -274,7 +302,7 @@ class _Closing(_Counted):
     "Takes the step of a group that is still open when the pass ends."
 
     def after_training(self, learn: Learner) -> None:
-        if not self._group.batches or self._in_batch: return
+        if not self._group.batches: return
         self._closing = True
         if self._last_loss is not None: learn.loss = self._last_loss
         try: learn.act("step")
@@ -283,8 +311,8 @@ class _Closing(_Counted):
             learn.drop_fixtures(["loss"])
 
     def cleanup_training(self, learn: Learner) -> None:
-        if self._group.unit is not None: learn.optimiser.zero_grad()  # a group that was cut short
-        self._group, self._in_batch, self._optimiser, self._last_loss = _Group(), False, None, None
+        if self._group.batches: learn.optimiser.zero_grad()  # a group that was cut short
+        self._group, self._learn, self._last_loss = _Group(), None, None
 
 # %% ../../nbs/steer/accumulate.ipynb #705a16f3
 class Accumulate(_Closing):

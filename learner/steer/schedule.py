@@ -27,7 +27,7 @@ from .curves import Curve, FunctionScheduler, ScheduleError, check_finite, check
 from .curves import get_hyperparameter, split_name
 from .schedulers import TOTALS, Groups, ParameterGroups, check_factory, check_place
 from .schedulers import class_of, give_state, name_of, open_lengths, step_wants
-from .schedulers import storable, updates_in_all
+from .schedulers import epochs_left, storable, updates_left
 from .stopping import check_monitor, monitored
 
 if TYPE_CHECKING:
@@ -78,22 +78,23 @@ class _Making(Callback):
 class _Lengths(_Making):
     "Tells the factory how long training is."
 
-    def _lengths(self, learn: Learner) -> dict[str, int]:
+    def _lengths(self, learn: Learner, limit: int | None) -> dict[str, int]:
         "The lengths under all their names; none if the factory asks for none."
         if not self.asks: return {}
-        total, epochs = self._steps_in_all(learn), learn.num_epochs
+        epochs = epochs_left(learn)
+        total = limit if limit and limit > 0 else self._steps_left(learn)
         if total % epochs: epochs = 1  # the last one is shorter; the product counts
         parts = {"epochs": epochs, "steps_per_epoch": total // epochs}
         return {**dict.fromkeys(TOTALS, total), **parts}
 
-    def _steps_in_all(self, learn: Learner) -> int:
-        if self.per == "epoch": return learn.num_epochs
-        if self.steps_per_epoch: return learn.num_epochs * self.steps_per_epoch
-        return updates_in_all(learn)
+    def _steps_left(self, learn: Learner) -> int:
+        if self.per == "epoch": return epochs_left(learn)
+        if self.steps_per_epoch: return epochs_left(learn) * self.steps_per_epoch
+        return updates_left(learn)
 
     def _compare_lengths(self, learn: Learner, left: int, limit: int) -> None:
         "Report a schedule with a length of its own that does not end where training does."
-        try: planned = self._steps_in_all(learn)
+        try: planned = self._steps_left(learn)
         except ScheduleError: return
         what = f"{self} has {left} of its {limit} steps left and this train takes {planned}"
         if planned > left:
@@ -162,20 +163,22 @@ class _Beginning(_WithState):
 
     def _start(self, learn: Learner, groups: ParameterGroups, notes: Groups) -> None:
         "Make the scheduler, and let it start afresh or continue."
-        state, lengths = self._state, self._lengths(learn)
+        state = self._state
+        under_way = state.get("under_way", False)  # then it is as long as it was made
+        lengths = self._lengths(learn, state["limit"] if under_way else None)
         scheduler = self._made(groups, notes, lengths)
         if isinstance(groups.optimiser, torch.optim.Optimizer):
             vars(groups.optimiser)["_opt_called"] = True  # torch warns if it has seen no step
         self._check(learn, scheduler)
         self._check_kind(state, type(scheduler))
         unchanged = state and groups.main(self._before) == groups.main(state["groups"])
-        if state and (state["under_way"] or (unchanged and not lengths)):
+        if under_way or (state and unchanged and not lengths):
             self._take_up(state, scheduler)
         else:
             self.done = 0
             self.limit = getattr(scheduler, "total_steps", None)
             if lengths: self.limit = lengths["total_steps"]
-        if self.limit is not None and not lengths and not state.get("under_way"):
+        if self.limit is not None and not lengths and not under_way:
             self._compare_lengths(learn, self.limit - self.done, self.limit)
         self.scheduler = scheduler
 

@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from ..base.words import check_number, check_whole, did_you_mean
 from ..loop.learner import Learner
 from ..loop.stages import Callback, CallbackError
+from ..loop.state import plain_name
 from ..loop.updates import trained_parameters
 from .in_graph import InGraph
 
@@ -152,7 +153,7 @@ def _averaged(model: nn.Module) -> dict[str, _Place]:
                 seen.add(id(tensor))
                 if is_lazy(tensor): continue
                 if not (tensor.is_floating_point() or tensor.is_complex()): continue
-                found[f"{prefix}.{key}" if prefix else key] = store, key
+                found[plain_name(f"{prefix}.{key}" if prefix else key)] = store, key
     return found
 
 def _check_fit(averages: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
@@ -169,7 +170,7 @@ def _check_fit(averages: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) ->
 
 def _precise(tensor: Tensor) -> torch.dtype:
     "The precision to average in: 32 bits at least, or small changes would be lost."
-    return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
+    return torch.float32 if tensor.dtype.itemsize < 4 else tensor.dtype
 
 # %% ../../nbs/steer/update.ipynb #c5a3ba28
 class _Average:

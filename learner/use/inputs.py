@@ -216,7 +216,8 @@ def fitted(value: Any, form: Any) -> tuple[Any, bool]:
         InputError: The value has other parts, or tensors with other numbers of dimensions.
     """
     if not _same_parts(value, form):
-        raise InputError(f"the inputs are {kind_of(value)}, and the model takes "
+        given = f" of {', '.join(names_of(value))}" if isinstance(value, Mapping) else ""
+        raise InputError(f"the inputs are {kind_of(value)}{given}, and the model takes "
                          f"{', '.join(names_of(form))}")
     tensors = _zipped(value, form, as_tensor, "")
     extra = {leaf.ndim - slot.ndim
@@ -404,9 +405,17 @@ def _first(learn: Any) -> tuple[Any, Any]:
             batch = next(iter(loader), None)
         if batch is None: continue
         whole = learn.loss_func is None
-        return loader, unpack(batch, None, learn.labels_at, learn.inputs_at, whole)[1]
+        data = unpack(batch, None, learn.labels_at, learn.inputs_at, whole)[1]
+        return loader, _without_labels(data, learn.labels_at) if whole else data
     return None, None
 
+def _without_labels(data: Any, labels: Any) -> Any:
+    "What of the data is there for new examples too, where a model computes its own loss."
+    if not isinstance(data, Mapping) or labels is None: return data
+    names = labels if isinstance(labels, list | tuple) else (labels,)
+    return {key: value for key, value in data.items() if key not in names} or data
+
+# %% ../../nbs/use/inputs.ipynb #fbb0f6f6
 def _reader_of(loader: Any, data: Any) -> Callable[[Any], Any] | None:
     "How a picture becomes an example, if the data say so."
     part = loader

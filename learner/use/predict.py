@@ -64,8 +64,8 @@ class _Answering(Callback):
 
     def __init__(self, questions: _Questions): self.questions = questions
 
-    def after_predict(self, predictions: Any, batch_size: int) -> None:
-        found = logits_of(predictions)
+    def after_predict(self, predictions: Any, batch_size: int, loss_func: Any) -> None:
+        found = logits_of(predictions, loss_func is None)
         check_rows("predictions", found)
         if any(len(leaf) != batch_size for leaf in leaves_of(found)):
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves_of(found))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.batch import size_of
+from ..base.batch import Total, is_sum, size_of
 from ..base.history import Mean
 from ..base.tree import map_tensors
 from ..base.parts import accepts
@@ -68,8 +68,8 @@ class FunctionMean(_Merging):
             if not scalar:
                 raise MetricError(f"the function returned {form_of(each)}; it must return a "
                                   "scalar, such as a .mean(), or a mapping of scalars")
-            if name not in self.means: self.means[name] = Mean()
-            self.means[name].add(each, size)
+            if is_sum(self.function): each = Total(each).mean(size)
+            self.means.setdefault(name, Mean()).add(each, size)
 
     def compute(self) -> Any:
         "The mean so far, or a mapping of means."
@@ -149,6 +149,15 @@ def name_metrics(unnamed: Iterable[Any], named: Mapping[str, Any]) -> dict[str, 
     return metrics
 
 # %% ../../nbs/watch/metric_forms.ipynb #0741758b
+def _check_update(name: str, metric: Any) -> None:
+    "Raise TypeError for a metric of values and their weights, for which it would take the labels."
+    try: parameters = [*inspect.signature(metric.update).parameters]
+    except (TypeError, ValueError): return  # it has no signature to read
+    if parameters[1:2] in (["weight"], ["weights"]):
+        raise TypeError(f"metric {name}: {type(metric).__name__}.update takes values and weights; give "
+                        "a function of predictions and labels, whose mean is taken")
+
+# %% ../../nbs/watch/metric_forms.ipynb #70803d42
 def check_metric(name: str, metric: Any) -> Any:
     """The metric, or a function as a `FunctionMean`.
 
@@ -159,7 +168,9 @@ def check_metric(name: str, metric: Any) -> Any:
         kind = metric.__name__
         raise TypeError(f"metric {name}: {kind} is a class; pass an instance: {kind}(...)")
     lacks = [method for method in ("update", "compute", "reset") if not hasattr(metric, method)]
-    if not lacks: return metric
+    if not lacks:
+        _check_update(name, metric)
+        return metric
     if not callable(metric):
         raise TypeError(f"metric {name} is {metric!r}, without {', '.join(lacks)}; pass a metric "
                         "of torcheval or torchmetrics, or a function of predictions and labels")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..base.batch import size_of, unpack
+from ..base.rows import logits_of
 from ..base.tree import map_tensors
 from ..base.warned import ignored, quiet
 from ..base.words import PHASES, did_you_mean
@@ -256,7 +257,7 @@ class _Measuring(_Opening):
                               "set it in the overridden method, or leave this pass out with "
                               "Metrics(..., phases=...)") from None
         if self.pick: predictions, labels = self.pick(predictions, labels)
-        elif learn.loss_func is None: predictions = _logits(predictions)
+        elif learn.loss_func is None: predictions = logits_of(predictions, own_loss=True)
         if self.chooses: size: Any = size_of(labels)
         else: size = learn.batch_size if hasattr(learn, "batch_size") else unpack(learn.batch)[3]
         if type(size) is int and not size: return  # no examples
@@ -264,12 +265,6 @@ class _Measuring(_Opening):
         if not self.tried:
             try_out(now.running)
             self.tried = True
-
-# %% ../../nbs/watch/metrics.ipynb #1397a149
-def _logits(output: Any) -> Any:
-    "What a model that computes its own loss puts out beside it."
-    if isinstance(output, dict): return output.get("logits", output)
-    return output if isinstance(output, Tensor) else getattr(output, "logits", output)
 
 # %% ../../nbs/watch/metrics.ipynb #44872f93
 class _Readable(_Measuring):

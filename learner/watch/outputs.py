@@ -216,7 +216,8 @@ class _Collector(Callback):
         try: data, labels, output = learn.data, learn.labels, learn.predictions
         except AttributeError as error: raise missing(error) from None
         size = learn.batch_size
-        losses, predictions = example_losses(learn.loss_func, output, labels), logits_of(output)
+        losses = example_losses(learn.loss_func, output, labels)
+        predictions = logits_of(output, learn.loss_func is None)
         check_rows("predictions", predictions)
         check_rows("labels", labels)
         if self.inputs: check_rows("inputs", data)
@@ -312,8 +313,8 @@ class _Asked(Callback):
             yield take(self.inputs, slice(start, start + self.rows)), None
         raise CancelEpochException  # there are no losses, so hooks after a whole pass do not run
 
-    def after_predict(self, predictions: Any) -> None:
-        predictions = logits_of(predictions)
+    def after_predict(self, learn: Learner, predictions: Any) -> None:
+        predictions = logits_of(predictions, learn.loss_func is None)
         check_rows("predictions", predictions)
         if any(len(leaf) != self.rows for leaf in leaves_of(predictions)):
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves_of(predictions))

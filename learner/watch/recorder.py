@@ -273,7 +273,9 @@ class GradientNorm(Callback):
     def __repr__(self) -> str: return "Recorder(\"gradient_norm\")"
 
     def before_step(self, optimiser: Any) -> None:
-        if self.log.due: self.norm = get_total_norm(gradients_of(optimiser))
+        if not self.log.due: return
+        found = gradients_of(optimiser)
+        self.norm = get_total_norm([g.coalesce()._values() if g.is_sparse else g for g in found])
 
     after_backward = before_step  # for a point at every batch; one of the two is turned off
 

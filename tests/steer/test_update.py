@@ -3,6 +3,7 @@ import copy
 import io
 import math
 from contextlib import suppress
+from functools import partial
 
 import pytest
 import torch
@@ -162,24 +163,83 @@ def test_the_loss_that_others_see_is_the_true_one():
     assert plain.losses == steps.losses
 
 
-@pytest.mark.parametrize("hook", ["before_loss", "after_loss", "before_backward", "after_backward", "before_step"])
-def test_a_batch_cancelled_inside_its_routine_starts_the_group_anew(hook):
-    data, at = batches(4, 24), 2 if hook == "before_step" else 1  # of a batch within a group, it has no before_step
+@pytest.mark.parametrize("at", [0, 1, 2, 5])  # the last one of a group too, and of the pass
+@pytest.mark.parametrize("hook", ["before_prepare", "before_loss", "after_loss", "before_backward"])
+def test_a_batch_cancelled_before_its_backward_pass_is_as_if_it_were_not_there(hook, at):
+    data = batches(4, 24)
     one = learner(data, Accumulate(3), Raises(hook, CancelBatchException(), at=at))
-    other = learner(data[at + 1:], Accumulate(3))
+    other = learner([*data[:at], *data[at + 1:]], Accumulate(3))
+    for learn in (one, other): learn.train()
+    assert gap(one, other) < 1e-12
+
+
+@pytest.mark.parametrize("hook, at", [("after_backward", 1), ("before_step", 2)])  # within a group no step
+def test_a_batch_cancelled_after_its_backward_pass_is_refused_where_gradients_add_up(hook, at):
+    steps = Steps()
+    learn = learner(batches(4, 24), Accumulate(3), Raises(hook, CancelBatchException(), at=at), steps)
+    with pytest.raises(CallbackError, match="cancel a batch in after_loss or before"): learn.train()
+    assert not steps.seen
+
+
+def test_where_every_batch_takes_its_step_a_batch_can_be_cancelled_anywhere():
+    data = batches(4, 24)
+    one = learner(data, Raises("after_backward", CancelBatchException(), at=1), Raises("before_step", CancelBatchException(), at=2))
+    other = learner([data[0], *data[3:]])
     for learn in (one, other): learn.train()
     assert gap(one, other) == 0
 
 
-def test_it_starts_anew_with_an_optimiser_that_fills_gradients_with_zeros_too():
-    class Zeros(torch.optim.SGD):
-        def zero_grad(self, set_to_none=True): super().zero_grad(set_to_none=False)
+def test_gradients_that_add_up_by_hand_survive_a_cancelled_batch():
+    class EverySecond(Callback):
+        def before_step(self, batch_num):
+            if batch_num % 2 == 0: raise CancelStepException
     data = batches(4, 24)
-    one, two = net(), net()
-    learner(data, Accumulate(3), Raises("after_loss", CancelBatchException(), at=1), model=one,
-            optimiser=Zeros(one.parameters(), lr=0.1)).train()
-    learner(data[2:], Accumulate(3), model=two, optimiser=Zeros(two.parameters(), lr=0.1)).train()
-    assert same(one, two)
+    one = learner(data, EverySecond(), Raises("after_loss", CancelBatchException(), at=1))
+    one.train()
+    model = net()
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
+    for number, (x, y) in enumerate(data):
+        if number != 1: F.cross_entropy(model(x), y).backward()
+        if number in (3, 5):
+            optimiser.step()
+            optimiser.zero_grad()
+    assert same(one.model, model)
+
+
+def test_a_state_after_a_cancelled_batch_has_the_group():
+    accumulate, states = Accumulate(3), []
+    class Between:
+        def __len__(self): return 6
+        def __iter__(self):
+            for batch in batches(4, 24):
+                states.append(accumulate.state_dict())
+                yield batch
+    learner(Between(), accumulate, Raises("after_loss", CancelBatchException(), at=1)).train()
+    assert [state.get("batches", 0) for state in states] == [0, 1, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_gradients_dropped_within_a_batch_are_missed(n):
+    class Sharp(Learner):
+        def train_batch(self):
+            self.act("prepare", "predict", "loss", "backward")
+            self.optimiser.zero_grad()
+            self.act("predict", "loss", "backward", "step")
+    model, steps = net(), Steps()
+    parts = model, torch.optim.SGD(model.parameters(), lr=0.1), F.cross_entropy, {"train": batches(4, 24)}
+    learn = Sharp(*parts, [Accumulate(n), steps], device="cpu")
+    with pytest.raises(CallbackError, match="gradients of the batches before this one are gone"): learn.train()
+    assert not steps.seen
+
+
+@pytest.mark.parametrize("kind", ["module", "partial"])
+def test_losses_that_are_sums_are_added_up(kind):
+    function = partial(F.cross_entropy, reduction="sum")
+    loss = nn.CrossEntropyLoss(reduction="sum") if kind == "module" else function
+    one = learner(batches(4, 23), Accumulate(3), loss=loss)
+    other = learner(batches(12, 23), loss=loss)
+    for learn in (one, other): learn.train()
+    assert gap(one, other) < 1e-12
 
 
 def test_a_batch_cancelled_before_its_routine_is_as_if_it_were_not_there():

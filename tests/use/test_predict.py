@@ -152,7 +152,7 @@ def test_callbacks_that_change_predictions_take_part(learn, images):
     (torch.zeros(8, 8), "one example is float32 of shape (1, 8, 8)"),
     (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), "convert bytes as the training data were"),
     (torch.zeros(2, 1, 5, 5), "those of training were float32 of shape (1, 8, 8)"),
-    ({"x": torch.zeros(1, 8, 8)}, "the inputs are a dict, and the model takes inputs"),
+    ({"x": torch.zeros(1, 8, 8)}, "the inputs are a dict of x, and the model takes inputs"),
     ([], "inputs is empty"),
     (torch.zeros(0, 1, 8, 8), "inputs is empty"),
     (Image.new("L", (28, 28)), "resize=True"),

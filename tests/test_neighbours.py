@@ -1,0 +1,233 @@
+"Neighbours of what the other tests hold: batches, losses, metrics and optimisers of unusual make."
+from collections import OrderedDict
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
+
+from learner import EMA, BatchSchedule, Learner, Metrics, Recorder, predictions
+from learner.base.batch import BatchError
+
+torch.manual_seed(0)
+X = torch.randn(18, 4)
+Y = X @ torch.randn(4, 1) + 0.3
+PARTS = [*zip(X.split(8), Y.split(8), strict=True)]
+
+
+def net():
+    torch.manual_seed(1)
+    return nn.Linear(4, 1)
+
+
+def made(model, loss, train=PARTS, callbacks=(), optimiser=None, **loaders):
+    optimiser = optimiser or torch.optim.SGD(model.parameters(), lr=0.1)
+    return Learner(model, optimiser, loss, {"train": train, **loaders}, callbacks, device="cpu")
+
+
+# Batches
+
+
+class Output(OrderedDict):
+    "As of Hugging Face: its constructor takes entries, and no mapping."
+    def __init__(self, input=None, labels=None): super().__init__(input=input, labels=labels)
+
+
+class Pair(tuple):
+    "A tuple whose constructor takes its items."
+    def __new__(cls, first, second): return super().__new__(cls, (first, second))
+
+
+@pytest.mark.parametrize("kind", [Output, Pair])
+def test_classes_with_constructors_of_their_own(kind):
+    one, other = made(net(), F.mse_loss, [kind(*pair) for pair in PARTS]), made(net(), F.mse_loss)
+    for learn in (one, other): learn.train(2)
+    assert torch.equal(one.model.weight, other.model.weight)
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.second = nn.Linear(4, 1), nn.Linear(4, 1)
+
+    def forward(self, x): return self.first(x), self.second(x)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_several_labels(named):
+    def loss(predictions, labels):
+        one, two = labels.values() if named else labels
+        return F.mse_loss(predictions[0], one) + F.l1_loss(predictions[1], two)
+    data = [{"x": x, "one": y, "two": -y} if named else (x, y, -y) for x, y in PARTS]
+    model, plain = Two(), Two()
+    places = ["one", "two"] if named else [1, -1]
+    Learner(model, torch.optim.SGD(model.parameters(), lr=0.1), loss, {"train": data}, device="cpu", labels=places).train()
+    optimiser = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for x, y in PARTS:
+        heads = plain(x)
+        (F.mse_loss(heads[0], y) + F.l1_loss(heads[1], -y)).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert all(map(torch.equal, model.parameters(), plain.parameters()))
+
+
+def test_one_of_several_labels_that_is_not_there():
+    learn = Learner(Two(), None, None, {"validation": [{"x": X, "one": Y}]}, device="cpu", labels=["one", "tow"])
+    with pytest.raises(BatchError, match="labels='tow'.*which has"): learn.validate()
+
+
+# Losses
+
+
+@pytest.mark.parametrize("loss", [nn.MSELoss(reduction="sum"), partial(F.mse_loss, reduction="sum")])
+def test_the_column_of_a_sum_is_the_sum_over_the_epoch_for_each_example(loss):
+    model = net()
+    learn = Learner(model, None, loss, {"validation": PARTS}, Metrics(same=loss), device="cpu")
+    row, right = learn.validate(), F.mse_loss(model(X), Y, reduction="sum").item() / 18
+    assert row["validation_loss"] == pytest.approx(right, rel=1e-6) and row["validation_same"] == row["validation_loss"]
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, predictions, labels): return F.mse_loss(predictions, labels * self.scale)
+
+
+class Owner:
+    def __init__(self): self.part = Scaled()
+
+    def loss(self, predictions, labels): return self.part(predictions, labels)
+
+
+def test_a_module_behind_a_bound_method_is_known():
+    learn = made(net(), Owner().loss)
+    with pytest.warns(UserWarning, match="loss_func.part is a Scaled with parameters that the optimiser"): learn.train()
+
+
+class OwnLoss(nn.Module):
+    def __init__(self, form, optional=True):
+        super().__init__()
+        self.form, self.layer, self.optional = form, net(), optional
+
+    def forward(self, x, labels=None):
+        found = self.layer(x)
+        if labels is None and not self.optional: raise TypeError("forward() missing 1 required positional argument: 'labels'")
+        loss = None if labels is None else F.mse_loss(found, labels)
+        if self.form == "mapping": return {"loss": loss, "logits": found}
+        if self.form == "heads": return {"found": found, **({} if loss is None else {"loss": loss})}
+        return (found,) if loss is None else (loss, found)
+
+
+@pytest.mark.parametrize("form", ["mapping", "tuple", "heads"])
+def test_a_model_with_its_own_loss_predicts_without_labels(form):
+    data = [{"x": x, "labels": y} for x, y in PARTS]
+    model = OwnLoss(form)
+    measured = () if form == "heads" else Metrics(error=F.mse_loss)
+    learn = made(model, None, data, measured, validation=data)
+    learn.train()
+    right = model.layer(X).detach()
+    if measured: assert learn.history[-1]["validation_error"] == pytest.approx(learn.history[-1]["validation_loss"])
+    for found in (learn.predict({"x": X}).outputs, predictions(learn).predictions):
+        torch.testing.assert_close(found["found"] if form == "heads" else found, right)
+    with pytest.raises(ValueError, match="of x, labels, and the model takes x"): learn.predict({"x": X, "labels": Y})
+
+
+def test_a_model_that_cannot_do_without_labels_says_so():
+    learn = made(OwnLoss("tuple", optional=False), None, [{"x": x, "labels": y} for x, y in PARTS])
+    with pytest.raises(TypeError, match="the batch has no labels.*a default of None"): learn.predict({"x": X})
+
+
+# Optimisers
+
+
+class WithModes(torch.optim.SGD):
+    mode = ""
+
+    def train(self): self.mode = "train"
+
+    def eval(self): self.mode = "eval"
+
+    def step(self, closure=None):
+        assert self.mode == "train"
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("hook", ["after_batch", "before_batch"])
+def test_an_optimiser_with_modes_trains_on_after_a_validation_beside_training(hook):
+    model, seen = net(), []
+    learn = made(model, F.mse_loss, optimiser=WithModes(model.parameters(), lr=0.1), validation=PARTS)
+    learn.on(hook, lambda learn: learn.validate())
+    learn.on("after_validation_batch", lambda optimiser: seen.append(optimiser.mode))
+    learn.train(2)
+    assert learn.optimiser.mode == "eval" and seen == ["eval"] * 24  # 3 batches, in 6 passes beside and 2 by themselves
+
+
+def test_sparse_gradients_have_a_norm_and_an_average():
+    model = nn.Embedding(5, 1, sparse=True)
+    batch = torch.tensor([1, 1, 2]), torch.ones(3, 1)
+    before = model.weight.detach().clone().requires_grad_()
+    F.mse_loss(F.embedding(batch[0], before), batch[1]).backward()
+    recorder = Recorder("gradient_norm")
+    made(model, F.mse_loss, [batch], [recorder, EMA(0.5)]).train()
+    assert recorder.values()[1].item() == pytest.approx(before.grad.norm().item())
+
+
+def test_the_average_of_a_compiled_model_fits_the_plain_one():
+    ema, plain = EMA(0.5), net()
+    made(torch.compile(net(), backend="eager"), F.mse_loss, callbacks=ema).train()
+    ema.copy_to(plain)
+    assert set(ema.state_dict()["averages"]) == {"weight", "bias"}
+
+
+def test_weights_of_eight_bits_are_averaged():
+    model = nn.Sequential(net())
+    model.register_parameter("fixed", nn.Parameter(torch.ones(3).to(torch.float8_e5m2), requires_grad=False))
+    learn = made(model, F.mse_loss, callbacks=EMA(0.5), validation=PARTS)
+    learn.train(2)
+    assert torch.equal(model.fixed.float(), torch.ones(3))
+
+
+# Schedules of a training that goes on
+
+
+def rates(learn, **length):
+    found = []
+    learn.on("before_step", lambda optimiser: found.append(optimiser.param_groups[0]["lr"]))
+    learn.train(**length)
+    return found
+
+
+def scheduled(): return made(net(), F.mse_loss, callbacks=BatchSchedule(partial(OneCycleLR, max_lr=0.1, cycle_momentum=False)))
+
+
+@pytest.mark.parametrize("first, then, count", [
+    ({"epochs": 1}, {"epochs": 3}, 6),
+    ({"steps": 4}, {"steps": 9}, 5),
+    ({"steps": 4, "validation_steps": 3}, {"steps": 10, "validation_steps": 4}, 6),
+])
+def test_a_schedule_that_is_made_for_more_training_fits_what_is_left(first, then, count):
+    done = scheduled()
+    done.train(**first)
+    found = rates(scheduled(), **then, resume=done.state_dict())
+    assert found == pytest.approx(rates(scheduled(), steps=count), abs=1e-12)
+
+
+# Refusals before the first step
+
+
+def test_what_is_refused_with_the_way_out():
+    model = net()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=r"optimiser is a dict; .*Optimisers\(generator"): made(model, F.mse_loss, optimiser={"a": sgd})
+    loader = torch.utils.data.DataLoader([*zip(X, Y, strict=True)], 8)
+    with pytest.raises(TypeError, match=r"validation.* a list of loaders; give each a name"): made(model, F.mse_loss, validation=[loader, loader])
+    with pytest.raises(TypeError, match=r"a list of loaders; learner.loop.together.Together"): made(model, F.mse_loss, [loader, loader])
+    with torch.device("meta"): empty = nn.Linear(4, 1)
+    with pytest.raises(ValueError, match="device meta.*to_empty"): Learner(empty, torch.optim.SGD, F.mse_loss, {"train": PARTS})
+    torchmetrics = pytest.importorskip("torchmetrics")
+    with pytest.raises(TypeError, match="takes values and weights; give a function"): Metrics(mean=torchmetrics.MeanMetric())
