@@ -21,7 +21,7 @@ from learner import DataLoaders, Learner
 from learner.keep.distributed import Distributed
 from learner.loop.data import TensorLoader
 
-BATCH, BATCHES, TURNS, PROCESSES = 128, 96, 7, 2
+BATCH, BATCHES, TURNS, PROCESSES = 128, 240, 5, 2
 
 
 def net():

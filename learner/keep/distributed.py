@@ -10,6 +10,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,14 +50,21 @@ class _Agreeing:
 
     def agree(self, learn: Any, point: str, weight: float = 0.0) -> float:
         "Say where this rank is; returns the sum of the weights. Raises RankError if ranks are apart."
+        return self.ask(learn, point, weight)()
+
+    def ask(self, learn: Any, point: str, weight: float = 0.0) -> Callable[[], float]:
+        "Say where this rank is; what is returned waits for the others, and is all that `agree` is."
         self.agreed = True
         where = f"{point} ({learn.position()})" if learn.position() else point
         said = zlib.crc32(repr((where, self.steps, self.key)).encode()) % 1_000_003
-        signals = learn.cursor.signals
-        stop = {0: 0.0, 2: 1.0}.get(signals.arrived, 1e6)
-        total, first, second, stops = self.group.sum([weight, said, said * said, stop])
+        stop = {0: 0.0, 2: 1.0}.get(learn.cursor.signals.arrived, 1e6)
+        return partial(self._hear, learn, where, self.group.sum_later([weight, said, said * said, stop]))
+
+    def _hear(self, learn: Any, where: str, answer: Callable[[], list[float]]) -> float:
+        total, first, second, stops = answer()
         if second * self.group.world != first * first: self._apart(where)
         self.cancelled = ""
+        signals = learn.cursor.signals
         if stops and not signals.noted: signals.noted = 15 if stops >= 1e6 else 2
         self.stopping = bool(stops)
         return total

@@ -11,6 +11,7 @@ import atexit
 import os
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from time import monotonic, sleep
@@ -38,7 +39,11 @@ class Alone:
 
     def sum(self, numbers: list[float]) -> list[float]:
         "The sums of some numbers over all ranks, in double precision."
-        return numbers
+        return self.sum_later(numbers)()
+
+    def sum_later(self, numbers: list[float]) -> Callable[[], list[float]]:
+        "Begin such a sum; what is returned waits for it."
+        return lambda: numbers
 
     def gather(self, value: Any) -> list[Any]:
         "What every rank has, in order."
@@ -125,11 +130,15 @@ class _Meeting(Alone):
 class _Together(_Meeting):
     "What ranks do together; every one of them has to."
 
-    def sum(self, numbers: list[float]) -> list[float]:
+    def sum_later(self, numbers: list[float]) -> Callable[[], list[float]]:
         self.collectives["sum"] += 1
         vector = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-        self.dist.all_reduce(vector, group=self.control)
-        return vector.tolist()
+        work = self.dist.all_reduce(vector, group=self.control, async_op=True)
+
+        def sums() -> list[float]:
+            work.wait()
+            return vector.tolist()
+        return sums
 
     def gather(self, value: Any) -> list[Any]:
         self.collectives["gather"] += 1

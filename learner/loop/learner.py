@@ -173,11 +173,11 @@ ARGUMENTS = {  # of `train`
 MACHINERY = frozenset({  # what the loop and callbacks use; Tab offers what is left
     "act", "backward", "batches_done", "batches_stepped", "blame", "call", "call_loss",
     "check_idle", "clock", "columns", "compute_loss", "cursor", "drop_fixtures", "evaluating",
-    "fixtures", "has_opened", "inputs_at", "is_measuring", "keep_last", "labels_at", "last",
-    "live_fixtures", "measure", "measure_every", "place", "plan", "position", "predict_new",
+    "fixtures", "gathered", "has_opened", "inputs_at", "is_measuring", "keep_last", "labels_at",
+    "last", "live_fixtures", "measure", "measure_every", "place", "plan", "position", "predict_new",
     "prepare", "quiet_copy", "ranks", "remove_watchers", "resolution", "running", "silenced",
-    "stage", "stages", "step", "times", "train_batch", "trained", "tree", "unseen_step",
-    "validation_batch", "watchers", "weights_version",
+    "stage", "stages", "step", "stepping", "sums", "times", "train_batch", "trained", "tree",
+    "unseen_step", "validation_batch", "watchers", "weights_version",
 })
 
 def speaks(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -386,7 +386,7 @@ class Learner(Shown):
         callbacks: One callback, several, or none.
         device: Where the model and the batches go; the best accelerator, else the CPU, if nothing is said.
         labels: Which key, attribute or position of a batch holds the labels; None: it has none. As a rule they
-            are under "labels" or "label", or come last.
+            are under "labels" or "label", or come last. A list for several.
         inputs: Which key, attribute or position goes to the model, or a list of them; all but the labels as a rule.
 
     Example:

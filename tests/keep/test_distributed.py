@@ -115,6 +115,7 @@ def test_two_ranks_train_what_one_trains_and_measure_it_exactly(tmp_path):
     sgd = {"optimiser": torch.optim.SGD}  # sees a wrong factor of the gradients, unlike AdamW
     cases = {"ragged": {}, "ragged with SGD": sgd, "one example left": {"examples": 41}, "fewer examples than ranks": {"examples": 3, "batch_size": 1},
              "group": {"more": lambda: [Accumulate(3)]}, "a group by weight": {"more": lambda: [Accumulate(3, weight=doubled)], **sgd},
+             "sums": {"sums": True, **sgd}, "a group of sums": {"sums": True, "more": lambda: [Accumulate(3)], **sgd},
              "a group in views": {"more": lambda: [Accumulate(3, weight=doubled)], "options": {"gradient_as_bucket_view": True}, **sgd},
              "stopping": {"more": lambda: [EarlyStopping("train_loss", 1, min_delta=9.0)]}}
 
@@ -122,8 +123,9 @@ def test_two_ranks_train_what_one_trains_and_measure_it_exactly(tmp_path):
         found = {}
         for name, case in cases.items():
             more = case.get("more", list)()
-            sizes, options = {key: value for key, value in case.items() if key not in ("more", "options")}, case.get("options", {})
+            sizes, options = {key: value for key, value in case.items() if key not in ("more", "options", "sums")}, case.get("options", {})
             learn = make(Distributed(**options), metrics(), *more, dropout=0, seed=0 if rank is None else 10 * rank, **sizes)
+            if "sums" in case: learn.loss_func = functools.partial(nn.functional.cross_entropy, reduction="sum")
             learn.on("after_epoch", lambda learn: learn.log(beside=learn.validate()["validation_loss"]))
             learn.train(3, learning_rate=0.01)
             found[name] = [*learn.history.rows], torch.cat([p.detach().flatten() for p in learn.model.parameters()])
