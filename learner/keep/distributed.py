@@ -32,6 +32,17 @@ from ..loop.stages import Callback, CancelException
 from ..loop.state import with_state
 from ..watch.metrics import Metrics, PassMetrics
 
+# %% ../../nbs/keep/distributed.ipynb #55e71fc4
+def _apart(own: Any, where: str) -> RankError:
+    "What every rank raises when they are not all at the same place."
+    where += f" after {own.steps} steps"
+    if own.cancelled: where += f", where {own.cancelled} has ended something"
+    said = own.group.gather((where, own.key))
+    places = "; ".join(f"rank {rank} is at {place}" for rank, (place, _) in enumerate(said))
+    if len({place for place, _ in said}) == 1: places = "their random numbers differ at " + said[0][0]
+    return RankError(f"the ranks have come apart: {places}; whatever cancels, draws random numbers or "
+                     "takes a step has to do so on every rank, by values that all of them know")
+
 # %% ../../nbs/keep/distributed.ipynb #ce460209
 class _Agreeing:
     "What all ranks have to agree on."
@@ -62,21 +73,12 @@ class _Agreeing:
 
     def _hear(self, learn: Any, where: str, answer: Callable[[], list[float]]) -> float:
         total, first, second, stops = answer()
-        if second * self.group.world != first * first: self._apart(where)
+        if second * self.group.world != first * first: raise _apart(self, where)
         self.cancelled = ""
         signals = learn.cursor.signals
         if stops and not signals.noted: signals.noted = 15 if stops >= 1e6 else 2
         self.stopping = bool(stops)
         return total
-
-    def _apart(self, where: str) -> None:
-        where += f" after {self.steps} steps"
-        if self.cancelled: where += f", where {self.cancelled} has ended something"
-        said = self.group.gather((where, self.key))
-        places = "; ".join(f"rank {rank} is at {place}" for rank, (place, _) in enumerate(said))
-        if len({place for place, _ in said}) == 1: places = "their random numbers differ at " + said[0][0]
-        raise RankError(f"the ranks have come apart: {places}; whatever cancels, draws random numbers or "
-                        "takes a step has to do so on every rank, by values that all of them know")
 
 # %% ../../nbs/keep/distributed.ipynb #da8ba751
 class _Deciding(_Agreeing):
