@@ -414,7 +414,7 @@ def begin(cursor: Cursor, learn: Any, state: Any, learning_rate: float | None) -
 # %% ../../nbs/loop/resume.ipynb #9a66a8ad
 def warn_of(cursor: Cursor, learn: Any, state: Mapping[str, Any]) -> None:
     "Name what a training that goes on from a state has lost."
-    if state["loop"]["under_way"]: cursor.warn_once(unready_loaders(learn))
+    cursor.warn_once(unready_loaders(learn))
     cursor.warn_once(lost(learn, state))
     cursor.warn_once(sentences(learn, state["loop"].get("unkept", [])))
     cursor.repeated = []

@@ -578,6 +578,19 @@ def test_a_loader_that_counts_its_passes_is_named(here, tmp_path):
     with pytest.warns(UserWarning, match=told): learn.train(3, resume=tmp_path / "c")
 
 
+def test_a_loader_that_cannot_be_restored_is_named_where_a_finished_training_is_made_longer():
+    class Draws:
+        "Shuffles with a generator of NumPy."
+        def __init__(self): self.rng = np.random.default_rng(0)
+        def __len__(self): return 4
+        def __iter__(self): return iter([(torch.full((2, 4), float(i)), torch.zeros(2, dtype=torch.long)) for i in self.rng.permutation(4)])
+
+    learn = linear(loader=Draws())
+    learn.train(1, 0.01)
+    with pytest.warns(UserWarning, match="Draws holds a random generator of NumPy .*; give it state_dict"):
+        linear(loader=Draws()).train(2, resume=learn.state_dict())
+
+
 def test_loaders_that_do_not_count_or_have_a_way_of_their_own_are_not_named(tmp_path):
     class TakesEpochs(CountsPasses):
         def set_epoch(self, epoch): self.passes = epoch
