@@ -3000,6 +3000,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'learner/steer/accumulate.py'),
                                           'learner.steer.accumulate._Closing.after_training': ( 'steer/accumulate.html#_closing.after_training',
                                                                                                 'learner/steer/accumulate.py'),
+                                          'learner.steer.accumulate._Closing.cancelled_batch': ( 'steer/accumulate.html#_closing.cancelled_batch',
+                                                                                                 'learner/steer/accumulate.py'),
                                           'learner.steer.accumulate._Closing.cleanup_training': ( 'steer/accumulate.html#_closing.cleanup_training',
                                                                                                   'learner/steer/accumulate.py'),
                                           'learner.steer.accumulate._Counted': ( 'steer/accumulate.html#_counted',

@@ -230,4 +230,4 @@ def test_what_is_refused_with_the_way_out():
     with torch.device("meta"): empty = nn.Linear(4, 1)
     with pytest.raises(ValueError, match="device meta.*to_empty"): Learner(empty, torch.optim.SGD, F.mse_loss, {"train": PARTS})
     torchmetrics = pytest.importorskip("torchmetrics")
-    with pytest.raises(TypeError, match="takes values and weights; give a function"): Metrics(mean=torchmetrics.MeanMetric())
+    with pytest.raises(TypeError, match="takes values and their weight; give a function"): Metrics(mean=torchmetrics.MeanMetric())

@@ -9,6 +9,7 @@ __all__ = ['GROWTH', 'RULES', 'check_runs', 'check_interrupts', 'check_repeats',
 import gc
 import io
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -122,7 +123,10 @@ def _cancel_of(stage: str, tree: StageTree) -> type[CancelException]:
 
 def _stop(learn: Learner, callbacks: list[Callback], planted: _Fault) -> str:
     "Train and let the fault stop it; what is wrong with the way it ended."
-    try: learn.train(2, callbacks=callbacks)
+    try:
+        with warnings.catch_warnings():  # of what a fault costs
+            warnings.simplefilter("ignore")
+            learn.train(2, callbacks=callbacks)
     except BaseException as error:
         if error is planted.error: return ""
         if isinstance(error, KeyboardInterrupt): raise  # by a person

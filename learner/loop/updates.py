@@ -6,6 +6,7 @@
 __all__ = ['trained_parameters', 'gradients_of', 'check_updates', 'guarded_updates', 'drop_gradients', 'set_mode', 'in_mode']
 
 # %% ../../nbs/loop/updates.ipynb #1e96f12d
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -110,16 +111,15 @@ def drop_gradients(learn: Any, error: BaseException) -> None:
         learn: A learner within a batch of training.
         error: What cuts it short.
 
-    Raises:
-        CallbackError: If a cancelled batch has added its gradients to those of others.
+    Those of a cancelled batch that are added to others already cannot be told apart, so all go, with a warning.
     """
     gathered, number = learn.gathered, learn.batch_num
     several = bool(gathered) and gathered[0] < number and all(map(learn.has_opened, _FIXES))
     if several and isinstance(error, CancelBatchException):
         if gathered[-1] < number: return
-        raise CallbackError("CancelBatchException came after the backward pass of a batch whose gradients "
-                            "are added to those of batches before it, and cannot be told apart any more; "
-                            "cancel a batch in after_loss or before") from error
+        warnings.warn("a batch was cancelled after its backward pass, so the gradients of the batches before it, "
+                      "to which its own are added, are dropped too; cancel it in after_loss or before to keep "
+                      "those", stacklevel=2)
     learn.gathered = ()
     learn.optimiser.zero_grad()
 

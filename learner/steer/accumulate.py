@@ -301,6 +301,9 @@ class _Counted(_Grouped):
 class _Closing(_Counted):
     "Takes the step of a group that is still open when the pass ends."
 
+    def cancelled_batch(self, learn: Learner) -> None:
+        if not learn.gathered: self._group = _Group()  # the loop has dropped its gradients
+
     def after_training(self, learn: Learner) -> None:
         if not self._group.batches: return
         self._closing = True

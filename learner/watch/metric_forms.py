@@ -153,8 +153,8 @@ def _check_update(name: str, metric: Any) -> None:
     "Raise TypeError for a metric of values and their weights, for which it would take the labels."
     try: parameters = [*inspect.signature(metric.update).parameters]
     except (TypeError, ValueError): return  # it has no signature to read
-    if parameters[1:2] in (["weight"], ["weights"]):
-        raise TypeError(f"metric {name}: {type(metric).__name__}.update takes values and weights; give "
+    if parameters[1:2] == ["weight"]:
+        raise TypeError(f"metric {name}: {type(metric).__name__}.update takes values and their weight; give "
                         "a function of predictions and labels, whose mean is taken")
 
 # %% ../../nbs/watch/metric_forms.ipynb #70803d42
