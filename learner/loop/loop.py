@@ -104,7 +104,7 @@ class Training(Evaluation):
 
     def backward(self) -> None:
         "Compute the gradients."
-        self.gathered = *self.gathered[:1], self.batch_num
+        self.gathered = (self.gathered or (self.batch_num,))[0], self.batch_num
         try: self.loss.backward()
         except RuntimeError as error:
             if self.loss.ndim: raise LossError(not_scalar(self.loss)) from error

@@ -122,6 +122,8 @@ def drop_gradients(learn: Any, error: BaseException) -> None:
                       "those", stacklevel=2)
     learn.gathered = ()
     learn.optimiser.zero_grad()
+    for callback in learn.callbacks:
+        if getattr(callback, "keeps_gradients", False): callback.gradients_dropped()
 
 # %% ../../nbs/loop/updates.ipynb #d9b6d5b2
 def set_mode(optimiser: Any, training: bool) -> None:

@@ -301,8 +301,9 @@ class _Counted(_Grouped):
 class _Closing(_Counted):
     "Takes the step of a group that is still open when the pass ends."
 
-    def cancelled_batch(self, learn: Learner) -> None:
-        if not learn.gathered: self._group = _Group()  # the loop has dropped its gradients
+    def gradients_dropped(self) -> None:
+        "The loop has dropped the gradients of a batch that was cut short, and those they were added to."
+        self._group = _Group()
 
     def after_training(self, learn: Learner) -> None:
         if not self._group.batches: return
