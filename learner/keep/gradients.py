@@ -194,6 +194,7 @@ class _Together(MeanGradients):
         if gradients and agreement.total not in (size, 0.0) and not adds_up(learn):
             torch._foreach_mul_(gradients, size / agreement.total)
         _add(self.parameters, self.left)
+        self.left = []  # or their memory would be held until the next backward pass
 
 # %% ../../nbs/keep/gradients.ipynb #abb540f1
 class DDPGradients(_Together):
