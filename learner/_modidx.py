@@ -1748,6 +1748,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'learner.loop.hidden._inside': ('loop/hidden.html#_inside', 'learner/loop/hidden.py'),
                                      'learner.loop.hidden._loaders': ('loop/hidden.html#_loaders', 'learner/loop/hidden.py'),
                                      'learner.loop.hidden._mark': ('loop/hidden.html#_mark', 'learner/loop/hidden.py'),
+                                     'learner.loop.hidden._may_count': ('loop/hidden.html#_may_count', 'learner/loop/hidden.py'),
                                      'learner.loop.hidden._of_callbacks': ('loop/hidden.html#_of_callbacks', 'learner/loop/hidden.py'),
                                      'learner.loop.hidden._of_learner': ('loop/hidden.html#_of_learner', 'learner/loop/hidden.py'),
                                      'learner.loop.hidden._of_loader': ('loop/hidden.html#_of_loader', 'learner/loop/hidden.py'),

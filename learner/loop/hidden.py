@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils.data import IterableDataset
 
 from ..base.parts import cannot_restore, places_in
 from .attached import attached_modules, by_class
@@ -187,11 +188,14 @@ def _of_loader(learn: Any) -> Iterator[tuple[str, str, Any]]:
 
 def _parts_of_loader(learn: Any) -> dict[str, Any]:
     "What may count passes over the training data: neither of torch, nor ours, nor with a way of its own."
-    parts = {f"dataloaders[\"train\"]{where}": part
-             for where, part in places_in(learn.dataloaders.get("train")) if hasattr(part, "__dict__")}
-    return {where: part for where, part in parts.items()
-            if not type(part).__module__.startswith((_PACKAGE, "torch.")) and not isinstance(part, torch.Generator)
-            and not any(hasattr(part, name) for name in ("__getitem__", "state_dict", "set_epoch"))}
+    return {f"dataloaders[\"train\"]{where}": part
+            for where, part in places_in(learn.dataloaders.get("train")) if _may_count(part)}
+
+def _may_count(part: Any) -> bool:
+    if not hasattr(part, "__dict__") or isinstance(part, torch.Generator): return False
+    if type(part).__module__.startswith((_PACKAGE, "torch.")): return False
+    by_index = hasattr(part, "__getitem__") and not isinstance(part, IterableDataset)  # which has one that fails
+    return not by_index and not any(hasattr(part, name) for name in ("state_dict", "set_epoch"))
 
 # %% ../../nbs/loop/hidden.ipynb #8377a7a8
 class Note:

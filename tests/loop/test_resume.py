@@ -495,7 +495,7 @@ def linear(*callbacks, loader=None):
     torch.manual_seed(3)
     model, x, y = nn.Linear(4, 2), torch.randn(48, 4), torch.randint(2, (48,))
     return Learner(model, functools.partial(torch.optim.SGD, momentum=0.9), F.cross_entropy,
-                   {"train": loader or TensorLoader((x, y), 8, shuffle=True)}, [*callbacks], device="cpu")
+                   {"train": TensorLoader((x, y), 8, shuffle=True) if loader is None else loader}, [*callbacks], device="cpu")
 
 
 @pytest.mark.parametrize("way", ["in the process", "from a state", "from a file", "loaded"])
@@ -576,6 +576,19 @@ def test_a_loader_that_counts_its_passes_is_named(here, tmp_path):
     with pytest.warns(UserWarning, match=told): learn.save(tmp_path / "c")
     learn = linear(loader=CountsPasses())
     with pytest.warns(UserWarning, match=told): learn.train(3, resume=tmp_path / "c")
+
+
+def test_a_stream_that_counts_its_passes_is_named_and_one_that_does_not_is_not(tmp_path):
+    class Counts(CountsPasses, IterableDataset): pass
+
+    class Draws(IterableDataset):
+        rows = 2
+        def __iter__(self): return iter([(torch.randn(4), 0) for _ in range(48)])
+
+    for stream, told in ((Counts(), "dataset changes its attribute passes in training"), (Draws(), "")):
+        learn = linear(loader=DataLoader(stream, None if told else 8))
+        with pytest.raises(KeyboardInterrupt): learn.train(3, 0.01, callbacks=StopsAt(8))
+        with pytest.warns(UserWarning, match=told) if told else contextlib.nullcontext(): learn.save(tmp_path / "c")
 
 
 def test_a_loader_that_cannot_be_restored_is_named_where_a_finished_training_is_made_longer():
