@@ -155,7 +155,7 @@ def check_dataloaders(dataloaders: Any) -> None:
             raise ValueError(f"dataloaders: {phase!r} is not one of {list(PHASES)}"
                              f"{did_you_mean(meant, PHASES)}")
         if isinstance(given, Mapping): _check_names(phase, given)
-        if isinstance(given, list | tuple) and given and all(map(_is_loader, given[:_MOST_ITEMS])):
+        if type(given) in (list, tuple) and given and all(map(_is_loader, given)):
             fix = "learner.loop.together.Together makes one of several"
             if phase != "train": fix = "give each a name: {\"clean\": loader, \"noisy\": loader}"
             raise TypeError(f"{_where(phase, '')} is {kind_of(given)} of loaders; {fix}")
