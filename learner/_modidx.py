@@ -1900,6 +1900,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'learner/loop/optimiser_state.py'),
                                               'learner.loop.optimiser_state._check_alike': ( 'loop/optimiser_state.html#_check_alike',
                                                                                              'learner/loop/optimiser_state.py'),
+                                              'learner.loop.optimiser_state._check_group': ( 'loop/optimiser_state.html#_check_group',
+                                                                                             'learner/loop/optimiser_state.py'),
                                               'learner.loop.optimiser_state._check_moments': ( 'loop/optimiser_state.html#_check_moments',
                                                                                                'learner/loop/optimiser_state.py'),
                                               'learner.loop.optimiser_state._form': ( 'loop/optimiser_state.html#_form',

@@ -109,6 +109,7 @@ def check_whole(name: str, value: Any, least: int = 1) -> int:
     number = as_number(value)
     if type(number) is not int or number < least:
         raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+    if number >= 2**64: raise ValueError(f"{name} is a number of {number.bit_length()} bits; it must be below 2**64")
     return number
 
 def check_number(name: str, value: Any, least: float = 0.0) -> float:

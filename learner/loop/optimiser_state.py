@@ -8,6 +8,7 @@ __all__ = ['groups_of', 'hyperparameters', 'set_groups', 'check_optimiser_state'
 # %% ../../nbs/loop/optimiser_state.ipynb #c40455e8
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from inspect import signature
 from typing import Any
 
 import torch
@@ -59,15 +60,31 @@ def check_optimiser_state(optimiser: Any, state: Any) -> None:
     if sizes != found:
         raise ValueError(f"the state is of an optimiser with {found} parameters in its groups, "
                           f"and this one has {sizes}")
-    for own, group in zip(optimiser.param_groups, groups, strict=True):
-        for name in own.keys() & group.keys() - {"params"}:
-            if not _same_kind(own[name], group[name]):
-                raise ValueError(f"{name} in the state of the optimiser is {group[name]!r:.40}, "
-                                  f"and in the optimiser {own[name]!r:.40}")
+    numbers = [number for group in groups for number in group["params"]]
+    if len({*map(repr, numbers)}) < len(numbers) or not {*map(type, numbers)} <= {int}:
+        raise ValueError("the state of the optimiser does not number its parameters")
+    for own, group in zip(optimiser.param_groups, groups, strict=True): _check_group(type(optimiser), own, group)
     kind = type(optimiser)
     other_shapes = ("LBFGS", "Adafactor")  # of torch's optimisers these have tensors of other shapes
     if kind.__module__.startswith("torch.optim") and kind.__name__ not in other_shapes:
         _check_moments(optimiser, values)
+
+# %% ../../nbs/loop/optimiser_state.ipynb #79b1106f
+_HOW = ("foreach", "fused")  # a step is computed, not which
+
+def _check_group(kind: type, own: Mapping[str, Any], group: Mapping[str, Any]) -> None:
+    "Raise ValueError unless the hyperparameters of a group in a state can take the place of an optimiser's own."
+    for name in own.keys() & group.keys() - {"params"}:
+        flag = isinstance(own[name], bool) and name not in _HOW
+        if not _same_kind(own[name], group[name]) or (flag and group[name] is not own[name]):
+            raise ValueError(f"{name} in the state of the optimiser is {group[name]!r:.40}, "
+                             f"and in the optimiser {own[name]!r:.40}")
+    if not kind.__module__.startswith("torch.optim"): return
+    taken = signature(kind).parameters
+    values = {name: value for name, value in group.items() if name in taken and name not in ("params", *_HOW)}
+    try: kind([torch.nn.Parameter(torch.zeros(1))], **values)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise ValueError(f"the state of the optimiser does not fit: {error}") from None
 
 # %% ../../nbs/loop/optimiser_state.ipynb #df527d24
 def _same_kind(own: Any, found: Any) -> bool:

@@ -251,7 +251,9 @@ def check_loop_state(loop: Any) -> None:
         for mean in means.values(): _check_mean(mean)
         for steps in (*loop["steps"].values(), *loop["row_steps"].values()): steps.double()
         _check_random(rng)
-        if began or (place[1] == "train" and place[2]): _check_began(loop["began"])
+        if began or (place[1] == "train" and place[2]):
+            _check_began(loop["began"])
+            loop["loader"]
         if loop.get("stream"): _check_stream(loop["stream"])
     except Exception as error:
         raise ResumeError(f"the means, steps or random numbers in the state are damaged: {error!r:.100}") from error
