@@ -1752,6 +1752,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'learner.loop.hidden._of_callbacks': ('loop/hidden.html#_of_callbacks', 'learner/loop/hidden.py'),
                                      'learner.loop.hidden._of_learner': ('loop/hidden.html#_of_learner', 'learner/loop/hidden.py'),
                                      'learner.loop.hidden._of_loader': ('loop/hidden.html#_of_loader', 'learner/loop/hidden.py'),
+                                     'learner.loop.hidden._of_loss': ('loop/hidden.html#_of_loss', 'learner/loop/hidden.py'),
                                      'learner.loop.hidden._of_modules': ('loop/hidden.html#_of_modules', 'learner/loop/hidden.py'),
                                      'learner.loop.hidden._ours': ('loop/hidden.html#_ours', 'learner/loop/hidden.py'),
                                      'learner.loop.hidden._own_flags': ('loop/hidden.html#_own_flags', 'learner/loop/hidden.py'),

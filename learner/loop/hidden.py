@@ -134,6 +134,13 @@ def _of_learner(learn: Any) -> Iterator[tuple[str, str, Any]]:
     for name, value in vars(learn).items():
         if name not in known and name not in _TIMES: yield type(learn).__name__, name, value
 
+def _of_loss(learn: Any) -> Iterator[tuple[str, str, Any]]:
+    "The attributes of a loss that is an object; those of one that is a module are a module's."
+    owner = getattr(learn.loss_func, "__self__", learn.loss_func)  # a method's is its object's
+    known = isinstance(owner, (*_OPAQUE, nn.Module))
+    if known or _ours(owner) or any(owner is each for each in learn.callbacks): return
+    yield from (("loss_func", name, value) for name, value in getattr(owner, "__dict__", {}).items())
+
 # %% ../../nbs/loop/hidden.ipynb #41ddfdef
 _SENTENCES = {
     "callback": "{} changes its attribute {} in training and has no state_dict, so a training that is resumed "
@@ -144,6 +151,8 @@ _SENTENCES = {
               "set_extra_state()",
     "learner": "{} changes its attribute {} in training, which no state holds, so a training that is resumed "
                "would go on with another value; keep it in a callback with state_dict() and load_state_dict()",
+    "loss": "{} changes its attribute {} in training, which no state holds, so a training that is resumed "
+            "would go on with another value; make the loss a module, and the attribute a buffer of it",
     "loader": "{} changes its attribute {} in training, which no state holds, so a training that is resumed "
               "could read its batches in another order; give it set_epoch(epoch), or state_dict() and "
               "load_state_dict()",
@@ -155,7 +164,8 @@ Key = tuple[str, str, str]  # the kind of a holder, where it is, and the name of
 
 def sentences(learn: Any, keys: Iterable[Sequence[str]]) -> list[str]:
     "What to tell of attributes that have changed, as far as there are such."
-    holders = {**holders_of(learn), **_parts_of_loader(learn), type(learn).__name__: learn}
+    holders = {**holders_of(learn), **_parts_of_loader(learn), type(learn).__name__: learn,
+               "loss_func": getattr(learn.loss_func, "__self__", learn.loss_func)}
     return [_SENTENCES[kind].format(where, name) for kind, where, name in keys
             if kind in _SENTENCES and hasattr(holders.get(where), name)]
 
@@ -172,7 +182,7 @@ def _attributes(learn: Any) -> dict[Key, Any]:
     parts = (learn, learn.optimiser, learn.dataloaders, learn.history, learn.cursor, learn.loss_func)
     known = {*map(id, (*parts, *learn.callbacks, *modules_of(learn).values(), *_loaders(learn)))}
     kinds = {"module": _of_modules(learn), "callback": _of_callbacks(learn), "learner": _of_learner(learn),
-             "loader": _of_loader(learn)}
+             "loss": _of_loss(learn), "loader": _of_loader(learn)}
     return {(kind, where, name): marks_of(value, known)
             for kind, found in kinds.items() for where, name, value in found}
 
