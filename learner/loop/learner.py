@@ -41,7 +41,7 @@ from .hidden import sentences, unready_loaders
 from .lengths import lengths, set_passes, set_steps
 from .loop import Loop
 from .passes import passes_of
-from .resume import Cursor, begin, state_to_resume
+from .resume import Cursor, begin, end_call, state_to_resume
 from .stages import Callback
 from .state import Place, check_state, loaders_of, modules_beside, order_state, put, state_of, whole_state
 from .undo import all_or_nothing, own_copy
@@ -243,7 +243,7 @@ class Guarded(Beside):
         self._failed = True
         with self.cursor.signals, once_by_workers():
             try: yield
-            finally: self.cursor.call_over(self)
+            finally: end_call(self.cursor, self)
         self._failed = False
 
 # %% ../../nbs/loop/learner.ipynb #ed04cced

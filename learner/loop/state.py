@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from ..base.hashing import hash_state
 from ..base.history import Mean, pack_rows, unpack_rows
 from ..base.made import kept_argument, lost_parts, recipe_of
-from ..base.parts import generators_of, is_optimiser, make_optimiser, samplers_of
+from ..base.parts import generators_of, is_optimiser, length_of, make_optimiser, samplers_of
 from ..base.provenance import kept_rng, rng_state, set_rng_state
 from ..base.tree import to_device
 from ..base.words import PHASES, PrintableError, did_you_mean, kind_of
@@ -311,6 +311,12 @@ def lost(learn: Any, state: Mapping[str, Any]) -> list[str]:
     return lost_parts(state["made"], recipes(learn)) if state.get("made") else []
 
 # %% ../../nbs/loop/state.ipynb #7f294a71
+def _plan_state(cursor: Any, loader: Any) -> dict[str, Any]:
+    "How long the training and its loader are, and how far it has got in batches."
+    return {"steps": cursor.steps, "validation_steps": cursor.validation_steps,
+            "done": cursor.done, "stretch": cursor.stretch, "next_pass": cursor.stream.next_pass,
+            "length": length_of(loader), "validates": cursor.validates, "tests": cursor.tests}
+
 def gather(learn: Any) -> dict[str, Any]:
     "The state of callbacks and loop: everything that the model and the optimiser do not hold."
     cursor, history = learn.cursor, learn.history
@@ -330,8 +336,8 @@ def gather(learn: Any) -> dict[str, Any]:
         "rng": again["rng"] if again else rng_state(), "orders": orders,
         "optimiser": type(learn.optimiser).__name__, "began": dict(began) if within else None,
         "loader": loader.state_dict() if within and has_state(loader) else None,
-        "plan": cursor.plan_state(loader),
-        "stream": cursor.stream_state(loader),
+        "plan": _plan_state(cursor, loader),
+        "stream": cursor.stream.state(loader),
         "gradients": gradients_left(learn) if learn.is_running and cursor.under_way else None,
         "flags": changed_flags(learn, cursor.flags),
         "hidden": again.get("hidden") or hidden_state(learn, cursor.note), "unkept": cursor.unkept(learn),
@@ -412,7 +418,7 @@ def _put_loop(learn: Any, loop: Mapping[str, Any]) -> None:
     history.rows, history.keep_steps = unpack_rows(loop["rows"]), loop["keep_steps"]
     history.steps = {name: values.tolist() for name, values in loop["steps"].items()}
     cursor.place, cursor.first_row = Place(*loop["place"]), loop["first_row"]
-    cursor.next_pass = (loop.get("plan") or {}).get("next_pass", 0)
+    cursor.stream.next_pass = (loop.get("plan") or {}).get("next_pass", 0)
     if cursor.place.phase: learn.results = dict(loop["results"])
     learn._steps = {name: values.tolist() for name, values in loop["row_steps"].items()}
 

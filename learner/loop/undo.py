@@ -94,7 +94,8 @@ class Undo:
     "What a learner had before a state was put in, until the first batch can come."
 
     def __init__(self, learn: Any):
-        self.actions: list[Callable[[], Any]] = [_attributes_of(learn.cursor)]
+        self.actions: list[Callable[[], Any]] = [
+            _attributes_of(learn.cursor), _attributes_of(learn.cursor.stream)]
         self.noted = False
 
     def note(self, learn: Any, state: Mapping[str, Any]) -> None:
