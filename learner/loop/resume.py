@@ -25,7 +25,7 @@ from ..base.store import read_checkpoint
 from ..base.tree import copy_tree, to_device
 from ..base.words import PHASES, check_whole, split_column
 from .hidden import Note, flags_of, hidden_state, put_flags, sentences, unready_loaders
-from .loop import Plan
+from .loop import Plan, prepare_optimiser
 from .passes import Pass, Stream, passes_of
 from .signals import Signals
 from .stages import Callback, CancelException, CancelTrainException
@@ -217,7 +217,7 @@ class TrainingStream:
         own = loader.state_dict() if has_state(loader) else None
         return {"passes": self.stream.passes, "given": self.stream.given, "began": self.stream.began, "loader": own}
 
-# %% ../../nbs/loop/resume.ipynb #4826792d
+# %% ../../nbs/loop/resume.ipynb #584899fc
 def _go_on(stream: Stream, stood: Mapping[str, Any]) -> None:
     "Put a stream where it stood in the middle of a pass."
     loader, rng, order = stream.loader, rng_state(), order_state(stream.loader)
@@ -332,7 +332,7 @@ class Cursor(Remaining):
     def end_epoch(self, learn: Any) -> None:
         self.place, self.done, self.stretch = Place(learn.epoch + 1), self.done + self.stretch, 0
 
-# %% ../../nbs/loop/resume.ipynb #aab62cb6
+# %% ../../nbs/loop/resume.ipynb #8d652ea6
 def until_first_batch(cursor: Cursor, batches: Iterator[Any]) -> Iterator[Any]:
     "Batches; when the first has come, nothing can refuse a state any more."
     first = [*islice(batches, 1)]
@@ -367,7 +367,7 @@ def begin(cursor: Cursor, learn: Any, state: Any, learning_rate: float | None) -
         cursor.undo.note(learn, state)
         put(learn, state)
         warn_of_losses(cursor, learn, state)
-    learn._ready(None if state and is_optimiser(learn.optimiser) else learning_rate)
+    prepare_optimiser(learn, None if state and is_optimiser(learn.optimiser) else learning_rate)
     if not state: cursor.place, cursor.first_row = Place(), len(learn.history)
     if not cursor.place.phase: learn.results = {}
     if cursor.place.phase == "test" and cursor.place.epoch < cursor.num_epochs:  # more is asked for

@@ -25,12 +25,13 @@ from ..base.parts import generators_of, is_optimiser, length_of, make_optimiser,
 from ..base.provenance import kept_rng, rng_state, set_rng_state
 from ..base.tree import to_device
 from ..base.words import PHASES, PrintableError, did_you_mean, kind_of
-from .attached import attached_modules, by_class
+from .attached import attached_modules, by_class, modules_to_train
 from .hidden import changed_flags, check_hidden, flags_of, hidden_state, put_hidden
-from .optimiser_state import check_gradients, check_optimiser_state, groups_of, set_groups
+from .optimiser_state import check_gradients, check_optimiser_state, form_of, groups_of, set_groups
 from .passes import passes_of
 from .resolution import only_watches
 from .stages import Callback
+from .updates import trained_parameters
 
 # %% ../../nbs/loop/state.ipynb #d6929a95
 class ResumeError(PrintableError):
@@ -134,11 +135,8 @@ def check_model_state(model: nn.Module, state: Any, kind: str = "model") -> None
         if not isinstance(found, Tensor):
             raise ResumeError(f"{name} is {kind_of(found)} in the state, not a tensor; {other}")
         if (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
-            raise ResumeError(f"{name} is {_form(found)} in the state, and {_form(tensor)} in the "
+            raise ResumeError(f"{name} is {form_of(found)} in the state, and {form_of(tensor)} in the "
                               f"{kind}; {other}")
-
-def _form(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 # %% ../../nbs/loop/state.ipynb #f1b8a9d1
 def check_state(state: Any) -> None:
@@ -286,7 +284,7 @@ def packed(steps: Mapping[str, list[float]]) -> dict[str, Tensor]:
 def gradients_left(learn: Any) -> list[Any] | None:
     "The gradients that a step which was left out has kept for the next batch; None if there are none."
     if any(getattr(callback, "keeps_gradients", False) for callback in learn.callbacks): return None
-    found = [p.grad for group in groups_of(learn.optimiser) for p in group["params"]]
+    found = [parameter.grad for parameter in trained_parameters(learn.optimiser)]
     if all(gradient is None for gradient in found): return None
     return [None if gradient is None else gradient.detach().clone() for gradient in found]
 
@@ -436,7 +434,7 @@ def fitting_optimiser(learn: Any, state: Mapping[str, Any]) -> Any:
         groups = saved.get("param_groups")
         first = groups[0] if isinstance(groups, list) and groups else None
         rate = first.get("lr") if isinstance(first, Mapping) else None
-        optimiser = make_optimiser(optimiser, learn.trained(), rate)
+        optimiser = make_optimiser(optimiser, modules_to_train(learn), rate)
     kind, own = state["loop"]["optimiser"], type(optimiser).__name__
     if kind != own: raise ResumeError(f"the state is of {kind}, and the optimiser is {own}; use {kind}")
     try:
@@ -450,8 +448,7 @@ def put_gradients(learn: Any, gradients: Any) -> None:
     "Put the gradients back that a step which was left out has kept."
     if gradients is None: return
     learn.gathered = (-1,)  # of batches before
-    parameters = [p for group in groups_of(learn.optimiser) for p in group["params"]]
-    for parameter, gradient in zip(parameters, gradients, strict=True):
+    for parameter, gradient in zip(trained_parameters(learn.optimiser), gradients, strict=True):
         parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
 
 # %% ../../nbs/loop/state.ipynb #9db0aee5

@@ -23,6 +23,7 @@ from .hidden import generators_in, modules_of
 from .optimiser_state import groups_of, hyperparameters
 from .state import has_state, loaders_of, modules_beside, order_state
 from .state import set_order_state, with_state
+from .updates import trained_parameters
 
 # %% ../../nbs/loop/undo.ipynb #f44f6a51
 def _weights_of(module: nn.Module) -> Callable[[], None]:
@@ -53,13 +54,13 @@ def _attributes_of(owner: Any, *names: str) -> Callable[[], None]:
 def _optimiser_of(learn: Any) -> Callable[[], None]:
     "What puts the optimiser, or its factory, back."
     optimiser = learn.optimiser
-    state = optimiser.state_dict() if is_optimiser(optimiser) else None
-    groups = hyperparameters(optimiser)
-    gradients = [(p, p.grad) for group in groups_of(optimiser) for p in group["params"]]
+    if not is_optimiser(optimiser): return partial(setattr, learn, "optimiser", optimiser)
+    state, groups = optimiser.state_dict(), hyperparameters(optimiser)
+    gradients = [(parameter, parameter.grad) for parameter in trained_parameters(optimiser)]
 
     def put_back() -> None:
         learn.optimiser = optimiser
-        if state is not None: optimiser.load_state_dict(state)
+        optimiser.load_state_dict(state)
         for group, values in zip(groups_of(optimiser), groups, strict=False): group.update(values)
         for parameter, gradient in gradients: parameter.grad = gradient
     return put_back
