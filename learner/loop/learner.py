@@ -40,10 +40,10 @@ from .frames import users_frames
 from .hidden import sentences, unready_loaders
 from .lengths import lengths, set_passes, set_steps
 from .loop import Loop
-from .passes import passes_of
+from .passes import all_loaders, passes_of
 from .resume import Cursor, begin, end_call, state_to_resume
 from .stages import Callback
-from .state import Place, check_state, loaders_of, modules_beside, order_state, put, state_of, whole_state
+from .state import Place, check_state, modules_beside, order_state, put, state_of, whole_state
 from .undo import all_or_nothing, own_copy
 
 # %% ../../nbs/loop/learner.ipynb #7a758e18
@@ -94,7 +94,7 @@ class Guarded(Loop):
     def _guard(self) -> Iterator[None]:
         "What a call needs around it: signals wait for the end of a batch; what a failed call left is let go."
         if self._failed: self.release()
-        for loader in loaders_of(self).values(): renew_workers(loader, self._failed)
+        for loader in all_loaders(self.dataloaders).values(): renew_workers(loader, self._failed)
         self._failed = True
         with self.cursor.signals, once_by_workers():
             try: yield
@@ -354,7 +354,7 @@ class Trials(Beside):
         watchers, cursor = self.watchers(), Cursor()
         shared: dict[int, Any] = {id(part): part for part in (self.dataloaders, *watchers)}
         shared |= {id(self.history): History(), id(self.cursor): cursor}
-        with kept_rng(), kept_order(loaders_of(self).values()):
+        with kept_rng(), kept_order(all_loaders(self.dataloaders).values()):
             trial = copied(self, shared | computed_tensors(self))
             trial.remove_watchers()
             trial.is_trial = True
@@ -395,7 +395,7 @@ class Shown(Trials):
 for word, ours in FOREIGN_NAMES.items(): setattr(Shown, word, ForeignName(word, ours))
 for verb, place in LATE_METHODS.items(): setattr(Shown, verb, LateMethod(place))
 
-# %% ../../nbs/loop/learner.ipynb #2a5aa3b5
+# %% ../../nbs/loop/learner.ipynb #650691e9
 def summary_of(learn: Loop) -> dict[str, str]:
     "What a learner consists of, in a few words each."
     def name(part: Any) -> str: return getattr(part, "__name__", type(part).__name__)

@@ -26,12 +26,12 @@ from ..base.tree import copy_tree, to_device
 from ..base.words import PHASES, check_whole, split_column
 from .hidden import Note, flags_of, hidden_state, put_flags, sentences, unready_loaders
 from .loop import Plan, prepare_optimiser
-from .passes import Pass, Stream, passes_of
+from .passes import Pass, Stream, all_loaders, passes_of
 from .signals import Signals
 from .stages import Callback, CancelException, CancelTrainException
 from .optimiser_state import hyperparameters
 from .state import Place, ResumeError, batches_from, check_state, gather
-from .state import has_state, loaders_of, lost, order_state, put, put_gradients, recipes
+from .state import has_state, lost, order_state, put, put_gradients, recipes
 from .state import set_order_state, whole_state, with_state
 from .undo import own_copy
 
@@ -76,7 +76,7 @@ class Position(Plan):
 # %% ../../nbs/loop/resume.ipynb #4446f918
 def set_random(learn: Any, loop: Mapping[str, Any]) -> None:
     "Put random numbers and the orders of the loaders as they were."
-    loaders = loaders_of(learn)
+    loaders = all_loaders(learn.dataloaders)
     for name, order in loop["orders"].items():
         if name in loaders: set_order_state(loaders[name], order)
     set_rng_state(to_device(loop["rng"], torch.device("cpu")))
@@ -217,7 +217,7 @@ class TrainingStream:
         own = loader.state_dict() if has_state(loader) else None
         return {"passes": self.stream.passes, "given": self.stream.given, "began": self.stream.began, "loader": own}
 
-# %% ../../nbs/loop/resume.ipynb #584899fc
+# %% ../../nbs/loop/resume.ipynb #578f9c26
 def _go_on(stream: Stream, stood: Mapping[str, Any]) -> None:
     "Put a stream where it stood in the middle of a pass."
     loader, rng, order = stream.loader, rng_state(), order_state(stream.loader)
@@ -332,7 +332,7 @@ class Cursor(Remaining):
     def end_epoch(self, learn: Any) -> None:
         self.place, self.done, self.stretch = Place(learn.epoch + 1), self.done + self.stretch, 0
 
-# %% ../../nbs/loop/resume.ipynb #8d652ea6
+# %% ../../nbs/loop/resume.ipynb #9d1c6ce7
 def until_first_batch(cursor: Cursor, batches: Iterator[Any]) -> Iterator[Any]:
     "Batches; when the first has come, nothing can refuse a state any more."
     first = [*islice(batches, 1)]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ResumeError', 'Place', 'order_state', 'set_order_state', 'batches_from', 'state_of', 'plain_name',
            'check_model_state', 'check_state', 'check_orders', 'check_loop_state', 'has_state', 'with_state',
-           'modules_beside', 'loaders_of', 'packed', 'gradients_left', 'lost', 'gather', 'whole_state', 'put',
-           'fitting_optimiser', 'put_gradients', 'trained_only', 'with_base']
+           'modules_beside', 'packed', 'gradients_left', 'lost', 'gather', 'whole_state', 'put', 'fitting_optimiser',
+           'put_gradients', 'trained_only', 'with_base']
 
 # %% ../../nbs/loop/state.ipynb #a5a8bd58
 import warnings
@@ -28,7 +28,7 @@ from ..base.words import PHASES, PrintableError, did_you_mean, kind_of
 from .attached import attached_modules, by_class, modules_to_train
 from .hidden import changed_flags, check_hidden, flags_of, hidden_state, put_hidden
 from .optimiser_state import check_gradients, check_optimiser_state, form_of, groups_of, set_groups
-from .passes import passes_of
+from .passes import all_loaders
 from .resolution import only_watches
 from .stages import Callback
 from .updates import trained_parameters
@@ -170,7 +170,7 @@ def _check_stream(stream: Mapping[str, Any]) -> None:
 # %% ../../nbs/loop/state.ipynb #55129e28
 def check_orders(learn: Any, loop: Mapping[str, Any]) -> None:
     "Raise ResumeError unless the loaders take the orders in a state; they stay as they are."
-    loaders, orders = loaders_of(learn), [*loop["orders"].items()]
+    loaders, orders = all_loaders(learn.dataloaders), [*loop["orders"].items()]
     for began in (loop.get("began"), (loop.get("stream") or {}).get("began")):
         if began and began["order"] != {}: orders.append(("train", began["order"]))
     if loop["place"][1] == "train" and loop["place"][2] and "train" not in loop["orders"]:
@@ -272,11 +272,6 @@ def modules_beside(learn: Any) -> dict[str, nn.Module]:
     return {name: module for name, module in found.items()
             if name.partition(".")[0] not in keep and module.state_dict()}
 
-def loaders_of(learn: Any) -> dict[str, Any]:
-    "Every loader by the prefix of its columns, such as \"train\" or \"validation_clean\"."
-    return {each.prefix: loader for phase in learn.dataloaders
-            for each, loader in passes_of(learn.dataloaders, phase).items()}
-
 def packed(steps: Mapping[str, list[float]]) -> dict[str, Tensor]:
     "Many numbers in the form that a file holds best."
     return {name: torch.tensor(values, dtype=torch.float64, device="cpu") for name, values in steps.items()}
@@ -320,7 +315,7 @@ def gather(learn: Any) -> dict[str, Any]:
     cursor, history = learn.cursor, learn.history
     place, began = learn.place, cursor.began
     within = place.phase == "train" and place.batch > 0
-    orders = {name: order_state(loader) for name, loader in loaders_of(learn).items()}
+    orders = {name: order_state(loader) for name, loader in all_loaders(learn.dataloaders).items()}
     again = began if place.phase in PHASES[1:] else {}  # such a pass starts over
     if again: orders |= again["orders"]
     means, loader = learn.columns.means, learn.dataloaders.get("train")

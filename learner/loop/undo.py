@@ -21,7 +21,8 @@ from ..base.provenance import rng_state, set_rng_state
 from ..base.tree import copy_tree, to_device
 from .hidden import generators_in, modules_of
 from .optimiser_state import groups_of, hyperparameters
-from .state import has_state, loaders_of, modules_beside, order_state
+from .passes import all_loaders
+from .state import has_state, modules_beside, order_state
 from .state import set_order_state, with_state
 from .updates import trained_parameters
 
@@ -70,7 +71,7 @@ def _loaders_of(learn: Any, state: Mapping[str, Any]) -> list[Callable[[], Any]]
     "What puts the orders of the loaders back, and the state of one that has its own."
     loader, loop = learn.dataloaders.get("train"), state["loop"]
     orders: list[Callable[[], Any]] = [partial(set_order_state, each, order_state(each))
-                                       for each in loaders_of(learn).values()]
+                                       for each in all_loaders(learn.dataloaders).values()]
     owns = [loop.get("loader"), (loop.get("stream") or {}).get("loader")]
     if any(own is not None for own in owns) and has_state(loader):
         with suppress(Exception):  # one that has none before it has begun
