@@ -255,6 +255,7 @@ class _Messages:
         self.interrupted = True
         self.workers.running[0].send_signal(signal.SIGINT)
 
+# %% ../../nbs/keep/launch.ipynb #35ca18f8
 def _shown(view: View | None, state: tuple[int, dict[str, float]], method: str, args: tuple[Any, ...]) -> View | None:
     "Call a method of the view of this process, which is made by the first of them."
     from learner.watch.progress import new_view

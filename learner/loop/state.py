@@ -11,6 +11,7 @@ __all__ = ['ResumeError', 'Place', 'order_state', 'set_order_state', 'batches_fr
 # %% ../../nbs/loop/state.ipynb #a5a8bd58
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -373,29 +374,29 @@ def put(learn: Any, state: Mapping[str, Any]) -> None:
     _check_loaded(learn, state["callbacks"])
 
 # %% ../../nbs/loop/state.ipynb #bb5d8e16
+@contextmanager
+def _refused_as(text: str) -> Iterator[None]:
+    "Turn what a part raises that refuses its state into a ResumeError."
+    try: yield
+    except Exception as error: raise ResumeError(f"{text}: {error}") from error
+
 def _put_callbacks(learn: Any, states: Mapping[str, Any]) -> None:
     given = to_device(states, learn.device)
     for name, callback in with_state(learn.callbacks).items():
         if name not in given: continue
-        try: callback.load_state_dict(given[name])
-        except Exception as error:
-            raise ResumeError(f"the state of {name} does not fit: {error}") from error
+        with _refused_as(f"the state of {name} does not fit"): callback.load_state_dict(given[name])
 
 def _check_loaded(learn: Any, states: Mapping[str, Any]) -> None:
     "Ask the callbacks that can tell only now whether their states fit the learner."
     for name, callback in with_state(learn.callbacks).items():
         if name not in states or not hasattr(callback, "check_loaded"): continue
-        try: callback.check_loaded(learn)
-        except Exception as error:
-            raise ResumeError(f"the state of {name} does not fit: {error}") from error
+        with _refused_as(f"the state of {name} does not fit"): callback.check_loaded(learn)
 
 def _put_optimiser(optimiser: Any, state: Any) -> None:
     several = optimiser.values() if isinstance(optimiser, Mapping) else [optimiser]
     needed = [group.keys() & getattr(each, "defaults", {}).keys()  # loading may add to the defaults
               for each in several for group in each.param_groups]
-    try: optimiser.load_state_dict(state)
-    except Exception as error:
-        raise ResumeError(f"the optimiser rejects its state: {error}") from error
+    with _refused_as("the optimiser rejects its state"): optimiser.load_state_dict(state)
     for names, group in zip(needed, groups_of(optimiser), strict=True):
         for name in sorted(names - group.keys()):
             raise ResumeError(f"the state of the optimiser has a group without {name}")
@@ -417,9 +418,8 @@ def _put_loop(learn: Any, loop: Mapping[str, Any]) -> None:
 
 # %% ../../nbs/loop/state.ipynb #479ca595
 def _put_module(name: str, module: nn.Module, state: Mapping[str, Any]) -> None:
-    try: module.load_state_dict({each: state[plain_name(each)] for each in module.state_dict()})
-    except Exception as error:  # names and shapes fit, so a module has its own way of loading
-        raise ResumeError(f"the {name} rejects its state: {error}") from error
+    with _refused_as(f"the {name} rejects its state"):  # names fit; a module may load in a way of its own
+        module.load_state_dict({each: state[plain_name(each)] for each in module.state_dict()})
 
 def fitting_optimiser(learn: Any, state: Mapping[str, Any]) -> Any:
     "The optimiser, made if there is only a factory; raises ResumeError if the state does not fit it."
