@@ -45,6 +45,7 @@ class PartMean(Mean):
         self.places = [(int(batch), weight) for batch, weight, _ in kept]
         self.kept = [value for *_, value in kept]
 
+# %% ../../nbs/keep/part_means.ipynb #1cdea7b3
 Sums = dict[str, tuple[float, float, list[tuple[int, float, float]] | None]]  # by the name of a column
 
 def added_up(parts: list[Sums]) -> dict[str, Mean]:
@@ -63,7 +64,7 @@ def added_up(parts: list[Sums]) -> dict[str, Mean]:
         mean.kept = [total / weight if weight else total for total, weight in by_batch.values()]
     return means
 
-# %% ../../nbs/keep/part_means.ipynb #61137c7a
+# %% ../../nbs/keep/part_means.ipynb #4117fdfc
 class PartColumns(Columns):
     "The columns of one part of each batch."
     means: dict[str, PartMean]  # type: ignore[assignment]
