@@ -177,7 +177,7 @@ MACHINERY = frozenset({  # what the loop and callbacks use; Tab offers what is l
     "last", "live_fixtures", "measure", "measure_every", "place", "plan", "position", "predict_new",
     "prepare", "quiet_copy", "ranks", "remove_watchers", "resolution", "running", "silenced",
     "stage", "stages", "step", "stepping", "sums", "times", "train_batch", "trained", "tree",
-    "unseen_step", "validation_batch", "watchers", "weights_version",
+    "unseen_step", "validation_batch", "update_guard", "watchers",
 })
 
 def speaks(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -305,7 +305,8 @@ class Frames(Rows):
     "What the loop has around an epoch, a pass and a batch."
     evaluating: bool = False  # a validation or test pass is under way
     stepping: bool = False  # a training pass is under way
-    unseen_step: bool = False  # weights may have changed in this batch, and no stage was opened for it so far
+    unseen_step: bool = False  # weights may have changed in this batch, which nobody has looked at so far
+    update_guard: Any = None  # in a training pass: what looks at its first step
     _modes: Modes  # of all modules, as they were before this call
 
     @contextmanager
