@@ -82,7 +82,7 @@ def _check_group(kind: type, own: Mapping[str, Any], group: Mapping[str, Any]) -
     if not kind.__module__.startswith("torch.optim"): return
     taken = signature(kind).parameters
     values = {name: value for name, value in group.items() if name in taken and name not in ("params", *_HOW)}
-    try: kind([torch.nn.Parameter(torch.zeros(1))], **values)
+    try: kind([torch.nn.Parameter(torch.zeros(1, 1))], **values)
     except (ValueError, TypeError, ArithmeticError) as error:
         raise ValueError(f"the state of the optimiser does not fit: {error}") from None
 

@@ -1,9 +1,11 @@
-"""Tensors that are trained and belong to no module: kept, put back, and named where no optimiser has them."""
+"""What is beside the model and no module holds: kept and put back, or named."""
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from learner.loop.learner import Learner
+from learner.loop.stages import CallbackError
 from learner.steer.stopping import EarlyStopping
 
 torch.manual_seed(0)
@@ -58,3 +60,51 @@ def test_a_weight_of_the_model_in_the_loss_is_the_models():
     learn = Learner(model, torch.optim.SGD, lambda p, y: ((p - y) ** 2).mean() + model.weight.square().sum(), {"train": PARTS}, device="cpu")
     learn.train(1, 0.1)
     assert learn.state_dict()["modules"] == {}
+
+
+def scheduled(make_hook):
+    "A learner with a scheduler that a hook steps."
+    torch.manual_seed(1)
+    model = nn.Linear(4, 1)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    learn = Learner(model, optimiser, nn.MSELoss(), {"train": PARTS}, device="cpu")
+    learn.on("after_epoch", make_hook(torch.optim.lr_scheduler.StepLR(optimiser, 1, 0.5)))
+    return learn
+
+
+def test_the_step_of_a_scheduler_is_not_a_hook():
+    with pytest.raises(CallbackError, match=r"StepLR.step is not a hook.* BatchSchedule\(partial\(StepLR, ...\)\)"):
+        scheduled(lambda scheduler: scheduler.step)
+
+
+def test_a_scheduler_within_a_function_is_named_when_the_state_is_saved():
+    learn = scheduled(lambda scheduler: lambda: scheduler.step())
+    learn.train(3)
+    assert learn.optimiser.param_groups[0]["lr"] == 0.0125
+    with pytest.warns(UserWarning, match="<lambda> on after_epoch changes scheduler in training, which no state holds"):
+        learn.state_dict()
+
+
+def test_an_average_in_a_function_is_named_and_what_does_not_change_is_not():
+    learn, teacher, losses = make(nn.Parameter)[0], nn.Linear(4, 1), []
+    learn.on("after_batch", lambda data, loss: losses.append(loss.item() + teacher(data).mean().item()))
+    learn.train(1)
+    learn.state_dict()  # warnings are errors
+    learn = make(nn.Parameter)[0]
+    average = torch.optim.swa_utils.AveragedModel(learn.model)
+    learn.on("after_epoch", lambda model: average.update_parameters(model))
+    learn.train(1)
+    with pytest.warns(UserWarning, match="changes average in training"): learn.state_dict()
+
+
+def test_a_batch_sampler_that_keeps_its_order_is_named():
+    class Rolling:
+        def __init__(self): self.order = list(range(18))
+        def __len__(self): return 5
+        def __iter__(self):
+            self.order = self.order[5:] + self.order[:5]
+            yield from (self.order[i:i + 4] for i in range(0, 18, 4))
+    loader = DataLoader(TensorDataset(X, Y), batch_sampler=Rolling())
+    learn = Learner(nn.Linear(4, 1), torch.optim.SGD, nn.MSELoss(), {"train": loader}, device="cpu")
+    learn.train(2, 0.1)
+    with pytest.warns(UserWarning, match=r"batch_sampler changes its attribute order in training"): learn.state_dict()
