@@ -3597,6 +3597,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'learner/steer/schedulers.py'),
                                           'learner.steer.schedulers.give_state': ( 'steer/schedulers.html#give_state',
                                                                                    'learner/steer/schedulers.py'),
+                                          'learner.steer.schedulers.metric_beside': ( 'steer/schedulers.html#metric_beside',
+                                                                                      'learner/steer/schedulers.py'),
                                           'learner.steer.schedulers.name_of': ( 'steer/schedulers.html#name_of',
                                                                                 'learner/steer/schedulers.py'),
                                           'learner.steer.schedulers.open_lengths': ( 'steer/schedulers.html#open_lengths',

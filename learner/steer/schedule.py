@@ -26,7 +26,7 @@ from ..loop.stages import Callback
 from .curves import Curve, FunctionScheduler, ScheduleError, check_finite, check_name
 from .curves import get_hyperparameter, split_name
 from .schedulers import TOTALS, Groups, ParameterGroups, check_factory, check_place
-from .schedulers import class_of, give_state, name_of, open_lengths, step_wants
+from .schedulers import class_of, give_state, metric_beside, name_of, open_lengths, step_wants
 from .schedulers import epochs_left, storable, updates_left
 from .stopping import check_monitor, monitored
 
@@ -347,21 +347,26 @@ class _OnceAnEpoch(_Plotted):
     monitor: str
     wants: str | None
     _gives = ""
+    _beside = ""  # the name of a metric that it takes beside the epoch
 
     def after_epoch(self, learn: Learner) -> None:
-        if self._gives != "metric": self._advance()
-        else:
-            value = monitored(self, self.monitor, learn)
-            if value is not None: self._advance(value)
+        asks = self._gives == "metric"
+        measured = self.monitor != "validation_loss" or self.monitor in learn.results
+        wanted = asks or (self._beside and measured)
+        value = monitored(self, self.monitor, learn) if wanted else None
+        if value is not None: self._advance(value)
+        elif not asks: self._advance()
 
     def _step(self, *values: Any) -> None:
-        if self._gives == "epoch": values = (self.done + 1,)
-        self.scheduler.step(*values)
+        if self._gives != "epoch": self.scheduler.step(*values)
+        elif values: self.scheduler.step(self.done + 1, **{self._beside: values[0]})
+        else: self.scheduler.step(self.done + 1)
 
     def _check(self, learn: Learner, scheduler: Any) -> None:
         self._gives, name = step_wants(self, scheduler.step, self.wants), type(scheduler).__name__
         if self._gives == "update" or not getattr(scheduler, "t_in_epochs", True):
             raise ScheduleError(f"{self}: {name} is stepped once an update; use BatchSchedule")
+        self._beside = metric_beside(scheduler.step) if self._gives == "epoch" else ""
         if self._gives != "metric": return
         check_monitor(self, self.monitor, learn)
         mode, meant = getattr(scheduler, "mode", None), mode_of(self.monitor)
@@ -375,7 +380,8 @@ class EpochSchedule(_OnceAnEpoch):
     """Steps a scheduler once for every epoch, after the validation.
 
     A scheduler whose step asks for a value, such as ReduceLROnPlateau, gets that of `monitor`, and
-    no step in an epoch that has none; one that asks for the epoch gets the number of epochs done.
+    no step in an epoch that has none; one that asks for the epoch gets the number of epochs done,
+    and the value beside it if it takes one.
 
     Args:
         factory: Called as `factory(optimiser)` when training starts.

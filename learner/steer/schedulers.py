@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOTALS', 'WANTS', 'Groups', 'updates_per_epoch', 'epochs_left', 'updates_left', 'open_lengths', 'step_wants',
-           'check_factory', 'storable', 'check_place', 'give_state', 'class_of', 'name_of', 'ParameterGroups']
+           'metric_beside', 'check_factory', 'storable', 'check_place', 'give_state', 'class_of', 'name_of',
+           'ParameterGroups']
 
 # %% ../../nbs/steer/schedulers.ipynb #9170afb4
 import inspect
@@ -133,6 +134,13 @@ def step_wants(owner: Any, step: Callable[..., Any], wants: str | None = None) -
     name = f"{type(getattr(step, '__self__', step)).__name__}.{getattr(step, '__name__', 'step')}"
     raise ScheduleError(f"{owner}: {name} asks for {' and '.join(needed)}, which does not tell "
                         "what it wants; pass wants=\"epoch\", wants=\"update\" or wants=\"metric\"")
+
+def metric_beside(step: Callable[..., Any]) -> str:
+    "The name of a metric that a scheduler's step takes if there is one; empty if it takes none."
+    try: parameters = [*inspect.signature(step).parameters.values()]
+    except (TypeError, ValueError): return ""  # it has no signature to read
+    optional = (p.name for p in parameters if p.default is not p.empty and p.name in WANTS["metric"])
+    return next(optional, "")
 
 # %% ../../nbs/steer/schedulers.ipynb #f1a9ebcb
 def check_factory(owner: str, factory: Any, wants: Any) -> None:
