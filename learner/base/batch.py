@@ -266,24 +266,28 @@ def misfit(model: Any, data: Any, error: TypeError) -> TypeError:
                      "one, even a list, as one argument")
 
 # %% ../../nbs/base/batch.ipynb #2bb0fc1e
-_Sizes = tuple[str, list[int]]  # where, and the sizes that it could stand for, likeliest first
+class _Sizes(NamedTuple):
+    "How many examples a part of a batch could stand for."
+    where: str
+    sizes: list[int]  # likeliest first
+    rows: list[int] = []  # of the tensors in a list, where they differ; they count if `sizes` fit nothing
 
 def _sizes_in(where: str, value: Any) -> Iterator[_Sizes]:
     "How many examples each part of a value could stand for."
     if isinstance(value, Tensor):
-        if value.ndim: yield where, [value.size(0)]
+        if value.ndim: yield _Sizes(where, [value.size(0)])
         return
     if value is None or isinstance(value, str | Number): return
     if type(value) in (tuple, list):
         yield from _sizes_in_list(where, value)
         return
     own, shape = _own_size(value), getattr(value, "shape", None)
-    if own is not None: yield where, [own]
+    if own is not None: yield _Sizes(where, [own])
     elif isinstance(shape, tuple):  # an array
-        if shape: yield where, [int(shape[0])]
+        if shape: yield _Sizes(where, [int(shape[0])])
     else:
         counted = _counted(value)
-        if counted is not None: yield where, [counted]
+        if counted is not None: yield _Sizes(where, [counted])
         else:
             for name, part in _parts_of(value).items():
                 yield from _sizes_in(f"{where}.{name}", part)
@@ -298,24 +302,31 @@ def _counted(value: Any) -> int | None:
 
 def _sizes_in_list(where: str, items: tuple[Any, ...] | list[Any]) -> Iterator[_Sizes]:
     if not items: return
-    if all(map(_is_one_example, items)): yield where, [len(items)]
+    if all(map(_is_one_example, items)): yield _Sizes(where, [len(items)])
     elif all(isinstance(item, Tensor) for item in items):
-        rows = {item.size(0) if item.ndim else None for item in items}
-        common = rows.pop() if len(rows) == 1 else None
-        yield where, [len(items)] if common is None else [common, len(items)]
+        rows = [item.size(0) for item in items if item.ndim]
+        alike = len(rows) == len(items) and len({*rows}) == 1
+        yield _Sizes(where, [rows[0], len(items)]) if alike else _Sizes(where, [len(items)], rows)
     else:
         for number, item in enumerate(items): yield from _sizes_in(f"{where}[{number}]", item)
 
 # %% ../../nbs/base/batch.ipynb #d74e1e51
 def _elect(labels: list[_Sizes], others: list[_Sizes]) -> tuple[int, list[_Sizes]]:
     "The number of examples, and the parts that contradict it or leave a doubt."
+    size, doubts = _vote(labels, others)
+    if not doubts or not any(part.rows for part in labels + others): return size, doubts
+    again = _vote(*([part._replace(sizes=part.sizes + part.rows) for part in parts]
+                    for parts in (labels, others)))
+    return (size, doubts) if again[1] else again
+
+def _vote(labels: list[_Sizes], others: list[_Sizes]) -> tuple[int, list[_Sizes]]:
     every = labels + others
-    eligible = [size for _, sizes in labels or others for size in sizes]
+    eligible = [size for part in labels or others for size in part.sizes]
     if not eligible: return 1, []
-    votes = {size: sum(size in sizes for _, sizes in every) for size in eligible}
+    votes = {size: sum(size in part.sizes for part in every) for size in eligible}
     size = max(votes, key=votes.__getitem__)  # the first of those with most votes
     if sum(vote == len(every) for vote in votes.values()) > 1: return size, every
-    return size, [part for part in every if size not in part[1]]
+    return size, [part for part in every if size not in part.sizes]
 
 _warned: set[Any] = set()
 
@@ -353,12 +364,12 @@ def _count(batch: Any, form: str, parts: _Parts) -> int:
     for where, part in named.items():
         found = [*_sizes_in(where, part)]
         arguments = part is parts.data and not labels  # nothing says that it could be examples
-        others += [(place, sizes[:1]) for place, sizes in found] if arguments else found
+        others += [_Sizes(each.where, each.sizes[:1]) for each in found] if arguments else found
     size, doubts = _elect(labels, others)
     if doubts:
         shown = [*labels, *(part for part in doubts if part not in labels)][:6]
-        listed = ", ".join(f"{where}: {' or '.join(map(str, sizes))}" for where, sizes in shown)
-        _warn_once(batch, [where for where, _ in labels + others], "the parts of the batch "
+        listed = ", ".join(f"{part.where}: {' or '.join(map(str, part.sizes))}" for part in shown)
+        _warn_once(batch, [part.where for part in labels + others], "the parts of the batch "
                    f"disagree on the number of examples ({listed}); it is counted as {size}")
     elif form == _WHOLE and not labels + others and not isinstance(batch, Tensor):
         _warn_once(batch, [], f"{kind_of(batch)} does not say how many examples it has; "
