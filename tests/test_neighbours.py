@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from learner import EMA, BatchSchedule, Learner, Metrics, Recorder, predictions
+from learner import EMA, BatchSchedule, Checkpoint, EarlyStopping, Learner, Metrics, NaNGuard, Recorder, predictions
 from learner.base.batch import BatchError
 
 torch.manual_seed(0)
@@ -140,6 +140,41 @@ def test_a_model_with_its_own_loss_predicts_without_labels(form):
 def test_a_model_that_cannot_do_without_labels_says_so():
     learn = made(OwnLoss("tuple", optional=False), None, [{"x": x, "labels": y} for x, y in PARTS])
     with pytest.raises(TypeError, match="the batch has no labels.*a default of None"): learn.predict({"x": X})
+
+
+class LossInTraining(nn.Module):
+    "Computes its loss in training alone, as the detectors of torchvision do."
+    def __init__(self):
+        super().__init__()
+        self.layer = net()
+
+    def forward(self, x, labels=None):
+        found = self.layer(x)
+        return {"loss": F.mse_loss(found, labels), "logits": found} if self.training else {"logits": found}
+
+
+@pytest.mark.filterwarnings("ignore:the model's output has no loss in evaluation")
+def test_a_model_that_computes_its_loss_in_training_only_is_trained_and_measured(tmp_path):
+    data = [{"x": x, "labels": y} for x, y in PARTS]
+    model, plain = LossInTraining(), made(net(), F.mse_loss, validation=PARTS)
+    callbacks = [Metrics(error=F.mse_loss), Recorder(), NaNGuard(), EMA(0.5), Checkpoint(tmp_path)]
+    learn = made(model, None, data, callbacks, validation=data, test=data)
+    learn.train(2)
+    plain.train(2, callbacks=[EMA(0.5)])
+    assert torch.equal(model.layer.weight, plain.model.weight)
+    assert list(learn.history[-1]) == ["epoch", "train_loss", "train_error", "validation_error", "test_error"]
+    assert learn.history[-1]["validation_error"] == pytest.approx(plain.history[-1]["validation_loss"])
+    with pytest.raises(ValueError, match='monitor is "validation_loss", which is not one of'):
+        learn.train(2, callbacks=EarlyStopping())
+
+
+def test_a_loss_that_is_missing_in_evaluation_is_told_once_and_in_training_refused():
+    data = [{"x": x, "labels": y} for x, y in PARTS]
+    with pytest.warns(UserWarning, match="has no loss in evaluation") as said: made(LossInTraining(), None, data, validation=data).train(3)
+    assert len(said) == 1
+    model = LossInTraining().eval()
+    model.train = lambda mode=True: model
+    with pytest.raises(ValueError, match="the model's output has no loss"): made(model, None, data, validation=data).train(1)
 
 
 # Optimisers

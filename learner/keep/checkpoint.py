@@ -176,6 +176,8 @@ class _Best(_Monitored):
     def look(self, owner: Callback, learn: Learner, name: str) -> None:
         "Compare the epoch that has just ended; raises MonitorError."
         if self.monitor is None or not self.measured: return
+        unmeasured = learn.loss_func is None and self.monitor not in learn.results  # which was said
+        if unmeasured and self.monitor.endswith("_loss"): return
         value = monitored(owner, self.monitor, learn)
         if value is None or math.isnan(value): return
         if self.found is not None:

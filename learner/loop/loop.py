@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..base.history import History
 from ..base.parts import accepts, check_loaders, check_parts, is_optimiser, length_of, make_optimiser
 from ..base.parts import no_loss, not_scalar, place_model, set_learning_rate
-from ..base.batch import LABELS, Total, call_model, is_sum, loss_of, misfit, unpack, warn_again
+from ..base.batch import LABELS, Total, call_model, is_sum, loss_of, misfit, unpack, warn_again, warn_once
 from ..base.words import PHASES, check_number, check_whole, kind_of
 from .attached import LossError, Modes, asked_by, attached_modules, check_asked, frames
 from .attached import warn_untrained
@@ -48,6 +48,7 @@ class Prepared(Timed):
     inputs_at: Any = None  # those of what goes to the model; None: all but the labels
     predict_new: Callable[[Any], Any]  # a learner has it, for new data
     ranks: Any = None  # the `Distributed` of a call that several processes make together
+    evaluating: bool = False  # a validation or test pass is under way
     sums: bool = False  # the loss function says that it adds up over the examples of a batch
     _asked: tuple[str, ...] = ()  # fixtures that the loss function asks for
 
@@ -81,8 +82,16 @@ class Evaluation(Prepared):
         function: Any = self.call_loss if self._asked or self.loss_func is None else self.loss_func
         self.loss = loss = function(self.predictions, self.labels)
         if isinstance(loss, Tensor) and loss.ndim == 0: return
-        if loss is None and self.loss_func is self.optimiser is None: return  # there is only measuring
+        if loss is None and self.loss_func is None and self._only_measures(): return
         raise LossError(no_loss(loss, self.loss_func))
+
+    def _only_measures(self) -> bool:
+        "Whether a batch can do without a loss: in an evaluation, where a model need not compute it."
+        if self.optimiser is None: return True
+        if self.evaluating:
+            warn_once("no loss", "the model's output has no loss in evaluation, so no mean of it is "
+                      "measured there; let the model compute it there too, or pass a loss_func")
+        return self.evaluating
 
     def call_loss(self, predictions: Any, labels: Any) -> Any:
         "The loss function's value, or the loss that the model computed itself."
@@ -303,7 +312,6 @@ class Rows(Values):
 # %% ../../nbs/loop/loop.ipynb #4d223433
 class Frames(Rows):
     "What the loop has around an epoch, a pass and a batch."
-    evaluating: bool = False  # a validation or test pass is under way
     stepping: bool = False  # a training pass is under way
     unseen_step: bool = False  # weights may have changed in this batch, which nobody has looked at so far
     update_guard: Any = None  # in a training pass: what looks at its first step

@@ -103,7 +103,7 @@ def monitored(owner: Any, monitor: str, learn: Learner) -> float | None:
     results = learn.results
     if monitor not in results:
         phase = split_column(monitor)[0]
-        measured = phase not in ("train", "validation")
+        measured = phase not in ("train", "validation") or learn.phase == phase  # the last pass
         measured = measured or any(split_column(name)[0] == phase for name in results)
         if not measured or monitor in learn.history.columns: return None
         numbers = [name for name, value in results.items() if isinstance(value, Real)]
