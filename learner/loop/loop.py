@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..base.history import History
-from ..base.parts import accepts, check_loaders, check_parts, is_optimiser, length_of, make_optimiser
-from ..base.parts import no_loss, not_scalar, place_model, set_learning_rate
-from ..base.batch import LABELS, Total, call_model, is_sum, loss_of, misfit, unpack, warn_again, warn_once
+from ..base.parts import check_loaders, check_parts, is_optimiser, length_of, make_optimiser
+from ..base.parts import no_gradient, no_loss, no_step, not_scalar, place_model, set_learning_rate
+from ..base.batch import LABELS, Total, call_model, is_sum, loss_of, misfit, unpack, warn_again, warn_of_no_loss
 from ..base.words import PHASES, check_number, check_whole, kind_of
 from .attached import LossError, Modes, asked_by, attached_modules, check_asked, frames
 from .attached import warn_untrained
@@ -82,16 +82,9 @@ class Evaluation(Prepared):
         function: Any = self.call_loss if self._asked or self.loss_func is None else self.loss_func
         self.loss = loss = function(self.predictions, self.labels)
         if isinstance(loss, Tensor) and loss.ndim == 0: return
-        if loss is None and self.loss_func is None and self._only_measures(): return
-        raise LossError(no_loss(loss, self.loss_func))
-
-    def _only_measures(self) -> bool:
-        "Whether a batch can do without a loss: in an evaluation, where a model need not compute it."
-        if self.optimiser is None: return True
-        if self.evaluating:
-            warn_once("no loss", "the model's output has no loss in evaluation, so no mean of it is "
-                      "measured there; let the model compute it there too, or pass a loss_func")
-        return self.evaluating
+        if loss is not None or self.loss_func is not None or not (self.evaluating or self.optimiser is None):
+            raise LossError(no_loss(loss, self.loss_func))
+        if self.optimiser is not None: warn_of_no_loss()  # else there is only measuring
 
     def call_loss(self, predictions: Any, labels: Any) -> Any:
         "The loss function's value, or the loss that the model computed itself."
@@ -115,22 +108,15 @@ class Training(Evaluation):
         "Compute the gradients."
         self.gathered = (self.gathered or (self.batch_num,))[0], self.batch_num
         try: self.loss.backward()
-        except RuntimeError as error:
-            if self.loss.ndim: raise LossError(not_scalar(self.loss)) from error
-            if self.loss.requires_grad: raise
-            raise LossError(
-                "the loss needs no gradient: it depends on no parameter that is trained; "
-                "is the model frozen, the loss detached, or inference mode on?") from error
+        except (RuntimeError, AttributeError) as error:
+            fault = no_gradient(self.loss)
+            if not fault: raise
+            raise LossError(fault) from error
 
     def step(self) -> None:
         "Take a step and drop the gradients."
         try: self.optimiser.step()
-        except TypeError as error:
-            if accepts(self.optimiser.step): raise
-            kind = type(self.optimiser).__name__
-            raise TypeError(
-                f"optimiser: {kind}.step needs a closure, which the loop does not give; "
-                "take another optimiser, or override step() in a subclass") from error
+        except TypeError as error: raise no_step(self.optimiser, error) from error.__cause__
         self.batches_stepped, self.gathered = self.batch_num + 1, ()
         self.optimiser.zero_grad()
 

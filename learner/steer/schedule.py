@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..base.parts import accepts, is_optimiser
-from ..base.words import check_whole, did_you_mean, mode_of
+from ..base.words import check_whole, did_you_mean
 from ..loop.learner import Learner
 from ..loop.loop import Length
 from ..loop.stages import Callback
 from .curves import Curve, FunctionScheduler, ScheduleError, check_finite, check_name
 from .curves import get_hyperparameter, split_name
-from .schedulers import TOTALS, Groups, ParameterGroups, check_factory, check_place
-from .schedulers import class_of, give_state, metric_beside, name_of, open_lengths, step_wants
+from .schedulers import TOTALS, Groups, ParameterGroups, check_direction, check_factory
+from .schedulers import check_place, class_of, give_state, metric_beside, name_of
+from .schedulers import open_lengths, step_wants
 from .schedulers import epochs_left, storable, updates_left
 from .stopping import check_monitor, monitored
 
@@ -351,37 +352,31 @@ class _OnceAnEpoch(_Plotted):
 
     def after_epoch(self, learn: Learner) -> None:
         asks = self._gives == "metric"
-        measured = self.monitor != "validation_loss" or self.monitor in learn.results
-        wanted = asks or (self._beside and measured)
-        value = monitored(self, self.monitor, learn) if wanted else None
+        beside = self._beside and (self.monitor in learn.results or self.monitor != "validation_loss")
+        value = monitored(self, self.monitor, learn) if asks or beside else None
         if value is not None: self._advance(value)
         elif not asks: self._advance()
 
     def _step(self, *values: Any) -> None:
         if self._gives != "epoch": self.scheduler.step(*values)
-        elif values: self.scheduler.step(self.done + 1, **{self._beside: values[0]})
-        else: self.scheduler.step(self.done + 1)
+        else: self.scheduler.step(self.done + 1, **{self._beside: value for value in values})
 
     def _check(self, learn: Learner, scheduler: Any) -> None:
-        self._gives, name = step_wants(self, scheduler.step, self.wants), type(scheduler).__name__
+        self._gives = step_wants(self, scheduler.step, self.wants)
         if self._gives == "update" or not getattr(scheduler, "t_in_epochs", True):
-            raise ScheduleError(f"{self}: {name} is stepped once an update; use BatchSchedule")
+            raise ScheduleError(f"{self}: {type(scheduler).__name__} is stepped once an update; use BatchSchedule")
         self._beside = metric_beside(scheduler.step) if self._gives == "epoch" else ""
         if self._gives != "metric": return
         check_monitor(self, self.monitor, learn)
-        mode, meant = getattr(scheduler, "mode", None), mode_of(self.monitor)
-        if mode in ("min", "max") and meant and mode != meant:
-            good = "low" if meant == "min" else "high"
-            raise ScheduleError(f"{self}: {self.monitor} is good when {good}, and {name} has "
-                                f"mode={mode!r}; pass mode={meant!r}")
+        check_direction(self, scheduler, self.monitor)
 
 # %% ../../nbs/steer/schedule.ipynb #4d1d481a
 class EpochSchedule(_OnceAnEpoch):
     """Steps a scheduler once for every epoch, after the validation.
 
-    A scheduler whose step asks for a value, such as ReduceLROnPlateau, gets that of `monitor`, and
-    no step in an epoch that has none; one that asks for the epoch gets the number of epochs done,
-    and the value beside it if it takes one.
+    A scheduler whose step asks for a value, such as ReduceLROnPlateau, gets that of `monitor`, and no
+    step in an epoch without one; one that asks for the epoch gets the number of epochs done, and the
+    value beside it if it takes one.
 
     Args:
         factory: Called as `factory(optimiser)` when training starts.
