@@ -1,12 +1,14 @@
 "Neighbours of what the other tests hold: batches, losses, metrics and optimisers of unusual make."
 from collections import OrderedDict
 from functools import partial
+from itertools import cycle
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import DataLoader
 
 from learner import EMA, BatchSchedule, Checkpoint, EarlyStopping, Learner, Metrics, NaNGuard, Recorder, predictions
 from learner.base.batch import BatchError
@@ -266,3 +268,65 @@ def test_what_is_refused_with_the_way_out():
     with pytest.raises(ValueError, match="device meta.*to_empty"): Learner(empty, torch.optim.SGD, F.mse_loss, {"train": PARTS})
     torchmetrics = pytest.importorskip("torchmetrics")
     with pytest.raises(TypeError, match="takes values and their weight; give a function"): Metrics(mean=torchmetrics.MeanMetric())
+
+
+@pytest.mark.parametrize("loaders, match", [
+    ({"train": lambda: (part for part in PARTS)}, "is a generator, which can be read only once, and training reads it 2 times"),
+    ({"train": lambda: map(tuple, PARTS)}, "is a map, which can be read only once"), ({"train": lambda: iter(DataLoader(PARTS))}, "can be read only once"),
+    ({"train": lambda: PARTS, "validation": lambda: iter(PARTS)}, r'"validation"\] is a list_iterator.* 2 times'), ({"train": lambda: cycle(PARTS)}, "has no end; .*steps="),
+])
+def test_a_loader_that_is_done_after_one_pass_is_refused_before_the_first(loaders, match):
+    learn = Learner(model := net(), torch.optim.SGD, F.mse_loss, {name: make() for name, make in loaders.items()}, device="cpu")
+    with pytest.raises(ValueError, match=match): learn.train(2, 0.1)
+    assert torch.equal(model.weight, net().weight) and len(learn.history) == 0
+
+
+def test_a_loader_of_one_pass_is_enough_for_one():
+    learn = Learner(net(), torch.optim.SGD, F.mse_loss, {"train": iter(PARTS), "validation": iter(PARTS)}, device="cpu")
+    learn.train(1, 0.1)
+    endless = Learner(net(), torch.optim.SGD, F.mse_loss, {"train": cycle(PARTS)}, device="cpu")
+    endless.train(steps=3, learning_rate=0.1)
+    assert torch.equal(learn.model.weight, endless.model.weight)
+
+
+@pytest.mark.parametrize("loss, match", [(lambda p, y: F.mse_loss(p, y) * (1 + 0j), "the loss is complex; .*take its .real"), (lambda p, y: (p > y).sum(), "needs no gradient")])
+def test_a_loss_without_a_gradient_says_why(loss, match):
+    with pytest.raises(ValueError, match=match): made(net(), loss).train(1)
+    learn = made(net(), F.mse_loss)
+    learn.on("after_loss", lambda learn: setattr(learn, "loss", 1.0))
+    with pytest.raises(ValueError, match="learn.loss was set to a float"): learn.train(1)
+
+
+class OwnRate(torch.optim.Optimizer):
+    "Finds its rate by itself where it is None, as Adafactor of Hugging Face does."
+    def __init__(self, parameters, lr=None): super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]: p.add_(p.grad, alpha=-(0.1 if group["lr"] is None else group["lr"]))
+
+
+def test_an_optimiser_that_finds_its_own_rate():
+    right = made(net(), F.mse_loss)
+    right.train(2)
+    model = net()
+    learn = made(model, F.mse_loss, optimiser=OwnRate(model.parameters()), callbacks=Recorder())
+    with pytest.raises(ValueError, match="lr of OwnRate is None.* give it a number to schedule it"): learn.train(1, callbacks=BatchSchedule(partial(OneCycleLR, max_lr=0.1)))
+    learn.train(2)
+    assert torch.equal(right.model.weight, model.weight)
+    learn.train(1, 0.05)
+    assert learn.optimiser.param_groups[0]["lr"] == 0.05
+
+
+def test_an_optimiser_whose_closure_is_missing_says_what_to_do():
+    class Sharp(torch.optim.SGD):
+        def step(self, closure=None): closure()
+    model = net()
+    with pytest.raises(TypeError, match=r"Sharp.step needs a closure, which the loop does not give; .*override step\(\)"): made(model, F.mse_loss, optimiser=Sharp(model.parameters())).train(1)
+
+
+def test_a_metric_that_is_not_one_of_predictions_and_labels_is_refused_at_once():
+    torchmetrics = pytest.importorskip("torchmetrics")
+    for metric, takes in ((torchmetrics.retrieval.RetrievalMAP(), "preds, target, indexes"), (torchmetrics.SumMetric(), "value")):
+        with pytest.raises(TypeError, match=rf"update takes \({takes}\), and it is called as update\(predictions, labels\)"): Metrics(it=metric)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RATE_BEFORE', 'accepts', 'is_optimiser', 'check_optimiser', 'make_optimiser', 'check_parts', 'loaders_of',
            'check_dataloaders', 'set_learning_rate', 'not_scalar', 'no_gradient', 'no_step', 'no_loss', 'place_model',
-           'length_of', 'check_loaders', 'places_in', 'samplers_of', 'generators_of', 'with_epochs', 'kept_order',
-           'cannot_restore']
+           'length_of', 'check_loaders', 'check_reads', 'places_in', 'samplers_of', 'generators_of', 'with_epochs',
+           'kept_order', 'cannot_restore']
 
 # %% ../../nbs/base/parts.ipynb #ccda4d53
 import inspect
@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import IOBase
-from itertools import islice
+from itertools import cycle, islice
 from numbers import Number
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -294,6 +294,24 @@ def check_loaders(
         for name, loader in loaders_of(dataloaders[phase]).items():
             if length_of(loader) == 0:
                 raise ValueError(f"{_where(phase, name)} is empty; give it at least one batch")
+
+_ONCE = ("builtins", "itertools", "torch.utils.data.dataloader")  # whose iterators are done when they end
+
+def check_reads(
+    dataloaders: Mapping[str, Any],
+    times: Mapping[str, int],  # by phase: how often its loaders are going to be read, to their ends
+) -> None:
+    "Raise ValueError for a loader that can be read only once and is read again, or has no end."
+    for phase, count in times.items():
+        for name, loader in loaders_of(dataloaders[phase]).items() if phase in dataloaders else ():
+            if isinstance(loader, cycle) and count:
+                raise ValueError(f"{_where(phase, name)} is an itertools.cycle, which has no end; say how "
+                                 "many batches to take: train(steps=...), or itertools.islice in a list")
+            once = isinstance(loader, Iterator) and type(loader).__module__ in _ONCE
+            if once and count > 1:
+                raise ValueError(f"{_where(phase, name)} is {kind_of(loader)}, which can be read only once, "
+                                 f"and training reads it {count} times; give a list, a DataLoader, or an "
+                                 "object whose __iter__ begins again")
 
 # %% ../../nbs/base/parts.ipynb #4a1037c5
 _PLAIN = (str, bytes, Number, Tensor, nn.Module, type, FunctionType, MethodType, ModuleType)
