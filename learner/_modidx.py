@@ -352,6 +352,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'learner.base.store.read_checkpoint': ('base/store.html#read_checkpoint', 'learner/base/store.py'),
                                     'learner.base.store.save_state': ('base/store.html#save_state', 'learner/base/store.py')},
             'learner.base.tree': { 'learner.base.tree._like': ('base/tree.html#_like', 'learner/base/tree.py'),
+                                   'learner.base.tree._made_of': ('base/tree.html#_made_of', 'learner/base/tree.py'),
+                                   'learner.base.tree._refilled': ('base/tree.html#_refilled', 'learner/base/tree.py'),
                                    'learner.base.tree._replaced': ('base/tree.html#_replaced', 'learner/base/tree.py'),
                                    'learner.base.tree._sequence_like': ('base/tree.html#_sequence_like', 'learner/base/tree.py'),
                                    'learner.base.tree._takes_non_blocking': ('base/tree.html#_takes_non_blocking', 'learner/base/tree.py'),

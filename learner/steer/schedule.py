@@ -359,7 +359,7 @@ class _OnceAnEpoch(_Plotted):
 
     def _step(self, *values: Any) -> None:
         if self._gives != "epoch": self.scheduler.step(*values)
-        else: self.scheduler.step(self.done + 1, **{self._beside: value for value in values})
+        else: self.scheduler.step(self.done + 1, **dict(zip([self._beside], values, strict=False)))
 
     def _check(self, learn: Learner, scheduler: Any) -> None:
         self._gives = step_wants(self, scheduler.step, self.wants)
