@@ -36,6 +36,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'learner.base.batch.is_sum': ('base/batch.html#is_sum', 'learner/base/batch.py'),
                                     'learner.base.batch.loss_of': ('base/batch.html#loss_of', 'learner/base/batch.py'),
                                     'learner.base.batch.misfit': ('base/batch.html#misfit', 'learner/base/batch.py'),
+                                    'learner.base.batch.not_tensors': ('base/batch.html#not_tensors', 'learner/base/batch.py'),
                                     'learner.base.batch.size_of': ('base/batch.html#size_of', 'learner/base/batch.py'),
                                     'learner.base.batch.total': ('base/batch.html#total', 'learner/base/batch.py'),
                                     'learner.base.batch.unpack': ('base/batch.html#unpack', 'learner/base/batch.py'),

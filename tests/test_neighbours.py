@@ -330,3 +330,10 @@ def test_a_metric_that_is_not_one_of_predictions_and_labels_is_refused_at_once()
     torchmetrics = pytest.importorskip("torchmetrics")
     for metric, takes in ((torchmetrics.retrieval.RetrievalMAP(), "preds, target, indexes"), (torchmetrics.SumMetric(), "value")):
         with pytest.raises(TypeError, match=rf"update takes \({takes}\), and it is called as update\(predictions, labels\)"): Metrics(it=metric)
+
+
+@pytest.mark.parametrize("labels, match", [(lambda y: y.numpy(), "the labels are an array of NumPy; make a tensor"), (lambda y: y[:, 0].tolist(), "the labels are a list of numbers")])
+def test_labels_that_are_not_tensors_say_so(labels, match):
+    with pytest.raises(TypeError, match=match): made(net(), F.mse_loss, [(x, labels(y)) for x, y in PARTS]).train(1)
+    def own(predictions, labels): return predictions.missing
+    with pytest.raises(AttributeError, match="missing"): made(net(), own).train(1)

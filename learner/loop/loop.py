@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ..base.history import History
 from ..base.parts import check_loaders, check_parts, is_optimiser, length_of, make_optimiser
 from ..base.parts import no_gradient, no_loss, no_step, not_scalar, place_model, set_learning_rate
-from ..base.batch import LABELS, Total, call_model, is_sum, loss_of, misfit, unpack, warn_again, warn_of_no_loss
+from ..base.batch import LABELS, Total, call_model, is_sum, loss_of, misfit, not_tensors
+from ..base.batch import unpack, warn_again, warn_of_no_loss
 from ..base.words import PHASES, check_number, check_whole, kind_of
 from .attached import LossError, Modes, asked_by, attached_modules, check_asked, frames
 from .attached import warn_untrained
@@ -80,7 +81,8 @@ class Evaluation(Prepared):
     def compute_loss(self) -> None:
         "Compare predictions with labels."
         function: Any = self.call_loss if self._asked or self.loss_func is None else self.loss_func
-        self.loss = loss = function(self.predictions, self.labels)
+        try: self.loss = loss = function(self.predictions, self.labels)
+        except (TypeError, AttributeError) as error: raise not_tensors(self.labels, error) from error.__cause__
         if isinstance(loss, Tensor) and loss.ndim == 0: return
         if loss is not None or self.loss_func is not None or not (self.evaluating or self.optimiser is None):
             raise LossError(no_loss(loss, self.loss_func))
