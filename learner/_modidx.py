@@ -1925,6 +1925,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'learner/loop/optimiser_state.py'),
                                               'learner.loop.optimiser_state._form': ( 'loop/optimiser_state.html#_form',
                                                                                       'learner/loop/optimiser_state.py'),
+                                              'learner.loop.optimiser_state._has_own_form': ( 'loop/optimiser_state.html#_has_own_form',
+                                                                                              'learner/loop/optimiser_state.py'),
                                               'learner.loop.optimiser_state._same_kind': ( 'loop/optimiser_state.html#_same_kind',
                                                                                            'learner/loop/optimiser_state.py'),
                                               'learner.loop.optimiser_state.check_gradients': ( 'loop/optimiser_state.html#check_gradients',

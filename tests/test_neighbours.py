@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from learner import EMA, BatchSchedule, Checkpoint, EarlyStopping, Learner, Metrics, NaNGuard, Recorder, predictions
+from learner import EMA, BatchSchedule, Checkpoint, EarlyStopping, EpochSchedule, Learner, Metrics, NaNGuard, Recorder, predictions
 from learner.base.batch import BatchError
 
 torch.manual_seed(0)
@@ -337,3 +337,51 @@ def test_labels_that_are_not_tensors_say_so(labels, match):
     with pytest.raises(TypeError, match=match): made(net(), F.mse_loss, [(x, labels(y)) for x, y in PARTS]).train(1)
     def own(predictions, labels): return predictions.missing
     with pytest.raises(AttributeError, match="missing"): made(net(), own).train(1)
+
+
+class Around:
+    "An optimiser around another, as Lookahead is: it pulls the weights back every other step, and has a state of a form of its own."
+    def __init__(self, base):
+        self.base, self.param_groups, self.steps = base, base.param_groups, 0
+        self.slow = [p.detach().clone() for p in base.param_groups[0]["params"]]
+
+    def zero_grad(self, set_to_none=True): self.base.zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def step(self):
+        self.base.step()
+        self.steps += 1
+        for slow, p in zip(self.slow, self.param_groups[0]["params"], strict=True):
+            if self.steps % 2 == 0: p.copy_(slow.lerp_(p, 0.5))
+
+    def state_dict(self): return {"base": self.base.state_dict(), "slow": self.slow, "steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.base.load_state_dict(state["base"])
+        self.slow, self.steps = [each.clone() for each in state["slow"]], state["steps"]
+
+
+def test_an_optimiser_around_another_is_resumed_from_its_own_form_of_state():
+    def one():
+        model = net()
+        return made(model, F.mse_loss, optimiser=Around(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)))
+    whole, first, second = one(), one(), one()
+    whole.train(3)
+    first.train(1)
+    state = first.state_dict()
+    second.train(3, resume=state)
+    assert torch.equal(whole.model.weight, second.model.weight)
+    del state["optimiser"]["slow"]
+    with pytest.raises(ValueError, match="the state of the optimiser is not one of Around, which has base, slow, steps"): one().train(3, resume=state)
+
+
+@pytest.mark.parametrize("callback", [lambda: EarlyStopping(), lambda: EpochSchedule(ReduceLROnPlateau)])
+def test_a_value_of_validations_that_are_left_out_cannot_be_monitored(callback):
+    learn = made(model := net(), F.mse_loss, validation=PARTS)
+    with pytest.raises(ValueError, match=r"train\(validate=False\) measures no such value"): learn.train(2, validate=False, callbacks=callback())
+    assert torch.equal(model.weight, net().weight)
+
+
+def test_a_checkpoint_does_without_a_best_where_validations_are_left_out(tmp_path):
+    made(net(), F.mse_loss, validation=PARTS).train(2, validate=False, callbacks=Checkpoint(tmp_path))  # no warning
+    assert Checkpoint.latest(tmp_path) and Checkpoint.best(tmp_path) is None

@@ -152,7 +152,8 @@ class _Monitored:
         "See whether the column can come; one of a phase without a loader never does."
         self.measured = self.monitor is not None
         if self.monitor is None: return
-        if self.monitor.startswith("validation_") and "validation" not in learn.dataloaders:
+        validates = learn.plan.validates and "validation" in learn.dataloaders
+        if self.monitor.startswith("validation_") and not validates:
             self.measured = False
             return
         try: check_monitor(owner, self.monitor, learn)

@@ -43,6 +43,9 @@ def check_monitor(owner: Any, monitor: Any, learn: Learner | None = None) -> Non
     if phase == "validation" and learn is not None and "validation" not in learn.dataloaders:
         raise MonitorError(f"{owner}: monitor is \"{monitor}\", and there is no validation loader; "
                            "add one, or monitor another value, such as \"train_loss\"")
+    if phase == "validation" and learn is not None and not learn.plan.validates:
+        raise MonitorError(f"{owner}: monitor is \"{monitor}\", and train(validate=False) measures no such "
+                           "value; leave validate out, or monitor another one, such as \"train_loss\"")
     if monitor == "validation_loss" and learn is not None:
         named = [f"{each.prefix}_loss" for each in passes_of(learn.dataloaders, "validation")]
         if monitor not in named:
