@@ -10,7 +10,18 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from learner import EMA, BatchSchedule, Checkpoint, EarlyStopping, EpochSchedule, Learner, Metrics, NaNGuard, Recorder, predictions
+from learner import (
+    EMA,
+    BatchSchedule,
+    Checkpoint,
+    EarlyStopping,
+    EpochSchedule,
+    Learner,
+    Metrics,
+    NaNGuard,
+    Recorder,
+    predictions,
+)
 from learner.base.batch import BatchError
 
 torch.manual_seed(0)
