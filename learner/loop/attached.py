@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LossError', 'asked_by', 'check_asked', 'named_parts', 'Loose', 'modules_in', 'has_state', 'by_class',
-           'attached_modules', 'warn_untrained', 'frames', 'Modes']
+           'attached_modules', 'modules_to_train', 'warn_untrained', 'call_frames', 'Modes']
 
 # %% ../../nbs/loop/attached.ipynb #f17a57ef
 import inspect
@@ -123,6 +123,12 @@ def _is_known(module: nn.Module, own: set[int]) -> bool:
     return id(module) in own
 
 # %% ../../nbs/loop/attached.ipynb #2173678f
+def modules_to_train(learn: Any) -> nn.Module:
+    "What a factory of optimisers gets the parameters of: the model, and a loss with parameters."
+    loss = learn.loss_func
+    if not isinstance(loss, nn.Module) or not any(True for _ in loss.parameters()): return learn.model
+    return nn.ModuleList([learn.model, loss])
+
 def warn_untrained(learn: Any) -> None:
     "Warn of parameters that ask for gradients, but are in no optimiser: of the model, and beside it."
     known = {id(p) for p in trained_parameters(learn.optimiser)}
@@ -148,8 +154,8 @@ def _warn_of_model(model: nn.Module, known: set[int]) -> None:
                   "requires_grad_(False)", stacklevel=3)
 
 # %% ../../nbs/loop/attached.ipynb #f3fb5e1c
-def frames(learn: Any) -> ExitStack:
-    "The callbacks that are the frame of a whole call, by a method `frame`, entered for a `with`."
+def call_frames(learn: Any) -> ExitStack:
+    "The frames that callbacks put around a whole call, by a method `frame`, for a `with`."
     stack = ExitStack()
     for callback in learn.callbacks:
         if hasattr(callback, "frame"): stack.enter_context(callback.frame(learn))

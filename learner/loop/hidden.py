@@ -23,7 +23,7 @@ from torch.utils.data import IterableDataset
 
 from ..base.parts import cannot_restore, places_in
 from .attached import attached_modules, by_class, has_state, named_parts
-from .passes import passes_of
+from .passes import all_loaders
 from .stages import FunctionCallback, label_of
 
 # %% ../../nbs/loop/hidden.ipynb #92421b1d
@@ -177,7 +177,7 @@ _SENTENCES = {
 Key = tuple[str, str, str]  # the kind of a holder, where it is, and the name of an attribute
 
 def sentences(learn: Any, keys: Iterable[Sequence[str]]) -> list[str]:
-    "What to tell of attributes that have changed, as far as there are such."
+    "Warnings about attributes that have changed, where the learner has them."
     holders = {**holders_of(learn), **_parts_of_loader(learn), type(learn).__name__: learn,
                "loss_func": getattr(learn.loss_func, "__self__", learn.loss_func)}
     used = {(where, name) for where, name, _ in _of_functions(learn)}
@@ -185,17 +185,15 @@ def sentences(learn: Any, keys: Iterable[Sequence[str]]) -> list[str]:
             if kind in _SENTENCES and (hasattr(holders.get(where), name) or (where, name) in used)]
 
 # %% ../../nbs/loop/hidden.ipynb #9d1bd4b0
-def _loaders(learn: Any) -> list[Any]:
-    return [each for phase in learn.dataloaders for each in passes_of(learn.dataloaders, phase).values()]
-
 def unready_loaders(learn: Any) -> list[str]:
     "Sentences that name the loaders whose order cannot be made again."
-    return [why for why in map(cannot_restore, _loaders(learn)) if why]
+    return [why for why in map(cannot_restore, all_loaders(learn.dataloaders).values()) if why]
 
 def _attributes(learn: Any) -> dict[Key, Any]:
     "The marks of all attributes that are looked at, by kind, holder and name."
     parts = (learn, learn.optimiser, learn.dataloaders, learn.history, learn.cursor, learn.loss_func)
-    known = {*map(id, (*parts, *learn.callbacks, *modules_of(learn).values(), *_loaders(learn)))}
+    loaders = all_loaders(learn.dataloaders).values()
+    known = {*map(id, (*parts, *learn.callbacks, *modules_of(learn).values(), *loaders))}
     kinds = {"module": _of_modules(learn), "callback": _of_callbacks(learn), "learner": _of_learner(learn),
              "loss": _of_loss(learn), "loader": _of_loader(learn), "function": _of_functions(learn)}
     return {(kind, where, name): marks_of(value, known)

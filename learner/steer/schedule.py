@@ -19,17 +19,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..base.parts import accepts, is_optimiser
-from ..base.words import check_whole, did_you_mean
+from ..base.words import check_whole, did_you_mean, printable
 from ..loop.learner import Learner
 from ..loop.loop import Length
 from ..loop.stages import Callback
 from .curves import Curve, FunctionScheduler, ScheduleError, check_finite, check_name
 from .curves import get_hyperparameter, split_name
 from .schedulers import TOTALS, Groups, ParameterGroups, check_direction, check_factory
-from .schedulers import check_place, class_of, give_state, metric_beside, name_of
-from .schedulers import open_lengths, step_wants
-from .schedulers import epochs_left, storable, updates_left
-from .stopping import check_monitor, monitored
+from .schedulers import check_place, check_values, class_of, epochs_left, give_state
+from .schedulers import metric_beside, name_of, open_lengths, step_wants, storable, updates_left
+from .stopping import check_monitor, monitored, monitored_if_any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,8 +98,7 @@ class _Lengths(_Making):
         except ScheduleError: return
         what = f"{self} has {left} of its {limit} steps left and this train takes {planned}"
         if planned > left:
-            raise ScheduleError(f"{what}; leave its length out, and each train has a schedule that "
-                                "fits")
+            raise ScheduleError(f"{what}; leave its length out, and it fits each call of train")
         if planned < left:
             warnings.warn(f"{what}; the next train continues it; leave its length out to make it "
                           "fit", stacklevel=2)
@@ -123,7 +121,7 @@ class _WithState(_Lengths):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Go on from where another stood; in the next training, or at once if one is under way."
-        if state: check_place(self, state)
+        if state != {}: check_place(self, state)
         kind = class_of(self.factory)
         if isinstance(kind, type): self._check_kind(state, kind)
         self._state = storable(state)
@@ -133,12 +131,14 @@ class _WithState(_Lengths):
         "Go on from a state."
         self._check_kind(state, type(scheduler))
         give_state(self, scheduler, state["scheduler"])
-        if self._groups is not None: self._groups.write(state["groups"])
+        if self._groups is not None:
+            check_values(self, self._groups.read(), state)
+            self._groups.write(state["groups"])
         self.done, self.limit, self._before = state["done"], state["limit"], state["before"]
 
     def _check_kind(self, state: Mapping[str, Any], kind: type) -> None:
         if state and state["kind"] != kind.__name__:
-            raise ScheduleError(f"{self}: the state is of {state['kind']}, and the factory makes "
+            raise ScheduleError(f"{self}: the state is of {printable(state['kind'])}, and the factory makes "
                                 f"{kind.__name__}; load it into a schedule like the one that it "
                                 "came from")
 
@@ -352,8 +352,8 @@ class _OnceAnEpoch(_Plotted):
 
     def after_epoch(self, learn: Learner) -> None:
         asks = self._gives == "metric"
-        beside = self._beside and (self.monitor in learn.results or self.monitor != "validation_loss")
-        value = monitored(self, self.monitor, learn) if asks or beside else None
+        read = monitored if asks else monitored_if_any
+        value = read(self, self.monitor, learn) if asks or self._beside else None
         if value is not None: self._advance(value)
         elif not asks: self._advance()
 
@@ -364,7 +364,8 @@ class _OnceAnEpoch(_Plotted):
     def _check(self, learn: Learner, scheduler: Any) -> None:
         self._gives = step_wants(self, scheduler.step, self.wants)
         if self._gives == "update" or not getattr(scheduler, "t_in_epochs", True):
-            raise ScheduleError(f"{self}: {type(scheduler).__name__} is stepped once an update; use BatchSchedule")
+            raise ScheduleError(f"{self}: {type(scheduler).__name__} is stepped once an update; "
+                                "use BatchSchedule")
         self._beside = metric_beside(scheduler.step) if self._gives == "epoch" else ""
         if self._gives != "metric": return
         check_monitor(self, self.monitor, learn)
@@ -374,9 +375,8 @@ class _OnceAnEpoch(_Plotted):
 class EpochSchedule(_OnceAnEpoch):
     """Steps a scheduler once for every epoch, after the validation.
 
-    A scheduler whose step asks for a value, such as ReduceLROnPlateau, gets that of `monitor`, and no
-    step in an epoch without one; one that asks for the epoch gets the number of epochs done, and the
-    value beside it if it takes one.
+    A scheduler whose step asks for a value, as ReduceLROnPlateau's does, gets that of `monitor`, and no
+    step in an epoch without one; one that asks for the epoch gets the epochs done, and a value beside.
 
     Args:
         factory: Called as `factory(optimiser)` when training starts.
