@@ -89,6 +89,7 @@ def _made_of(mapping: Any, values: dict[Any, Any]) -> Any:
 
 def _sequence_like(sequence: Any, items: list[Any]) -> Any:
     "A tuple or list of the same type, with its attributes, where it can be made; else a plain one."
+    made: Any
     try:
         if isinstance(sequence, tuple): made = type(sequence)(items)
         else:

@@ -147,8 +147,8 @@ def _of_functions(learn: Any) -> Iterator[tuple[str, str, Any]]:
     for callback in learn.callbacks:
         if not isinstance(callback, FunctionCallback): continue
         function = callback.function
-        owned = isinstance(function, MethodType)
-        parts = {"its owner": function.__self__} if owned else named_parts(function)
+        if isinstance(function, MethodType): parts = {"its owner": function.__self__}
+        else: parts = named_parts(function)
         for name, part in parts.items():
             if has_state(part) and not isinstance(part, type): yield label_of(callback, callback.hook), name, part
 
