@@ -1,14 +1,27 @@
 "Neighbours of what the other tests hold: batches, losses, metrics and optimisers of unusual make."
 from collections import OrderedDict
 from functools import partial
+from itertools import cycle
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+from torch.utils.data import DataLoader
 
-from learner import EMA, BatchSchedule, Learner, Metrics, Recorder, predictions
+from learner import (
+    EMA,
+    BatchSchedule,
+    Checkpoint,
+    EarlyStopping,
+    EpochSchedule,
+    Learner,
+    Metrics,
+    NaNGuard,
+    Recorder,
+    predictions,
+)
 from learner.base.batch import BatchError
 
 torch.manual_seed(0)
@@ -142,6 +155,41 @@ def test_a_model_that_cannot_do_without_labels_says_so():
     with pytest.raises(TypeError, match="the batch has no labels.*a default of None"): learn.predict({"x": X})
 
 
+class LossInTraining(nn.Module):
+    "Computes its loss in training alone, as the detectors of torchvision do."
+    def __init__(self):
+        super().__init__()
+        self.layer = net()
+
+    def forward(self, x, labels=None):
+        found = self.layer(x)
+        return {"loss": F.mse_loss(found, labels), "logits": found} if self.training else {"logits": found}
+
+
+@pytest.mark.filterwarnings("ignore:the model's output has no loss in evaluation")
+def test_a_model_that_computes_its_loss_in_training_only_is_trained_and_measured(tmp_path):
+    data = [{"x": x, "labels": y} for x, y in PARTS]
+    model, plain = LossInTraining(), made(net(), F.mse_loss, validation=PARTS)
+    callbacks = [Metrics(error=F.mse_loss), Recorder(), NaNGuard(), EMA(0.5), Checkpoint(tmp_path)]
+    learn = made(model, None, data, callbacks, validation=data, test=data)
+    learn.train(2)
+    plain.train(2, callbacks=[EMA(0.5)])
+    assert torch.equal(model.layer.weight, plain.model.weight)
+    assert list(learn.history[-1]) == ["epoch", "train_loss", "train_error", "validation_error", "test_error"]
+    assert learn.history[-1]["validation_error"] == pytest.approx(plain.history[-1]["validation_loss"])
+    with pytest.raises(ValueError, match='monitor is "validation_loss", which is not one of'):
+        learn.train(2, callbacks=EarlyStopping())
+
+
+def test_a_loss_that_is_missing_in_evaluation_is_told_once_and_in_training_refused():
+    data = [{"x": x, "labels": y} for x, y in PARTS]
+    with pytest.warns(UserWarning, match="has no loss in evaluation") as said: made(LossInTraining(), None, data, validation=data).train(3)
+    assert len(said) == 1
+    model = LossInTraining().eval()
+    model.train = lambda mode=True: model
+    with pytest.raises(ValueError, match="the model's output has no loss"): made(model, None, data, validation=data).train(1)
+
+
 # Optimisers
 
 
@@ -231,3 +279,120 @@ def test_what_is_refused_with_the_way_out():
     with pytest.raises(ValueError, match="device meta.*to_empty"): Learner(empty, torch.optim.SGD, F.mse_loss, {"train": PARTS})
     torchmetrics = pytest.importorskip("torchmetrics")
     with pytest.raises(TypeError, match="takes values and their weight; give a function"): Metrics(mean=torchmetrics.MeanMetric())
+
+
+@pytest.mark.parametrize("loaders, match", [
+    ({"train": lambda: (part for part in PARTS)}, "is a generator, which can be read only once, and training reads it 2 times"),
+    ({"train": lambda: map(tuple, PARTS)}, "is a map, which can be read only once"), ({"train": lambda: iter(DataLoader(PARTS))}, "can be read only once"),
+    ({"train": lambda: PARTS, "validation": lambda: iter(PARTS)}, r'"validation"\] is a list_iterator.* 2 times'), ({"train": lambda: cycle(PARTS)}, "has no end; .*steps="),
+])
+def test_a_loader_that_is_done_after_one_pass_is_refused_before_the_first(loaders, match):
+    learn = Learner(model := net(), torch.optim.SGD, F.mse_loss, {name: make() for name, make in loaders.items()}, device="cpu")
+    with pytest.raises(ValueError, match=match): learn.train(2, 0.1)
+    assert torch.equal(model.weight, net().weight) and len(learn.history) == 0
+
+
+def test_a_loader_of_one_pass_is_enough_for_one():
+    learn = Learner(net(), torch.optim.SGD, F.mse_loss, {"train": iter(PARTS), "validation": iter(PARTS)}, device="cpu")
+    learn.train(1, 0.1)
+    endless = Learner(net(), torch.optim.SGD, F.mse_loss, {"train": cycle(PARTS)}, device="cpu")
+    endless.train(steps=3, learning_rate=0.1)
+    assert torch.equal(learn.model.weight, endless.model.weight)
+
+
+@pytest.mark.parametrize("loss, match", [(lambda p, y: F.mse_loss(p, y) * (1 + 0j), "the loss is complex; .*take its .real"), (lambda p, y: (p > y).sum(), "needs no gradient")])
+def test_a_loss_without_a_gradient_says_why(loss, match):
+    with pytest.raises(ValueError, match=match): made(net(), loss).train(1)
+    learn = made(net(), F.mse_loss)
+    learn.on("after_loss", lambda learn: setattr(learn, "loss", 1.0))
+    with pytest.raises(ValueError, match="learn.loss was set to a float"): learn.train(1)
+
+
+class OwnRate(torch.optim.Optimizer):
+    "Finds its rate by itself where it is None, as Adafactor of Hugging Face does."
+    def __init__(self, parameters, lr=None): super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]: p.add_(p.grad, alpha=-(0.1 if group["lr"] is None else group["lr"]))
+
+
+def test_an_optimiser_that_finds_its_own_rate():
+    right = made(net(), F.mse_loss)
+    right.train(2)
+    model = net()
+    learn = made(model, F.mse_loss, optimiser=OwnRate(model.parameters()), callbacks=Recorder())
+    with pytest.raises(ValueError, match="lr of OwnRate is None.* give it a number to schedule it"): learn.train(1, callbacks=BatchSchedule(partial(OneCycleLR, max_lr=0.1)))
+    learn.train(2)
+    assert torch.equal(right.model.weight, model.weight)
+    learn.train(1, 0.05)
+    assert learn.optimiser.param_groups[0]["lr"] == 0.05
+
+
+def test_an_optimiser_whose_closure_is_missing_says_what_to_do():
+    class Sharp(torch.optim.SGD):
+        def step(self, closure=None): closure()
+    model = net()
+    with pytest.raises(TypeError, match=r"Sharp.step needs a closure, which the loop does not give; .*override step\(\)"): made(model, F.mse_loss, optimiser=Sharp(model.parameters())).train(1)
+
+
+def test_a_metric_that_is_not_one_of_predictions_and_labels_is_refused_at_once():
+    torchmetrics = pytest.importorskip("torchmetrics")
+    for metric, takes in ((torchmetrics.retrieval.RetrievalMAP(), "preds, target, indexes"), (torchmetrics.SumMetric(), "value")):
+        with pytest.raises(TypeError, match=rf"update takes \({takes}\), and it is called as update\(predictions, labels\)"): Metrics(it=metric)
+
+
+@pytest.mark.parametrize("labels, match", [(lambda y: y.numpy(), "the labels are an array of NumPy; make a tensor"), (lambda y: y[:, 0].tolist(), "the labels are a list of numbers")])
+def test_labels_that_are_not_tensors_say_so(labels, match):
+    with pytest.raises(TypeError, match=match): made(net(), F.mse_loss, [(x, labels(y)) for x, y in PARTS]).train(1)
+    def own(predictions, labels): return predictions.missing
+    with pytest.raises(AttributeError, match="missing"): made(net(), own).train(1)
+
+
+class Around:
+    "An optimiser around another, as Lookahead is: it pulls the weights back every other step, and has a state of a form of its own."
+    def __init__(self, base):
+        self.base, self.param_groups, self.steps = base, base.param_groups, 0
+        self.slow = [p.detach().clone() for p in base.param_groups[0]["params"]]
+
+    def zero_grad(self, set_to_none=True): self.base.zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def step(self):
+        self.base.step()
+        self.steps += 1
+        for slow, p in zip(self.slow, self.param_groups[0]["params"], strict=True):
+            if self.steps % 2 == 0: p.copy_(slow.lerp_(p, 0.5))
+
+    def state_dict(self): return {"base": self.base.state_dict(), "slow": self.slow, "steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.base.load_state_dict(state["base"])
+        self.slow, self.steps = [each.clone() for each in state["slow"]], state["steps"]
+
+
+def test_an_optimiser_around_another_is_resumed_from_its_own_form_of_state():
+    def one():
+        model = net()
+        return made(model, F.mse_loss, optimiser=Around(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)))
+    whole, first, second = one(), one(), one()
+    whole.train(3)
+    first.train(1)
+    state = first.state_dict()
+    second.train(3, resume=state)
+    assert torch.equal(whole.model.weight, second.model.weight)
+    del state["optimiser"]["slow"]
+    with pytest.raises(ValueError, match="the state of the optimiser is not one of Around, which has base, slow, steps"): one().train(3, resume=state)
+
+
+@pytest.mark.parametrize("callback", [lambda: EarlyStopping(), lambda: EpochSchedule(ReduceLROnPlateau)])
+def test_a_value_of_validations_that_are_left_out_cannot_be_monitored(callback):
+    learn = made(model := net(), F.mse_loss, validation=PARTS)
+    with pytest.raises(ValueError, match=r"train\(validate=False\) measures no such value"): learn.train(2, validate=False, callbacks=callback())
+    assert torch.equal(model.weight, net().weight)
+
+
+def test_a_checkpoint_does_without_a_best_where_validations_are_left_out(tmp_path):
+    made(net(), F.mse_loss, validation=PARTS).train(2, validate=False, callbacks=Checkpoint(tmp_path))  # no warning
+    assert Checkpoint.latest(tmp_path) and Checkpoint.best(tmp_path) is None

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['RATE_BEFORE', 'accepts', 'is_optimiser', 'check_optimiser', 'make_optimiser', 'check_parts', 'loaders_of',
-           'check_dataloaders', 'set_learning_rate', 'not_scalar', 'no_loss', 'place_model', 'length_of',
-           'check_loaders', 'places_in', 'samplers_of', 'generators_of', 'with_epochs', 'kept_order', 'cannot_restore']
+           'check_dataloaders', 'set_learning_rate', 'not_scalar', 'no_gradient', 'no_step', 'no_loss', 'place_model',
+           'length_of', 'check_loaders', 'check_reads', 'places_in', 'samplers_of', 'generators_of', 'with_epochs',
+           'kept_order', 'cannot_restore']
 
 # %% ../../nbs/base/parts.ipynb #ccda4d53
 import inspect
@@ -14,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import IOBase
-from itertools import islice
+from itertools import cycle, islice
 from numbers import Number
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -183,7 +184,8 @@ RATE_BEFORE = "lr_before_zero"  # of a group: the rate before a schedule that ha
 def _proportions(groups: list[dict[str, Any]]) -> list[float]:
     "Rates to which the new ones are proportional; raises ValueError if nothing tells them."
     for key in ("lr", RATE_BEFORE, "initial_lr"):  # the last is what schedulers of torch leave
-        rates = [float(group.get(key, 0.0)) for group in groups]
+        given = [group.get(key) for group in groups]  # None: the optimiser finds its rate by itself
+        rates = [0.0 if rate is None else float(rate) for rate in given]
         if any(rates): return rates
     if len(groups) == 1: return [1.0]
     raise ValueError(f"learning_rate: the rates of all {len(groups)} parameter groups are 0, so "
@@ -210,6 +212,28 @@ def not_scalar(
 ) -> str:
     "The message about a loss with dimensions."
     return f"the loss has shape {tuple(loss.shape)}; it must be a scalar: take its .mean()"
+
+def no_gradient(
+    loss: Any,  # that has no `backward`, or whose backward pass has failed
+) -> str:
+    "The message about a loss from which no gradient can be computed; empty if it can."
+    if not isinstance(loss, Tensor):
+        return f"learn.loss was set to {kind_of(loss)}; it must be a scalar tensor"
+    if loss.ndim: return not_scalar(loss)
+    if loss.is_complex(): return "the loss is complex; it must be a real number: take its .real or .abs()"
+    if loss.requires_grad: return ""
+    return ("the loss needs no gradient: it depends on no parameter that is trained; "
+            "is the model frozen, the loss detached, or inference mode on?")
+
+def no_step(
+    optimiser: Any,
+    error: TypeError,  # that its step has raised
+) -> TypeError:
+    "The error of an optimiser that wants a closure, with the fix; any other as it is."
+    asked = accepts(optimiser.step) and "'NoneType' object is not callable" not in str(error)
+    if asked: return error
+    return TypeError(f"optimiser: {type(optimiser).__name__}.step needs a closure, which the loop does "
+                     "not give; take another optimiser, or override step() in a subclass")
 
 def no_loss(
     loss: Any,  # what came instead
@@ -270,6 +294,24 @@ def check_loaders(
         for name, loader in loaders_of(dataloaders[phase]).items():
             if length_of(loader) == 0:
                 raise ValueError(f"{_where(phase, name)} is empty; give it at least one batch")
+
+_ONCE = ("builtins", "itertools", "torch.utils.data.dataloader")  # whose iterators are done when they end
+
+def check_reads(
+    dataloaders: Mapping[str, Any],
+    times: Mapping[str, int],  # by phase: how often its loaders are going to be read, to their ends
+) -> None:
+    "Raise ValueError for a loader that can be read only once and is read again, or has no end."
+    for phase, count in times.items():
+        for name, loader in loaders_of(dataloaders[phase]).items() if phase in dataloaders else ():
+            if isinstance(loader, cycle) and count:
+                raise ValueError(f"{_where(phase, name)} is an itertools.cycle, which has no end; say how "
+                                 "many batches to take: train(steps=...), or itertools.islice in a list")
+            once = isinstance(loader, Iterator) and type(loader).__module__ in _ONCE
+            if once and count > 1:
+                raise ValueError(f"{_where(phase, name)} is {kind_of(loader)}, which can be read only once, "
+                                 f"and training reads it {count} times; give a list, a DataLoader, or an "
+                                 "object whose __iter__ begins again")
 
 # %% ../../nbs/base/parts.ipynb #4a1037c5
 _PLAIN = (str, bytes, Number, Tensor, nn.Module, type, FunctionType, MethodType, ModuleType)

@@ -71,17 +71,33 @@ def map_tensors(function: Callable[[Any], Any], tree: Any) -> Any:
 
 # %% ../../nbs/base/tree.ipynb #c5586521
 def _like(mapping: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
-    "A mapping of the same type where its constructor takes one, else a dict."
-    try: made = type(mapping)(values)  # type: ignore[call-arg]
-    except TypeError: return values
+    "A mapping of the same type, with what else it holds, where it can be copied or made; else a dict."
     tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
-    kept = made.keys() == values.keys() and all(made[key] is tensors[key] for key in tensors)
-    return made if kept else values  # it may take its first argument for one of its entries
+    for make in (_refilled, _made_of):
+        try: made = make(mapping, values)
+        except TypeError: continue
+        if made.keys() == values.keys() and all(made[key] is tensors[key] for key in tensors): return made
+    return values
+
+def _refilled(mapping: Any, values: dict[Any, Any]) -> Any:
+    made = copy(mapping)
+    for key, value in values.items(): made[key] = value
+    return made
+
+def _made_of(mapping: Any, values: dict[Any, Any]) -> Any:
+    return type(mapping)(values)  # it may take its first argument for one of its entries
 
 def _sequence_like(sequence: Any, items: list[Any]) -> Any:
-    "A tuple or list of the same type where its constructor takes one, else a plain one."
-    try: return type(sequence)(items)
+    "A tuple or list of the same type, with its attributes, where it can be made; else a plain one."
+    made: Any
+    try:
+        if isinstance(sequence, tuple): made = type(sequence)(items)
+        else:
+            made = copy(sequence)
+            made[:] = items
     except TypeError: return tuple(items) if isinstance(sequence, tuple) else items
+    if hasattr(made, "__dict__"): vars(made).update(vars(sequence))
+    return made
 
 def _replaced(record: Any, values: dict[str, Any]) -> Any:
     "A copy of a dataclass, frozen or not, with other values; `replace` would run its checks again."

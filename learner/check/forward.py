@@ -10,7 +10,6 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -224,8 +223,18 @@ def _linear(model: nn.Module, data: Any, leaves: Mapping[str, Tensor],
                  layers=layers)
 
 # %% ../../nbs/check/forward.ipynb #27323960
-def _exchanged(leaf: Any, chosen: Tensor, other: Tensor) -> Any:
-    return other if leaf is chosen else leaf
+def _with_another(data: Any, chosen: Tensor, other: Tensor) -> Any:
+    "The data with another tensor in the place of one; raises ValueError if it is within an object."
+    found = False
+
+    def exchanged(leaf: Any) -> Any:
+        nonlocal found
+        found |= leaf is chosen
+        return other if leaf is chosen else leaf
+
+    made = map_tensors(exchanged, data)
+    if not found: raise ValueError("the tensor is in an object that cannot be made again")
+    return made
 
 def _unused(data: Any, leaves: Mapping[str, Tensor], base: Tensor, outputs: _Outputs) -> Finding:
     name = "unused input"
@@ -235,8 +244,7 @@ def _unused(data: Any, leaves: Mapping[str, Tensor], base: Tensor, outputs: _Out
         # Whole numbers may be masks and lengths, which need not make a difference.
         if not chosen.is_floating_point() or bool((chosen == chosen[:1]).all()): continue
         other = chosen.roll(1, 0) + chosen.std() * torch.randn_like(chosen)
-        exchanged = partial(_exchanged, chosen=chosen, other=other)
-        try: after = outputs(map_tensors(exchanged, data))
+        try: after = outputs(_with_another(data, chosen, other))
         except Exception: continue
         if after.shape == base.shape and torch.equal(after, base):
             return fault(name, f"the predictions do not depend on {place}; use it in the forward "
@@ -255,7 +263,7 @@ def _from_outside(copy: Learner) -> list[Finding]:
                          1) if found else torch.empty(0)
 
     leaves = {place: leaf for place, leaf in tensors_in(data, "data").items()
-              if has_rows(leaf, size)}
+              if has_rows(leaf, size) and leaf is not copy.labels}  # as for a model with its own loss
     base = outputs(data)
     if size < 2 or not base.numel() or not base.isfinite().all():
         return [skipped(name, "no finite prediction has a row for each example")

@@ -154,7 +154,8 @@ class NaNGuard(Callback):
         self.watch.trace.begin(learn.phase, learn.epoch, batch_num)
         self.watch.trace.add("the input", data)
 
-    def after_loss(self, loss: Tensor) -> None: self.watch.trace.note("the loss", loss.detach())
+    def after_loss(self, loss: Tensor | None) -> None:
+        if loss is not None: self.watch.trace.note("the loss", loss.detach())
 
     def after_backward(self, learn: Learner) -> None:
         self.watch.note_gradients(learn)

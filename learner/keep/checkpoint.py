@@ -141,7 +141,8 @@ class _Writer:
 def _can_come(owner: Callback, monitor: str | None, learn: Learner) -> bool:
     "Whether a column can come: one of a phase without a loader never does, and a misspelt one is named."
     if monitor is None: return False
-    if monitor.startswith("validation_") and "validation" not in learn.dataloaders: return False
+    validates = learn.plan.validates and "validation" in learn.dataloaders
+    if monitor.startswith("validation_") and not validates: return False
     try: check_monitor(owner, monitor, learn)
     except MonitorError as error:
         warnings.warn(f"{error}; without one, no checkpoint is the best", stacklevel=3)
@@ -170,6 +171,8 @@ class _Best:
     def compare(self, owner: Callback, learn: Learner, name: str) -> None:
         "Compare the epoch that has just ended; raises MonitorError."
         if self.monitor is None or not self.measured: return
+        unmeasured = learn.loss_func is None and self.monitor not in learn.results  # which was said
+        if unmeasured and self.monitor.endswith("_loss"): return
         value = monitored(owner, self.monitor, learn)
         if value is None or math.isnan(value): return
         if self.found is not None:

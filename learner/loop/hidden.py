@@ -22,8 +22,9 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import IterableDataset
 
 from ..base.parts import cannot_restore, places_in
-from .attached import attached_modules, by_class
+from .attached import attached_modules, by_class, has_state, named_parts
 from .passes import all_loaders
+from .stages import FunctionCallback, label_of
 
 # %% ../../nbs/loop/hidden.ipynb #92421b1d
 def modules_of(learn: Any) -> dict[str, nn.Module]:
@@ -141,6 +142,16 @@ def _of_loss(learn: Any) -> Iterator[tuple[str, str, Any]]:
     if known or _ours(owner) or any(owner is each for each in learn.callbacks): return
     yield from (("loss_func", name, value) for name, value in getattr(owner, "__dict__", {}).items())
 
+def _of_functions(learn: Any) -> Iterator[tuple[str, str, Any]]:
+    "What has a state of its own and is used by a function that is a hook: a scheduler, an average."
+    for callback in learn.callbacks:
+        if not isinstance(callback, FunctionCallback): continue
+        function = callback.function
+        if isinstance(function, MethodType): parts = {"its owner": function.__self__}
+        else: parts = named_parts(function)
+        for name, part in parts.items():
+            if has_state(part) and not isinstance(part, type): yield label_of(callback, callback.hook), name, part
+
 # %% ../../nbs/loop/hidden.ipynb #41ddfdef
 _SENTENCES = {
     "callback": "{} changes its attribute {} in training and has no state_dict, so a training that is resumed "
@@ -156,6 +167,9 @@ _SENTENCES = {
     "loader": "{} changes its attribute {} in training, which no state holds, so a training that is resumed "
               "could read its batches in another order; give it set_epoch(epoch), or state_dict() and "
               "load_state_dict()",
+    "function": "{} changes {} in training, which no state holds, so a training that is resumed would go on "
+                "from another one; put a scheduler into EpochSchedule or BatchSchedule, and anything else into "
+                "a callback with state_dict() and load_state_dict()",
     "buffer": "{}.{} is a buffer that changes in validation, and a training that is stopped there goes through "
               "the validation again, so it would change twice; change it in training only",
 }
@@ -166,8 +180,9 @@ def sentences(learn: Any, keys: Iterable[Sequence[str]]) -> list[str]:
     "Warnings about attributes that have changed, where the learner has them."
     holders = {**holders_of(learn), **_parts_of_loader(learn), type(learn).__name__: learn,
                "loss_func": getattr(learn.loss_func, "__self__", learn.loss_func)}
+    used = {(where, name) for where, name, _ in _of_functions(learn)}
     return [_SENTENCES[kind].format(where, name) for kind, where, name in keys
-            if kind in _SENTENCES and hasattr(holders.get(where), name)]
+            if kind in _SENTENCES and (hasattr(holders.get(where), name) or (where, name) in used)]
 
 # %% ../../nbs/loop/hidden.ipynb #9d1bd4b0
 def unready_loaders(learn: Any) -> list[str]:
@@ -180,7 +195,7 @@ def _attributes(learn: Any) -> dict[Key, Any]:
     loaders = all_loaders(learn.dataloaders).values()
     known = {*map(id, (*parts, *learn.callbacks, *modules_of(learn).values(), *loaders))}
     kinds = {"module": _of_modules(learn), "callback": _of_callbacks(learn), "learner": _of_learner(learn),
-             "loss": _of_loss(learn), "loader": _of_loader(learn)}
+             "loss": _of_loss(learn), "loader": _of_loader(learn), "function": _of_functions(learn)}
     return {(kind, where, name): marks_of(value, known)
             for kind, found in kinds.items() for where, name, value in found}
 
@@ -192,7 +207,13 @@ def _buffers(learn: Any) -> dict[Key, Any]:
 # %% ../../nbs/loop/hidden.ipynb #17140c69
 def _of_loader(learn: Any) -> Iterator[tuple[str, str, Any]]:
     for where, part in _parts_of_loader(learn).items():
-        yield from ((where, name, value) for name, value in vars(part).items() if type(value) is int)
+        yield from ((where, name, value) for name, value in vars(part).items() if _is_order(value))
+
+def _is_order(value: Any) -> bool:
+    "Whether a value may be a count or an order: a whole number, or several."
+    if isinstance(value, list | tuple | deque): return bool(value) and type(value[0]) is int
+    several = getattr(value, "ndim", 0) == 1 and str(getattr(value, "dtype", "")).rpartition(".")[2].startswith("int")
+    return several or type(value) is int
 
 def _parts_of_loader(learn: Any) -> dict[str, Any]:
     "What may count passes over the training data: neither of torch, nor ours, nor with a way of its own."

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..base.history import History
-from ..base.parts import accepts, check_loaders, check_parts, is_optimiser, length_of, make_optimiser
-from ..base.parts import no_loss, not_scalar, place_model, set_learning_rate
-from ..base.batch import LABELS, Total, call_model, is_sum, loss_of, misfit, unpack, warn_again
+from ..base.parts import check_loaders, check_parts, is_optimiser, length_of, make_optimiser
+from ..base.parts import no_gradient, no_loss, no_step, not_scalar, place_model, set_learning_rate
+from ..base.batch import LABELS, Total, call_model, is_sum, loss_of, misfit, not_tensors
+from ..base.batch import unpack, warn_again, warn_of_no_loss
 from ..base.words import PHASES, check_number, check_whole, kind_of
 from .attached import LossError, Modes, asked_by, attached_modules, call_frames, check_asked
 from .attached import modules_to_train, warn_untrained
@@ -48,6 +49,7 @@ class Prepared(Timed):
     inputs_at: Any = None  # those of what goes to the model; None: all but the labels
     predict_new: Callable[[Any], Any]  # a learner has it, for new data
     ranks: Any = None  # a call that several processes make together, while it lasts
+    evaluating: bool = False  # a validation or test pass is under way
     sums: bool = False  # the loss function says that it adds up over the examples of a batch
     _asked: tuple[str, ...] = ()  # fixtures that the loss function asks for
 
@@ -79,10 +81,12 @@ class Evaluation(Prepared):
     def compute_loss(self) -> None:
         "Compare predictions with labels."
         function: Any = self.call_loss if self._asked or self.loss_func is None else self.loss_func
-        self.loss = loss = function(self.predictions, self.labels)
+        try: self.loss = loss = function(self.predictions, self.labels)
+        except (TypeError, AttributeError) as error: raise not_tensors(self.labels, error) from error.__cause__
         if isinstance(loss, Tensor) and loss.ndim == 0: return
-        if loss is None and self.loss_func is self.optimiser is None: return  # there is only measuring
-        raise LossError(no_loss(loss, self.loss_func))
+        if loss is not None or self.loss_func is not None or not (self.evaluating or self.optimiser is None):
+            raise LossError(no_loss(loss, self.loss_func))
+        if self.optimiser is not None: warn_of_no_loss()  # else there is only measuring
 
     def call_loss(self, predictions: Any, labels: Any) -> Any:
         "The loss function's value, or the loss that the model computed itself."
@@ -106,22 +110,15 @@ class Training(Evaluation):
         "Compute the gradients."
         self.gathered = (self.gathered or (self.batch_num,))[0], self.batch_num
         try: self.loss.backward()
-        except RuntimeError as error:
-            if self.loss.ndim: raise LossError(not_scalar(self.loss)) from error
-            if self.loss.requires_grad: raise
-            raise LossError(
-                "the loss needs no gradient: it depends on no parameter that is trained; "
-                "is the model frozen, the loss detached, or inference mode on?") from error
+        except (RuntimeError, AttributeError) as error:
+            fault = no_gradient(self.loss)
+            if not fault: raise
+            raise LossError(fault) from error
 
     def step(self) -> None:
         "Take a step and drop the gradients."
         try: self.optimiser.step()
-        except TypeError as error:
-            if accepts(self.optimiser.step): raise
-            kind = type(self.optimiser).__name__
-            raise TypeError(
-                f"optimiser: {kind}.step needs a closure, which the loop does not give; "
-                "take another optimiser, or override step() in a subclass") from error
+        except TypeError as error: raise no_step(self.optimiser, error) from error.__cause__
         self.batches_stepped, self.gathered = self.batch_num + 1, ()
         self.optimiser.zero_grad()
 
@@ -303,9 +300,9 @@ class Rows(Values):
 # %% ../../nbs/loop/loop.ipynb #4d223433
 class Frames(Rows):
     "What the loop has around an epoch, a pass and a batch."
-    evaluating: bool = False  # a validation or test pass is under way
     stepping: bool = False  # a training pass is under way
-    unseen_step: bool = False  # weights may have changed in this batch, and no stage was opened for it so far
+    unseen_step: bool = False  # weights may have changed in this batch, which nobody has looked at so far
+    update_guard: Any = None  # in a training pass: what looks at its first step
     _modes: Modes  # of all modules, as they were before this call
 
     @contextmanager

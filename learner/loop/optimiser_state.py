@@ -52,6 +52,7 @@ def check_optimiser_state(optimiser: Any, state: Any) -> None:
             raise ValueError(f"the state is not one of the optimisers {', '.join(optimiser)}")
         for name, each in optimiser.items(): check_optimiser_state(each, state[name])
         return
+    if not isinstance(optimiser, torch.optim.Optimizer) and _has_own_form(optimiser, state): return
     match state:
         case {"param_groups": list(groups), "state": dict(values)}: pass
         case _: raise ValueError("the state of the optimiser has no param_groups or no state")
@@ -69,6 +70,15 @@ def check_optimiser_state(optimiser: Any, state: Any) -> None:
     other_shapes = ("LBFGS", "Adafactor")  # of torch's optimisers these have tensors of other shapes
     if kind.__module__.startswith("torch.optim") and kind.__name__ not in other_shapes:
         _check_moments(optimiser, values)
+
+def _has_own_form(optimiser: Any, state: Any) -> bool:
+    "Whether an optimiser that is not torch's, such as one around another, has a state of a form of its own."
+    own = optimiser.state_dict()
+    if not isinstance(own, Mapping) or {"param_groups", "state"} <= own.keys(): return False
+    if not isinstance(state, Mapping) or own.keys() != state.keys():
+        raise ValueError(f"the state of the optimiser is not one of {type(optimiser).__name__}, which has "
+                         f"{', '.join(map(str, own))}")
+    return True
 
 # %% ../../nbs/loop/optimiser_state.ipynb #79b1106f
 _HOW = ("foreach", "fused")  # a step is computed, not which

@@ -348,6 +348,15 @@ class _Changing(_Resolved):
         self._set_callbacks([c for c in added if not any(_is_it(c, given) for given in callbacks)])
 
 # %% ../../nbs/loop/resolution.ipynb #28308123
+def _check_no_scheduler(function: Callable[..., Any]) -> None:
+    "Raise CallbackError for the step of a scheduler: what it calls epoch need not be the fixture."
+    owner = getattr(function, "__self__", None)
+    steps = getattr(function, "__name__", "") in ("step", "step_update") and hasattr(owner, "load_state_dict")
+    if steps and not hasattr(owner, "param_groups"):
+        kind = type(owner).__name__
+        raise CallbackError(f"on: {kind}.{function.__name__} is not a hook, and a resumed training would not "
+                            f"know where it stood; add EpochSchedule or BatchSchedule(partial({kind}, ...))")
+
 class WithCallbacks(_Changing):
     "A routine's callbacks; plain functions can be among them."
 
@@ -373,5 +382,6 @@ class WithCallbacks(_Changing):
         if function is None: return lambda function: self.on(hook, function, priority=priority)
         if not callable(function):
             raise TypeError(f"on: the hook {hook} got {function!r}; pass a function")
+        _check_no_scheduler(function)
         self.add(FunctionCallback(hook, function, priority))
         return function

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ResumeError', 'Place', 'order_state', 'set_order_state', 'batches_from', 'state_of', 'plain_name',
-           'check_model_state', 'check_state', 'check_orders', 'check_loop_state', 'has_state', 'with_state',
-           'modules_beside', 'packed', 'gradients_left', 'lost', 'gather', 'whole_state', 'put', 'fitting_optimiser',
-           'put_gradients', 'trained_only', 'with_base']
+           'check_model_state', 'check_state', 'check_orders', 'check_loop_state', 'with_state', 'modules_beside',
+           'packed', 'gradients_left', 'lost', 'gather', 'whole_state', 'put', 'fitting_optimiser', 'put_gradients',
+           'trained_only', 'with_base']
 
 # %% ../../nbs/loop/state.ipynb #a5a8bd58
 import warnings
@@ -26,7 +26,7 @@ from ..base.parts import generators_of, is_optimiser, length_of, make_optimiser,
 from ..base.provenance import kept_rng, rng_state, set_rng_state
 from ..base.tree import to_device
 from ..base.words import PHASES, PrintableError, did_you_mean, kind_of
-from .attached import attached_modules, by_class, modules_to_train
+from .attached import attached_modules, by_class, has_state, modules_to_train
 from .hidden import changed_flags, check_hidden, flags_of, hidden_state, put_hidden
 from .optimiser_state import check_gradients, check_optimiser_state, form_of, groups_of, set_groups
 from .passes import all_loaders
@@ -258,10 +258,6 @@ def check_loop_state(loop: Any) -> None:
         raise ResumeError(f"the means, steps or random numbers in the state are damaged: {error!r:.100}") from error
 
 # %% ../../nbs/loop/state.ipynb #59e43be8
-def has_state(part: Any) -> bool:
-    "Whether a part keeps something that a checkpoint must hold."
-    return hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
-
 def with_state(callbacks: Iterable[Callback]) -> dict[str, Any]:
     "The callbacks that have a state, by class."
     return {name: callback for name, callback in by_class(callbacks) if has_state(callback)}

@@ -214,12 +214,16 @@ class _Dividing(_Counting):
 class _Weighted(_Dividing):
     "Weighs the loss of a batch for its backward pass."
 
-    def before_backward(self, learn: Learner) -> None:
+    def check_backward(self, learn: Learner) -> None:
+        "Raise CallbackError if a gradient comes in after those of the group were divided."
         if self._stepping == learn.batch_num and self.n > 1:
             raise CallbackError(
                 "Accumulate: a second backward pass within the step sees only the last batch of "
                 "the group; let train_batch take the first with torch.autograd.grad and do both before "
                 "the step, or leave Accumulate out")
+
+    def before_backward(self, learn: Learner) -> None:
+        self.check_backward(learn)
         if self._group.divisor is not None: self._go_on()
         self._check_kept(learn)
         if self._weighed != learn.batch_num:

@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..base.parts import accepts, is_optimiser
-from ..base.words import check_whole, did_you_mean, mode_of, printable
+from ..base.words import check_whole, did_you_mean, printable
 from ..loop.learner import Learner
 from ..loop.loop import Length
 from ..loop.stages import Callback
 from .curves import Curve, FunctionScheduler, ScheduleError, check_finite, check_name
 from .curves import get_hyperparameter, split_name
-from .schedulers import TOTALS, Groups, ParameterGroups, check_factory, check_place, check_values
-from .schedulers import class_of, give_state, name_of, open_lengths, step_wants
-from .schedulers import epochs_left, storable, updates_left
-from .stopping import check_monitor, monitored
+from .schedulers import TOTALS, Groups, ParameterGroups, check_direction, check_factory
+from .schedulers import check_place, check_values, class_of, epochs_left, give_state
+from .schedulers import metric_beside, name_of, open_lengths, step_wants, storable, updates_left
+from .stopping import check_monitor, monitored, monitored_if_any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -348,35 +348,35 @@ class _OnceAnEpoch(_Plotted):
     monitor: str
     wants: str | None
     _gives = ""
+    _beside = ""  # the name of a metric that it takes beside the epoch
 
     def after_epoch(self, learn: Learner) -> None:
-        if self._gives != "metric": self._advance()
-        else:
-            value = monitored(self, self.monitor, learn)
-            if value is not None: self._advance(value)
+        asks = self._gives == "metric"
+        read = monitored if asks else monitored_if_any
+        value = read(self, self.monitor, learn) if asks or self._beside else None
+        if value is not None: self._advance(value)
+        elif not asks: self._advance()
 
     def _step(self, *values: Any) -> None:
-        if self._gives == "epoch": values = (self.done + 1,)
-        self.scheduler.step(*values)
+        if self._gives != "epoch": self.scheduler.step(*values)
+        else: self.scheduler.step(self.done + 1, **dict(zip([self._beside], values, strict=False)))
 
     def _check(self, learn: Learner, scheduler: Any) -> None:
-        self._gives, name = step_wants(self, scheduler.step, self.wants), type(scheduler).__name__
+        self._gives = step_wants(self, scheduler.step, self.wants)
         if self._gives == "update" or not getattr(scheduler, "t_in_epochs", True):
-            raise ScheduleError(f"{self}: {name} is stepped once an update; use BatchSchedule")
+            raise ScheduleError(f"{self}: {type(scheduler).__name__} is stepped once an update; "
+                                "use BatchSchedule")
+        self._beside = metric_beside(scheduler.step) if self._gives == "epoch" else ""
         if self._gives != "metric": return
         check_monitor(self, self.monitor, learn)
-        mode, meant = getattr(scheduler, "mode", None), mode_of(self.monitor)
-        if mode in ("min", "max") and meant and mode != meant:
-            good = "low" if meant == "min" else "high"
-            raise ScheduleError(f"{self}: {self.monitor} is good when {good}, and {name} has "
-                                f"mode={mode!r}; pass mode={meant!r}")
+        check_direction(self, scheduler, self.monitor)
 
 # %% ../../nbs/steer/schedule.ipynb #4d1d481a
 class EpochSchedule(_OnceAnEpoch):
     """Steps a scheduler once for every epoch, after the validation.
 
-    A scheduler whose step asks for a value, such as ReduceLROnPlateau, gets that of `monitor`, and
-    no step in an epoch that has none; one that asks for the epoch gets the number of epochs done.
+    A scheduler whose step asks for a value, as ReduceLROnPlateau's does, gets that of `monitor`, and no
+    step in an epoch without one; one that asks for the epoch gets the epochs done, and a value beside.
 
     Args:
         factory: Called as `factory(optimiser)` when training starts.

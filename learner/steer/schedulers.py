@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOTALS', 'WANTS', 'Groups', 'updates_per_epoch', 'epochs_left', 'updates_left', 'open_lengths', 'step_wants',
-           'check_factory', 'storable', 'check_place', 'check_values', 'give_state', 'class_of', 'name_of',
-           'ParameterGroups']
+           'metric_beside', 'check_direction', 'check_factory', 'storable', 'check_place', 'check_values', 'give_state',
+           'class_of', 'name_of', 'ParameterGroups']
 
 # %% ../../nbs/steer/schedulers.ipynb #9170afb4
 import inspect
@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from ..base.parts import RATE_BEFORE, length_of
-from ..base.words import as_number, check_whole
+from ..base.words import as_number, check_whole, mode_of
 from ..loop.learner import Learner
 from ..loop.optimiser_state import same_kind
 from ..loop.state import Place
@@ -135,6 +135,21 @@ def step_wants(owner: Any, step: Callable[..., Any], wants: str | None = None) -
     name = f"{type(getattr(step, '__self__', step)).__name__}.{getattr(step, '__name__', 'step')}"
     raise ScheduleError(f"{owner}: {name} asks for {' and '.join(needed)}, which does not tell "
                         "what it wants; pass wants=\"epoch\", wants=\"update\" or wants=\"metric\"")
+
+def metric_beside(step: Callable[..., Any]) -> str:
+    "The name of a metric that a scheduler's step takes if there is one; empty if it takes none."
+    try: parameters = [*inspect.signature(step).parameters.values()]
+    except (TypeError, ValueError): return ""  # it has no signature to read
+    optional = (p.name for p in parameters if p.default is not p.empty and p.name in WANTS["metric"])
+    return next(optional, "")
+
+def check_direction(owner: Any, scheduler: Any, monitor: str) -> None:
+    "Raise ScheduleError for a scheduler that takes high values of a column for good, and they are bad."
+    mode, meant = getattr(scheduler, "mode", None), mode_of(monitor)
+    if mode in ("min", "max") and meant and mode != meant:
+        good = "low" if meant == "min" else "high"
+        raise ScheduleError(f"{owner}: {monitor} is good when {good}, and {type(scheduler).__name__} has "
+                            f"mode={mode!r}; pass mode={meant!r}")
 
 # %% ../../nbs/steer/schedulers.ipynb #f1a9ebcb
 def check_factory(owner: str, factory: Any, wants: Any) -> None:
@@ -268,6 +283,10 @@ class _Values:
         self.optimiser, self.sets = optimiser, sets
         self.count = len(optimiser.param_groups)
         self.own_step = vars(optimiser).get("step", _ABSENT)
+        name = sets[0]
+        if any(group.get(name, 0.0) is None for group in optimiser.param_groups):
+            raise ScheduleError(f"{name} of {type(optimiser).__name__} is None, so that it finds one by itself; "
+                                f"give it a number to schedule it, or leave the schedule out")
 
     def grown(self) -> bool: return len(self.optimiser.param_groups) != self.count
 

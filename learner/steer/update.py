@@ -73,11 +73,14 @@ class _Limits(Callback):
         self._clipped = learn.batch_num
         if self.log and hasattr(learn, "batch"): learn.log(gradient_norm=norm)  # not after the pass
 
-    def before_backward(self, learn: Learner) -> None:
+    def check_backward(self, learn: Learner) -> None:
+        "Raise CallbackError if a gradient comes in after the one that was clipped."
         if self._clipped == learn.batch_num:
             raise CallbackError(
                 "ClipGradients: a second backward pass within the step makes a gradient that is "
                 "not clipped; make both before the step, or call clip(optimiser) after the second")
+
+    before_backward = check_backward
 
     def after_step(self) -> None: self._clipped = -1
 

@@ -150,12 +150,16 @@ def name_metrics(unnamed: Iterable[Any], named: Mapping[str, Any]) -> dict[str, 
 
 # %% ../../nbs/watch/metric_forms.ipynb #0741758b
 def _check_update(name: str, metric: Any) -> None:
-    "Raise TypeError for a metric of values and their weights, for which it would take the labels."
-    try: parameters = [*inspect.signature(metric.update).parameters]
+    "Raise TypeError for a metric that is not one of predictions and labels."
+    try: signature = inspect.signature(metric.update)
     except (TypeError, ValueError): return  # it has no signature to read
-    if parameters[1:2] == ["weight"]:
-        raise TypeError(f"metric {name}: {type(metric).__name__}.update takes values and their weight; give "
+    parameters, kind = [*signature.parameters], type(metric).__name__
+    if parameters[1:2] == ["weight"]:  # for which it would take the labels
+        raise TypeError(f"metric {name}: {kind}.update takes values and their weight; give "
                         "a function of predictions and labels, whose mean is taken")
+    if not accepts(metric.update, None, None):
+        raise TypeError(f"metric {name}: {kind}.update takes ({', '.join(parameters)}), and it is called as "
+                        "update(predictions, labels); give a class with such an update, that calls this one")
 
 # %% ../../nbs/watch/metric_forms.ipynb #70803d42
 def check_metric(name: str, metric: Any) -> Any:

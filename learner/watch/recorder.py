@@ -8,6 +8,7 @@ __all__ = ['BLOCK', 'RecorderError', 'Quantity', 'read_values', 'StepLog', 'Curv
 
 # %% ../../nbs/watch/recorder.ipynb #cba89906
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -103,8 +104,9 @@ def _loss(learn: Learner) -> Any:
                             "overridden method, or name other quantities to record") from None
 
 def _learning_rate(learn: Learner) -> Any:
-    "The learning rate of the optimiser's first group of parameters."
-    return learn.optimiser.param_groups[0]["lr"]
+    "The learning rate of the optimiser's first group of parameters; NaN if it finds one by itself."
+    rate = learn.optimiser.param_groups[0]["lr"]
+    return math.nan if rate is None else rate
 
 def _momentum(learn: Learner) -> Any:
     "Momentum, or the first of Adam's betas, of the optimiser's first group of parameters."

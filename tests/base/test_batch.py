@@ -160,6 +160,8 @@ SIZES = {
     "inputs alone count": ({"a": x(8), "map": torch.ones(3), "labels": torch.ones(8)}, dict(inputs=["a"])), "labels first": ((torch.ones(8), x(8)), dict(labels=0)),
     "two inputs and no labels": (((x(8), x(8)), None), {}), "two inputs in a list and no labels": (([x(8), x(8)], None), {}),
     "no labels, a list": ([{"a": x(3)}] * 8, dict(labels=None)),
+    "targets in one row, and their lengths": ((x(8), (torch.ones(24), torch.ones(8), torch.ones(8))), {}), "boxes in a list": ((images(8), [torch.ones(i + 1, 4) for i in range(8)]), {}),
+    "targets and lengths by place": ((x(8), torch.ones(30), torch.ones(8), torch.ones(8)), dict(labels=[1, 2, 3])), "points in a list": (([torch.ones(i + 3, 2) for i in range(8)], torch.ones(8)), {}),
 }
 
 

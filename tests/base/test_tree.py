@@ -1,6 +1,7 @@
 """Nested values of every make."""
-from collections import OrderedDict, UserDict, namedtuple
+from collections import OrderedDict, UserDict, defaultdict, namedtuple
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -108,3 +109,26 @@ def test_an_error_of_the_method_itself_is_not_swallowed():
     class Broken:
         def to(self, device, non_blocking=False): raise TypeError("its own")
     with pytest.raises(TypeError, match="its own"): to_device(Broken(), META)
+
+
+class Named(dict): note = "none"
+class Listed(list): note = "none"
+class Tupled(tuple): note = "none"
+
+
+@pytest.mark.parametrize("kind, given", [(Named, {"x": torch.ones(2)}), (Listed, [torch.ones(2)]), (Tupled, (torch.ones(2),)), (UserDict, {"x": torch.ones(2)})])
+def test_what_a_container_knows_besides_goes_along(kind, given):
+    batch = kind(given)
+    batch.note = "from the collate function"
+    moved = to_device(batch, META)
+    (tensor,) = moved.values() if hasattr(moved, "values") else moved
+    assert type(moved) is kind and moved.note == batch.note and tensor.device == META
+    assert next(iter(batch.values() if hasattr(batch, "values") else batch)).device.type == "cpu"
+
+
+def test_a_default_stays_and_what_cannot_be_written_to_is_made_again():
+    batch = defaultdict(list, x=torch.ones(2))
+    moved = to_device(batch, META)
+    assert moved["labels"] == [] and moved["x"].device == META and "labels" not in batch
+    moved = to_device(MappingProxyType({"x": torch.ones(2)}), META)
+    assert type(moved) is MappingProxyType and moved["x"].device == META

@@ -657,3 +657,23 @@ def test_the_guard_leaves_nothing_behind():
     embedded.embed.sparse = True
     sparse = Learner(embedded, torch.optim.SGD(embedded.parameters(), lr=0.1), F.cross_entropy, {"train": [token_batch()]}, device="cpu")
     sparse.train(1, callbacks=NaNGuard(1))
+
+
+def test_an_input_within_an_object_and_labels_of_a_model_with_its_own_loss_are_not_called_unused():
+    class Graphs:
+        def __init__(self, x, y): self.x, self.y = x, y
+        def to(self, device): return Graphs(self.x.to(device), self.y.to(device))
+
+    class OwnLoss(nn.Linear):
+        def forward(self, x, labels=None):
+            logits = super().forward(x)
+            return {"loss": None if labels is None else F.cross_entropy(logits, labels), "logits": logits}
+
+    class OfGraphs(nn.Linear):
+        def forward(self, graphs): return super().forward(graphs.x)
+
+    torch.manual_seed(0)
+    batches = [batch(seed=i) for i in range(3)]
+    keyed, graphs = [{"x": x, "labels": y} for x, y in batches], [Graphs(x, y) for x, y in batches]
+    for learn in (learner(OwnLoss(6, 3), keyed, None, validation=keyed), learner(OfGraphs(6, 3), graphs, lambda p, b: F.cross_entropy(p, b.y), validation=graphs)):
+        assert not [finding for finding in forward_pass(learn).problems if finding.name == "unused input"]

@@ -189,3 +189,61 @@ def test_lr_find_works_with_a_step_of_ones_own():
             self.optimiser.step()
             self.optimiser.zero_grad()
     assert len(lr_find(make(Sets), steps=20).rates) > 8
+
+
+def penalty(learn): return learn.loss_func(learn.model(learn.data), learn.labels)
+
+
+class SecondPass(Learner):
+    "Makes a second gradient within the step, behind the back of the stages."
+    def step(self):
+        self.optimiser.zero_grad()
+        penalty(self).backward()
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+
+
+class Closure(Learner):
+    "Gives the optimiser a closure that knows nothing of stages."
+    def step(self):
+        def closure():
+            self.optimiser.zero_grad()
+            loss = penalty(self)
+            loss.backward()
+            return loss
+        self.optimiser.step(closure)
+        self.optimiser.zero_grad()
+
+
+@pytest.mark.parametrize("kind", [SecondPass, Closure])
+def test_a_gradient_that_is_made_within_the_step_is_not_left_as_it_is(kind):
+    for callback in (ClipGradients(0.01), Accumulate(5)):
+        learn = make(kind, callback)
+        before = learn.model.weight.clone()
+        with pytest.raises(CallbackError, match="second backward pass within the step"): learn.train(2)
+        assert torch.equal(before, learn.model.weight)
+        assert not learn.optimiser._optimizer_step_pre_hooks and not learn.model.weight._post_accumulate_grad_hooks
+    learn, plain = make(kind, EMA(0.5)), make(Learner, EMA(0.5))
+    learn.train(2)
+    plain.train(2)
+    assert torch.equal(learn.model.weight, plain.model.weight)
+
+
+def test_a_user_may_hook_the_step_within_training():
+    learn, steps = make(Learner), []
+    def count(batch_num, optimiser):
+        if batch_num == 0: optimiser.register_step_pre_hook(lambda *_: steps.append(1))
+    learn.on("before_batch", count)
+    learn.train(1)
+    assert len(steps) == 5
+
+
+@pytest.mark.parametrize("opens", [(), ("backward",)])
+def test_a_routine_that_takes_no_step_says_so_once(opens):
+    class Returns(Learner):
+        "As other libraries have it: the loss is returned, and nobody steps on it."
+        def train_batch(self):
+            self.act("prepare", "predict", "loss", *opens)
+            return {"loss": self.loss}
+    with pytest.warns(UserWarning, match="took no step in the first epoch") as said: make(Returns).train(3)
+    assert len(said) == 1

@@ -562,6 +562,20 @@ def test_a_step_that_wants_a_value_gets_the_monitored_one():
         assert schedule.state_dict()["scheduler"]["given"] == pytest.approx([row[schedule.monitor] for row in learn.history])
 
 
+class Plateau(Custom):
+    "As the one of timm for plateaus: the metric comes beside the epoch, and is needed."
+    def step(self, epoch, metric=None): self.take(epoch + 10 * metric)
+
+
+@pytest.mark.parametrize("monitor", ["validation_loss", "train_loss"])
+def test_a_metric_beside_the_epoch_is_given_where_it_is_measured(monitor):
+    learn = learner(schedule := EpochSchedule(Plateau, monitor))
+    learn.train(3)
+    right = [1 + epoch + 10 * row[monitor] for epoch, row in enumerate(learn.history)]
+    assert schedule.state_dict()["scheduler"]["given"] == pytest.approx(right)
+    with pytest.raises(MonitorError, match="which is not one of"): learner(EpochSchedule(Plateau, "train_los")).train(2)
+
+
 @pytest.mark.parametrize(("make", "text"), [
     (lambda: EpochSchedule(Unclear), "EpochSchedule(Unclear): Unclear.step asks for t, which does not tell what it wants; pass wants=\"epoch\", wants=\"update\" or wants=\"metric\""),
     (lambda: BatchSchedule(Unclear), "asks for t, which does not tell what it wants"), (lambda: EpochSchedule(Many), "asks for epoch and temperature"),
