@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.history import History
+from ..base.given import given
 from ..base.parts import accepts, check_loaders, check_parts, is_optimiser, length_of, make_optimiser
 from ..base.parts import no_loss, not_scalar, place_model, set_learning_rate
 from ..base.batch import LABELS, Total, call_model, is_sum, loss_of, misfit, unpack, warn_again
@@ -70,7 +71,7 @@ class Prepared(Timed):
         if inputs is not None: return self.predict_new(inputs)
         data = self.data
         try: self.predictions = self.model(data) if isinstance(data, Tensor) else call_model(self.model, data)
-        except TypeError as error: raise misfit(self.model, data, error) from error.__cause__
+        except Exception as error: raise misfit(self.model, data, error) from error.__cause__
 
 # %% ../../nbs/loop/loop.ipynb #4676fb0e
 class Evaluation(Prepared):
@@ -79,7 +80,9 @@ class Evaluation(Prepared):
     def compute_loss(self) -> None:
         "Compare predictions with labels."
         function: Any = self.call_loss if self._asked or self.loss_func is None else self.loss_func
-        self.loss = loss = function(self.predictions, self.labels)
+        try: self.loss = loss = function(self.predictions, self.labels)
+        except Exception as error:
+            raise given(error, predictions=self.predictions, labels=self.labels) from error.__cause__
         if isinstance(loss, Tensor) and loss.ndim == 0: return
         if loss is None and self.loss_func is self.optimiser is None: return  # there is only measuring
         raise LossError(no_loss(loss, self.loss_func))
@@ -87,7 +90,6 @@ class Evaluation(Prepared):
     def call_loss(self, predictions: Any, labels: Any) -> Any:
         "The loss function's value, or the loss that the model computed itself."
         if self.loss_func is None: return loss_of(predictions)
-        if not self._asked: return self.loss_func(predictions, labels)
         asked = {name: self if name == "learn" else getattr(self, name) for name in self._asked}
         return self.loss_func(predictions, labels, **asked)
 
@@ -413,9 +415,7 @@ class Calls(Framed):
     "The calls for one pass."
 
     @users_frames
-    def validate(
-        self, callbacks: Callback | Iterable[Callback] | None = None,
-    ) -> dict[str, Any]:
+    def validate(self, callbacks: Callback | Iterable[Callback] | None = None) -> dict[str, Any]:
         """Make one pass over the validation data, and return its means.
 
         Args:
