@@ -25,7 +25,7 @@ from ..base.batch import LABELS, Total, call_model, is_sum, loss_of, misfit, unp
 from ..base.words import PHASES, check_number, check_whole, kind_of
 from .attached import LossError, Modes, asked_by, attached_modules, check_asked, frames
 from .attached import warn_untrained
-from .frames import users_frames
+from .foreign import speaks
 from .passes import PASSES, Columns, Pass, passes_of, scalar
 from .stages import Callback, CancelEpochException, CancelException, CancelTrainException
 from .explain import Timed
@@ -414,7 +414,7 @@ class Framed(Walk):
 class Calls(Framed):
     "The calls for one pass."
 
-    @users_frames
+    @speaks
     def validate(self, callbacks: Callback | Iterable[Callback] | None = None) -> dict[str, Any]:
         """Make one pass over the validation data, and return its means.
 
@@ -426,7 +426,7 @@ class Calls(Framed):
         """
         return self._evaluate("validate", "validation", callbacks)
 
-    @users_frames
+    @speaks
     def test(self, callbacks: Callback | Iterable[Callback] | None = None) -> dict[str, Any]:
         "Make one pass over the test data, and return its means; like `validate` otherwise."
         return self._evaluate("test", "test", callbacks)
