@@ -34,6 +34,7 @@ from ..base.warned import once_by_workers
 from ..base.words import check_number
 from .attached import attached_modules
 from .foreign import ATTRIBUTES, Word, speaks
+from .frames import users_frames
 from .hidden import sentences, unready_loaders
 from .lengths import lengths, set_passes, set_steps
 from .loop import Loop
@@ -95,6 +96,7 @@ class Resumable(Placed):
 class Files(Resumable):
     "A training in files."
 
+    @users_frames
     def save(self, path: str | PathLike[str]) -> None:
         """Write everything that the next batch depends on into a file.
 
@@ -112,6 +114,7 @@ class Files(Resumable):
         state = self.state_dict()
         with self.cursor.signals.held(): save_state(path, state)
 
+    @users_frames
     def load(self, path: str | PathLike[str]) -> None:
         """Take over a checkpoint: `train(resume=True)` then goes on from it, and `train()` trains its model further.
 
@@ -122,6 +125,9 @@ class Files(Resumable):
             FileNotFoundError: If there is none.
             DamagedError: If the file is damaged.
             ResumeError: If it does not fit this learner. Nothing is changed in any of these cases.
+
+        Example:
+            >>> learn.load("digits.safetensors")
         """
         self.check_idle("load")
         state = read_checkpoint(path)

@@ -17,6 +17,7 @@ from ..base.made import place_of
 from ..base.history import unpack_rows
 from ..base.store import read_checkpoint
 from ..base.words import format_value, printable
+from ..loop.frames import users_frames
 from ..loop.hidden import flags_of, put_flags
 from ..loop.learner import Learner
 from ..loop.state import check_state
@@ -133,6 +134,7 @@ def _put_frozen(learn: Learner, frozen: Any) -> None:
     put_flags(learn, dict.fromkeys(flags_of(learn), True), dict.fromkeys(frozen, False))
 
 # %% ../../nbs/runs/made.ipynb #be7d2f12
+@users_frames
 def load(
     path: AnyPath, allow: Iterable[str] = (), learner: type[Learner] | None = None, **parts: Any,
 ) -> Learner:

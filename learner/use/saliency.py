@@ -17,6 +17,7 @@ from ..base.rows import leaves_of, logits_of
 from ..base.show import new_axes
 from ..base.tree import map_tensors
 from ..base.words import check_whole, did_you_mean
+from ..loop.frames import users_frames
 from ..loop.learner import Learner
 from .asked import Model, opened, scores_function
 from .inputs import Columns, columns_of, is_table, preparation_of
@@ -128,6 +129,7 @@ def _of_image(method: str, model: Model, batch: Tensor, target: int, layer: str 
     return found.detach().cpu()[0].sum(0)
 
 # %% ../../nbs/use/saliency.ipynb #549e39f6
+@users_frames
 def attributions(model: Model, example: Any, target: int | None = None, *,
                  method: str = "occlusion", layer: str | None = None, window: int | None = None,
                  baseline: float | None = None) -> Tensor:
@@ -185,6 +187,7 @@ def _draw_row(names: Sequence[str], values: Sequence[float], found: Tensor, ax: 
     ax.invert_yaxis()
 
 # %% ../../nbs/use/saliency.ipynb #e9afc369
+@users_frames
 def saliency(model: Model, example: Any, target: int | None = None, *, method: str = "occlusion",
              layer: str | None = None, window: int | None = None, baseline: float | None = None,
              names: Sequence[str] | None = None, ax: "Axes | None" = None) -> "Axes":

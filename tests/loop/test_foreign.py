@@ -47,7 +47,7 @@ def exists(name, learn):
 
 
 def test_no_word_takes_the_place_of_a_name_of_ours():
-    assert [word for word in ATTRIBUTES if not type(vars(learner.loop.learner.Shown)[word]).__name__ == "Word"] == []
+    assert [word for word in ATTRIBUTES if type(vars(learner.loop.learner.Shown)[word]).__name__ != "Word"] == []
     learn = fresh()
     learn.train(1, 0.1)
     assert [word for word in ATTRIBUTES if hasattr(learn, word)] == []
