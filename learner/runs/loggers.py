@@ -253,7 +253,7 @@ class StarredRows(LogView):
     def row(self, row: Mapping[str, Any]) -> None:
         stars, began, self.began = self.best.add(row), self.began, monotonic()
         cells = {name: self._cell(value, name in stars) for name, value in row.items()}
-        if self.seconds: cells["seconds"] = f"{self.began - began:.1f}"
+        if self.seconds: cells["seconds"] = self.time_of_row(self.began - began)
         super().row(cells)
 
     def write(self, *lines: str) -> None:

@@ -170,7 +170,7 @@ class _NotebookPage(_Page):
         now = time()
         seconds, self.row_began = now - self.row_began, now
         update_bar(self.epochs_bar, self.before + self.done, "epochs")
-        self.add_row(row, f"{seconds:.1f}")
+        self.add_row(row, self.time_of_row(seconds))
         if self.graph: self.graph.add_row(self.first + self.done, row)
 
 # %% ../../nbs/watch/notebook_view.ipynb #3d0f1945

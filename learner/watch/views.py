@@ -29,6 +29,7 @@ class View:
     live = False  # whether there is something to redraw while a pass runs
     returned = False  # whether the call returns its results too: `validate`, and `test` by hand
     skipped = 0  # batches of the pass that were done before it was resumed
+    late = 0.0  # seconds by which a row may be shown after its epoch has ended
 
     def __init__(self, first: int, epochs: int):
         self.first, self.epochs, self.done, self.before = first, epochs, 0, 0
@@ -49,6 +50,10 @@ class View:
 
     def row(self, row: Mapping[str, Any]) -> None:
         "Show the row of an epoch that has ended."
+
+    def time_of_row(self, seconds: float) -> str:
+        "How long an epoch took, for its row; nothing where rows come too late to tell."
+        return f"{seconds:.1f}" if seconds >= 10 * self.late else ""
 
     def end(self, results: Mapping[str, Any], interrupted: bool, why: str = "") -> None:
         "Leave the final output: the results of a pass shown alone, and why training has ended."
