@@ -408,7 +408,7 @@ def summary_of(learn: Loop) -> dict[str, str]:
     return {
         "model": f"{type(learn.model).__name__} with {count}, on {learn.device}",
         "optimiser": name(learn.optimiser), "loss_func": name(learn.loss_func),
-        "dataloaders": ", ".join(learn.dataloaders),
+        "dataloaders": ", ".join(learn.dataloaders) or "none",
         "callbacks": ", ".join(map(repr, learn.callbacks)) or "none",
-        "trained": f"{len(learn.history)} epochs",
+        "trained": f"{len(learn.history)} epoch{'s' * (len(learn.history) != 1)}",
     }
