@@ -254,7 +254,7 @@ def check_loop_state(loop: Any) -> None:
         if began or (place[1] == "train" and place[2]):
             _check_began(loop["began"])
             loop["loader"]
-        if loop.get("stream"): _check_stream(loop["stream"])
+        if loop.get("stream") is not None: _check_stream(loop["stream"])
     except Exception as error:
         raise ResumeError(f"the means, steps or random numbers in the state are damaged: {error!r:.100}") from error
 
@@ -392,14 +392,16 @@ def _check_loaded(learn: Any, states: Mapping[str, Any]) -> None:
 
 def _put_optimiser(optimiser: Any, state: Any) -> None:
     several = optimiser.values() if isinstance(optimiser, Mapping) else [optimiser]
+    before = [dict(group) for group in groups_of(optimiser)]
     needed = [group.keys() & getattr(each, "defaults", {}).keys()  # loading may add to the defaults
               for each in several for group in each.param_groups]
     try: optimiser.load_state_dict(state)
     except Exception as error:
         raise ResumeError(f"the optimiser rejects its state: {error}") from error
-    for names, group in zip(needed, groups_of(optimiser), strict=True):
+    for names, own, group in zip(needed, before, groups_of(optimiser), strict=True):
         for name in sorted(names - group.keys()):
             raise ResumeError(f"the state of the optimiser has a group without {name}")
+        for name in own.keys() - group.keys(): group[name] = own[name]  # a schedule's, made for this training
 
 # %% ../../nbs/loop/state.ipynb #d2af6769
 def _check_hidden(learn: Any, hidden: Any) -> None:

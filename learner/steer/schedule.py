@@ -25,7 +25,7 @@ from ..loop.loop import Length
 from ..loop.stages import Callback
 from .curves import Curve, FunctionScheduler, ScheduleError, check_finite, check_name
 from .curves import get_hyperparameter, split_name
-from .schedulers import TOTALS, Groups, ParameterGroups, check_factory, check_place
+from .schedulers import TOTALS, Groups, ParameterGroups, check_factory, check_place, check_values
 from .schedulers import class_of, give_state, name_of, open_lengths, step_wants
 from .schedulers import epochs_left, storable, updates_left
 from .stopping import check_monitor, monitored
@@ -98,8 +98,7 @@ class _Lengths(_Making):
         except ScheduleError: return
         what = f"{self} has {left} of its {limit} steps left and this train takes {planned}"
         if planned > left:
-            raise ScheduleError(f"{what}; leave its length out, and each train has a schedule that "
-                                "fits")
+            raise ScheduleError(f"{what}; leave its length out, and it fits each call of train")
         if planned < left:
             warnings.warn(f"{what}; the next train continues it; leave its length out to make it "
                           "fit", stacklevel=2)
@@ -122,7 +121,7 @@ class _WithState(_Lengths):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Go on from where another stood; in the next training, or at once if one is under way."
-        if state: check_place(self, state)
+        if state != {}: check_place(self, state)
         kind = class_of(self.factory)
         if isinstance(kind, type): self._check_kind(state, kind)
         self._state = storable(state)
@@ -132,12 +131,14 @@ class _WithState(_Lengths):
         "Go on from a state."
         self._check_kind(state, type(scheduler))
         give_state(self, scheduler, state["scheduler"])
-        if self._groups is not None: self._groups.write(state["groups"])
+        if self._groups is not None:
+            check_values(self, self._groups.read(), state)
+            self._groups.write(state["groups"])
         self.done, self.limit, self._before = state["done"], state["limit"], state["before"]
 
     def _check_kind(self, state: Mapping[str, Any], kind: type) -> None:
         if state and state["kind"] != kind.__name__:
-            raise ScheduleError(f"{self}: the state is of {state['kind']}, and the factory makes "
+            raise ScheduleError(f"{self}: the state is of {state['kind']!r:.40}, and the factory makes "
                                 f"{kind.__name__}; load it into a schedule like the one that it "
                                 "came from")
 

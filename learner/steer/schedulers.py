@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOTALS', 'WANTS', 'Groups', 'updates_per_epoch', 'epochs_left', 'updates_left', 'open_lengths', 'step_wants',
-           'check_factory', 'storable', 'check_place', 'give_state', 'class_of', 'name_of', 'ParameterGroups']
+           'check_factory', 'storable', 'check_place', 'check_values', 'give_state', 'class_of', 'name_of',
+           'ParameterGroups']
 
 # %% ../../nbs/steer/schedulers.ipynb #9170afb4
 import inspect
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..base.parts import RATE_BEFORE, length_of
 from ..base.words import as_number, check_whole
 from ..loop.learner import Learner
+from ..loop.optimiser_state import same_kind
 from ..loop.state import Place
 from .curves import ScheduleError
 
@@ -194,23 +196,31 @@ def _unlike(own: Any, found: Any, name: str = "") -> str:
     if isinstance(own, list | tuple) and isinstance(found, list | tuple):
         if len(own) != len(found): return f"{name} has {len(found)} values, and not {len(own)}"
         return next(filter(None, (_unlike(a, b, name) for a, b in zip(own, found, strict=True))), "")
-    kinds = (bool, (int, float, Tensor), str)
-    alike = any(isinstance(own, kind) and isinstance(found, kind) for kind in kinds)
-    whole = not isinstance(own, int) or isinstance(found, int)
-    finite = not isinstance(found, int | float) or abs(found) < 1e300 or abs(found) == float("inf")
-    return "" if alike and whole and finite else f"{name} is {found!r:.40}"
+    return "" if _fits(own, found, name) else f"{name} is {found!r:.40}"
+
+def _fits(own: Any, found: Any, name: str) -> bool:
+    "Whether a single value can take the place of a scheduler's own."
+    if isinstance(own, str): return bool(found == own)  # a mode, or the name of a hyperparameter
+    if isinstance(own, bool) or isinstance(found, bool):
+        return type(own) is type(found) and (name[:1] == "_" or found == own)
+    if isinstance(own, int): return isinstance(found, int) and not own > 0 > found and abs(found) < 1e300
+    if isinstance(found, Tensor): return found.numel() == 1
+    return isinstance(found, int | float) and (abs(found) < 1e300 or abs(found) == float("inf"))
 
 # %% ../../nbs/steer/schedulers.ipynb #b2195df4
 _STATE = ("under_way", "kind", "done", "limit", "scheduler", "groups", "before")
 
 def check_place(schedule: Any, state: Mapping[str, Any]) -> None:
     "Raise an error for values from which no schedule can continue."
+    if not isinstance(state, Mapping):
+        raise ScheduleError(f"{schedule}: the state is {state!r:.40}; load what state_dict() gave")
     missing = [name for name in _STATE if name not in state]
     if missing:
         raise ScheduleError(f"{schedule}: the state has no {', '.join(missing)}; load what "
                             "state_dict() gave")
     check_whole("done", state["done"], 0)
     if state["limit"] is not None: check_whole("limit", state["limit"], -1)
+    if not isinstance(state["kind"], str): raise ScheduleError(f"{schedule}: the state names no kind of scheduler")
     if not isinstance(state["under_way"], bool) or not isinstance(state["scheduler"], Mapping):
         raise ScheduleError(f"{schedule}: the state does not say where its scheduler stands")
     for name in ("groups", "before"):
@@ -218,6 +228,14 @@ def check_place(schedule: Any, state: Mapping[str, Any]) -> None:
         values = isinstance(groups, list) and all(isinstance(group, Mapping) for group in groups)
         if not values or not all(map(_is_setting, (v for group in groups for v in group.values()))):
             raise ScheduleError(f"{schedule}: {name} in the state are not the values of parameter groups")
+
+def check_values(schedule: Any, own: Sequence[Mapping[str, Any]], state: Mapping[str, Any]) -> None:
+    "Raise ScheduleError unless the values in a state can be those of the parameter groups."
+    for part in ("groups", "before"):
+        for group, values in zip(own, state[part], strict=False):
+            for name in group.keys() & values.keys():
+                if not same_kind(group[name], values[name]):
+                    raise ScheduleError(f"{schedule}: {name} is {values[name]!r:.40} in the state")
 
 def give_state(schedule: Any, scheduler: Any, state: Mapping[str, Any]) -> None:
     "Let a scheduler continue from a state; raises ScheduleError if it cannot."

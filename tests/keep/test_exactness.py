@@ -389,6 +389,12 @@ def test_a_training_that_is_stopped_in_any_hook_ends_as_one_that_was_not_or_says
     for hook in HOOKS: goes_on(configurations()[number], hook, way, tmp_path / hook)
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("hook", ["after_train", "cleanup_train"])
+def test_a_schedule_ends_as_it_would_have_when_the_last_hooks_of_a_training_fail(tmp_path, hook, way):
+    goes_on(next(row for row in configurations() if "cosine" in row), hook, way, tmp_path)
+
+
 def test_an_optimiser_whose_step_needs_a_closure_is_refused_before_anything_is_saved(tmp_path):
     learn = make(configurations()[0], Checkpoint(tmp_path / "run", steps=1))
     learn.optimiser = torch.optim.LBFGS(learn.model.parameters())
