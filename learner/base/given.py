@@ -74,7 +74,7 @@ def _advice(message: str, values: Mapping[str, Any]) -> str:
     return known or _of_linear(message, values.get("data"))
 
 # %% ../../nbs/base/given.ipynb #73c9b9a2
-def given(error: BaseException, **values: Any) -> BaseException:
+def given(error: Exception, **values: Any) -> Exception:
     """Note on an error what the call that raised it was given.
 
     Args:
@@ -82,7 +82,7 @@ def given(error: BaseException, **values: Any) -> BaseException:
         **values: What it was called with, by name: data, or predictions and labels.
 
     Returns:
-        The error, with a note; without one if it is not about values, such as an interrupt, or has
+        The error, with a note; without one if it is not about values, such as StopIteration, or has
         such a note already.
 
     Example:
@@ -94,6 +94,6 @@ def given(error: BaseException, **values: Any) -> BaseException:
     forms = "; ".join(f"{name}: {form_in_words(value)}" for name, value in values.items())
     advice = _advice(str(error), values)
     with suppress(Exception):  # if it takes attributes and notes
-        error.is_about_forms = True  # type: ignore[union-attr]
+        error.is_about_forms = True  # type: ignore[attr-defined]
         error.add_note(f"{forms}; {advice}" if advice else forms)
     return error

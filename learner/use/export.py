@@ -272,7 +272,7 @@ def facts_of_run(folder: AnyPath, learn: Any) -> dict[str, Any]:
     scores = plain(learn.history.rows[-1]) if len(learn.history) else {}
     for entry in list_in(meta, "evaluations"):
         same = isinstance(entry, Mapping) and entry.get("checkpoint") == checkpoint
-        if same and not entry.get("settings"): scores |= mapping_in(entry, "results")
+        if same and not entry.get("settings"): scores |= dict(mapping_in(entry, "results"))
     return {"data": mapping_in(meta, "data"), "git": mapping_in(meta, "git"),
             "settings": {key: files.config.get(key) for key in ("config", "settings")}, "scores": scores,
             "command": shlex.join(map(str, command)) if isinstance(command, list) else None,

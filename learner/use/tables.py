@@ -230,7 +230,7 @@ def _png(figure: Any) -> bytes:
 
 def _panel(row: Tensor, x: Tensor, names: Sequence[str]) -> list[Any]:
     "A slider for each input; each goes as far as the table, and as the example."
-    import ipywidgets as widgets
+    import ipywidgets as widgets  # type: ignore[import-untyped]
     low, high = (torch.cat([row, x]).aminmax(dim=0))
     label, panel = f"{min(30, max(map(len, names)))}ch", []
     for i, name in enumerate(names):
@@ -265,7 +265,7 @@ def sliders(model: Model, example: Tensor, x: Tensor, *, names: Sequence[str] | 
     Example:
         >>> sliders(learn, x[0], x)
     """
-    try: import ipywidgets as widgets  # type: ignore[import-untyped]
+    try: import ipywidgets as widgets
     except ImportError:
         raise ImportError("sliders need ipywidgets, which is not installed; pip install "
                           "'nblearner[widgets]', or draw with what_if(...)") from None
