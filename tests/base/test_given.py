@@ -15,7 +15,7 @@ MISTAKES = {
     "labels in a column": (NET, IMAGES, CLASSES[:, None], F.cross_entropy, "labels: int64 of shape (8, 1); labels that are classes are a tensor of one dimension"),
     "one-hot labels that are integers": (NET, IMAGES, F.one_hot(CLASSES), F.cross_entropy, "labels.argmax(1) gives, or probabilities, as labels.float() gives"),
     "a class too many": (NET, IMAGES, CLASSES + 1, F.cross_entropy, "predictions: float32 of shape (8, 3); labels: int64 of shape (8,); labels have to lie between 0 and"),
-    "a loss for numbers": (NET, IMAGES, CLASSES.float(), F.mse_loss, "this loss takes predictions and labels of the same shape"),
+    "a loss for numbers": (NET, IMAGES, CLASSES.float(), lambda p, y: (p - y).square().mean(), "this loss takes predictions and labels of the same shape"),
     "no Flatten": (lambda: nn.Linear(64, 3), IMAGES, CLASSES, F.cross_entropy, "a linear layer takes 64 numbers and was given 8; put nn.Flatten() before it"),
     "a layer for another size": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(63, 3)), IMAGES, CLASSES, F.cross_entropy, "takes 63 numbers and was given 64"),
     "data in float64": (NET, IMAGES.double(), CLASSES, F.cross_entropy, "data: float64 of shape (8, 1, 8, 8); data have to be of the dtype of the weights"),
