@@ -5141,8 +5141,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'learner.watch.views.View.earlier': ('watch/views.html#view.earlier', 'learner/watch/views.py'),
                                      'learner.watch.views.View.end': ('watch/views.html#view.end', 'learner/watch/views.py'),
                                      'learner.watch.views.View.row': ('watch/views.html#view.row', 'learner/watch/views.py'),
-                                     'learner.watch.views.View.time_of_row': ( 'watch/views.html#view.time_of_row',
-                                                                               'learner/watch/views.py'),
                                      'learner.watch.views.View.title': ('watch/views.html#view.title', 'learner/watch/views.py'),
                                      'learner.watch.views.View.under_way': ('watch/views.html#view.under_way', 'learner/watch/views.py'),
                                      'learner.watch.views.View.update': ('watch/views.html#view.update', 'learner/watch/views.py'),
@@ -5157,4 +5155,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'learner.watch.views.comments_of': ('watch/views.html#comments_of', 'learner/watch/views.py'),
                                      'learner.watch.views.results_line': ('watch/views.html#results_line', 'learner/watch/views.py'),
                                      'learner.watch.views.start_bar': ('watch/views.html#start_bar', 'learner/watch/views.py'),
+                                     'learner.watch.views.time_of_row': ('watch/views.html#time_of_row', 'learner/watch/views.py'),
                                      'learner.watch.views.update_bar': ('watch/views.html#update_bar', 'learner/watch/views.py')}}}

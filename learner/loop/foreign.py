@@ -18,6 +18,7 @@ _AMONG = "among the callbacks"
 _ONE_CYCLE = "BatchSchedule(partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=...))"
 _TENSORBOARD = "TensorBoard of learner.runs.tensorboard"
 
+# %% ../../nbs/loop/foreign.ipynb #b7d7b19b
 ATTRIBUTES = {  # of a learner
     "fit": "train", "fit_one_cycle": f"train with {_ONE_CYCLE}", "run": "train",
     "fine_tune": "train with FreezeUntil", "evaluate": "validate or test",

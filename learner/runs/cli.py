@@ -316,6 +316,7 @@ def _evaluate(
     say(f"{run_dir}, checkpoint {found.checkpoint.stem}, {words}:")
     for name, value in found.items(): say(f"{name}  {value:.6g}")
 
+# %% ../../nbs/runs/cli.ipynb #25d49325
 @command
 def _rerun(
     run_dir: str,  # a run

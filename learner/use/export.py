@@ -380,8 +380,7 @@ def export(learn: Any, folder: AnyPath, example: Any = None, *, onnx: bool = Fal
     Args:
         learn: A learner that is not running; it stays as it is.
         folder: For the model; an older export in it is replaced.
-        example: One example or several, as for `predict`; they are stored with their answers. By
-            default from the learner's first loader.
+        example: One or several, as for `predict`, to store with their answers; by default of the data.
         onnx: Whether to write an ONNX model too, with the extra `onnx`.
         read: How a picture becomes an example; by default as the data do, if that is an `ImageReader`.
         classes, columns, probabilities: As for `predictor_of`.

@@ -87,9 +87,6 @@ def decision_regions(model: Model, x: Tensor, y: Tensor | None = None, *,
         size: Points of the grid along each axis.
         ax: The axes to draw on; a new figure by default.
 
-    Returns:
-        The axes.
-
     Example:
         >>> decision_regions(learn, x, y)
     """

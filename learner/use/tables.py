@@ -260,7 +260,7 @@ def sliders(model: Model, example: Tensor, x: Tensor, *, names: Sequence[str] | 
 
     Raises:
         ImportError: ipywidgets is not installed.
-        ValueError: The example is not a row of the table, or there are too few or too many names.
+        ValueError: The example is not a row of the table, or names and classes do not fit.
 
     Example:
         >>> sliders(learn, x[0], x)
@@ -277,11 +277,10 @@ def sliders(model: Model, example: Tensor, x: Tensor, *, names: Sequence[str] | 
     panel = _panel(row, x, names or [f"input {i}" for i in range(row.shape[1])])
     picture = widgets.Image(format="png", layout={"width": "380px", "height": "auto", "align_self": "flex-start"})
     axes = Figure(figsize=(4.4, 1 + 0.4 * min(count, 20)), layout="constrained").subplots()
-
     def draw(change: Any = None) -> None:
         if change is not None: row[0, panel.index(change["owner"])] = change["new"]
         _draw_scores(ask(row)[0], classes, axes)
         picture.value = _png(axes.figure)
-    for slider in panel: slider.observe(draw, "value")
     draw()
+    for slider in panel: slider.observe(draw, "value")
     return widgets.HBox([widgets.VBox(panel), picture], layout={"flex_flow": "row wrap"})

@@ -21,7 +21,7 @@ from learner.runs.live import Moment, ProgressFile, ProgressReport, Watcher, out
 from learner.runs.rundir import RunError, RunLock, is_locked
 from learner.runs.runfiles import RunFiles, write_json
 from learner.runs.runs import Run
-from learner.watch.views import View
+from learner.watch.views import View, time_of_row
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOW = """
@@ -229,4 +229,4 @@ def test_a_row_that_may_be_seen_late_has_no_time(tmp_path, capsys, every, missin
     head, *rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert head[-1] == "seconds" and len(rows) == 4
     assert [len(row) for row in rows] == [len(head) - missing] * 4
-    assert watcher.view.time_of_row(60.0) == "60.0"
+    assert time_of_row(60.0, watcher.view.late) == "60.0"
