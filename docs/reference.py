@@ -11,7 +11,7 @@ from notebooks import FOLDERS
 from pages import main_names, modules, public
 
 from learner import Learner
-from learner.loop.learner import MACHINERY
+from learner.loop.learner import HIDDEN_FROM_TAB
 from learner.loop.stages import KINDS, TREE
 from learner.runs import cli
 
@@ -56,7 +56,7 @@ def entry(name, value, level, inherited=True):
         return f"```text\n{name} = {short_repr(value)}\n```"
     parts = [f"```python\n{signature(name, value)}\n```", markdown(doc, value)]
     if inspect.isclass(value):
-        inner = MACHINERY if value is Learner else ()  # comes last
+        inner = HIDDEN_FROM_TAB if value is Learner else ()  # comes last
         below = level + 1
         for method, static, bound in sorted(methods(value), key=lambda each: each[0] in inner):
             if not inherited and method not in vars(value):

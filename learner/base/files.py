@@ -20,7 +20,7 @@ import secrets
 import signal
 import stat
 from collections.abc import Callable, Iterator
-from functools import partial, reduce
+from functools import reduce
 from operator import or_
 from pathlib import Path
 from threading import current_thread, main_thread
@@ -178,7 +178,6 @@ def parse_json(
     text: str | bytes,
     depth: int = 100,  # levels of nesting
     count: int = 2_000_000,  # values, about
-    digits: int = 100,  # of a whole number
 ) -> Any:
     "The value of JSON from elsewhere; raises ValueError, such as `has a key twice`."
     try: text = text if isinstance(text, str) else text.decode()
@@ -186,8 +185,8 @@ def parse_json(
     openings = text.count("[") + text.count("{")
     if openings + text.count(",") > count: raise ValueError(f"has more than {count:,} values")
     # Only a long number, or one with a positive exponent, can be too large; looking at each is slow.
-    large = re.search(r"[eE]\+?\d", text) or max(map(len, text.split(","))) > digits
-    checks: Any = {"parse_int": partial(_whole, digits), "parse_float": _finite} if large else {}
+    large = re.search(r"[eE]\+?\d", text) or max(map(len, text.split(","))) > _DIGITS
+    checks: Any = {"parse_int": _whole, "parse_float": _finite} if large else {}
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_not_json, **checks)
         shallow = openings <= depth or _is_shallow(value, depth)
@@ -204,8 +203,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _not_json(name: str) -> None: raise ValueError(f"has {name}, which is not JSON")
 
-def _whole(limit: int, text: str) -> int:
-    if len(text) > limit: raise ValueError(f"has a number of {len(text)} digits")
+_DIGITS = 100  # of a whole number, at most
+
+def _whole(text: str) -> int:
+    if len(text) > _DIGITS: raise ValueError(f"has a number of {len(text)} digits")
     return int(text)
 
 def _finite(text: str) -> float:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PHASES', 'MEASURES', 'did_you_mean', 'nearest', 'with_article', 'kind_of', 'as_number', 'check_whole', 'check_number',
-           'plain', 'split_column', 'Column', 'read_column', 'named_loaders', 'mode_of', 'format_value', 'in_encoding',
-           'printable', 'shortened', 'error_line', 'PrintableError', 'no_formula', 'csv_lines', 'flatten']
+           'plain', 'split_column', 'mode_of', 'format_value', 'in_encoding', 'printable', 'shortened', 'error_line',
+           'PrintableError', 'no_formula', 'csv_lines', 'flatten']
 
 # %% ../../nbs/base/words.ipynb #39f5036c
 import csv
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, datetime
 from difflib import get_close_matches
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any
 
 # %% ../../nbs/base/words.ipynb #1997f4fc
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -178,54 +178,6 @@ def split_column(name: str) -> tuple[str, str]:
     phase, _, quantity = name.partition("_")
     return (phase, quantity) if quantity and phase in PHASES else ("", name)
 
-# %% ../../nbs/base/words.ipynb #aa5d63c0
-class Column(NamedTuple):
-    "The parts of a column's name, `<phase>_<loader>_<quantity>`; the first two may be empty."
-    phase: str  # empty if it was not measured in a pass over data
-    loader: str  # empty if the loader of the phase has no name of its own
-    quantity: str
-
-    def __str__(self) -> str: return "_".join(filter(None, self))
-
-def read_column(name: str, loaders: Mapping[str, Iterable[str]]) -> Column:
-    """Read the name of a column, where loaders have names.
-
-    Args:
-        name: Of a column, such as `"validation_clean_loss"`.
-        loaders: The names of the loaders of each phase that has several, as `named_loaders` gives
-            them.
-
-    Returns:
-        Phase, loader and quantity, each empty if the name does not have it; `str` of it is the
-        name again.
-
-    Example:
-        >>> read_column("validation_clean_loss", {"validation": ["clean", "noisy"]})
-        Column(phase='validation', loader='clean', quantity='loss')
-    """
-    phase, quantity = split_column(name)
-    for loader in sorted(loaders.get(phase, ()), key=len, reverse=True):  # "a_b" before "a"
-        own = quantity.removeprefix(f"{loader}_")
-        if own and own != quantity: return Column(phase, loader, own)
-    return Column(phase, "", quantity)
-
-# %% ../../nbs/base/words.ipynb #ed3eece8
-def named_loaders(dataloaders: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """The names of the loaders of each phase that has several.
-
-    Args:
-        dataloaders: A mapping of phases to loaders, or to mappings of names to loaders.
-
-    Returns:
-        The names by phase; empty if every phase has one loader.
-
-    Example:
-        >>> named_loaders({"train": [], "validation": {"clean": [], "noisy": []}})
-        {'validation': ('clean', 'noisy')}
-    """
-    several = {phase: each for phase, each in dataloaders.items() if isinstance(each, Mapping)}
-    return {phase: tuple(each) for phase, each in several.items()}
-
 # %% ../../nbs/base/words.ipynb #bb9e832a
 MEASURES = {  # words in the names of columns that tell which values are good
     **dict.fromkeys(("loss", "error", "perplexity", "mse", "mae", "rmse", "nll"), "min"),
@@ -233,12 +185,11 @@ MEASURES = {  # words in the names of columns that tell which values are good
     **dict.fromkeys(("iou", "dice", "r2"), "max"),
 }
 
-def mode_of(monitor: str, loaders: Mapping[str, Iterable[str]] | None = None) -> str | None:
+def mode_of(monitor: str) -> str | None:
     """Whether a low value of a column is good or a high one.
 
     Args:
         monitor: A column of the history.
-        loaders: The names of loaders, as for `read_column`, which say nothing about the values.
 
     Returns:
         `"min"`, `"max"`, or None if the name does not tell.
@@ -247,7 +198,7 @@ def mode_of(monitor: str, loaders: Mapping[str, Iterable[str]] | None = None) ->
         >>> mode_of("validation_loss"), mode_of("validation_top5_accuracy"), mode_of("score")
         ('min', 'max', None)
     """
-    words = read_column(monitor, loaders or {}).quantity.lower().split("_")
+    words = split_column(monitor)[1].lower().split("_")
     modes = {MEASURES[word] for word in words if word in MEASURES}
     return modes.pop() if len(modes) == 1 else None
 

@@ -16,18 +16,18 @@ from torch import nn
 from ..base.words import check_number, check_whole
 from .findings import Finding, Findings, fault, passed, skipped
 from .looking import any_loader, described, first_batches, hooked, listed, loss_kind
-from .looking import on_a_copy, visit
-from .looking import without_dropout
+from .looking import on_a_copy, visit, without_dropout
 from ..loop.learner import Learner
 from ..loop.stages import Callback
+from ..loop.updates import trained_parameters
 from ..watch.recorder import Recorder
 
 # %% ../../nbs/check/checks.ipynb #a925c62a
 # Of the first loss; a net that is wired well gets far below half within a hundred steps.
 OVERFIT = 0.5
 
-def overfit_one_batch(learn: Learner, steps: int = 100, learning_rate: float
-                      | None = None) -> Findings:
+def overfit_one_batch(learn: Learner, steps: int = 100,
+                      learning_rate: float | None = None) -> Findings:
     """Can it drive the loss of one batch down? It tries, on a copy and without dropout.
 
     Args:
@@ -140,7 +140,7 @@ class _Gradients(Callback):
 
     def left_out(self, optimiser: Any) -> list[str]:
         "The parameters that an optimiser should train and does not have."
-        held = {id(parameter) for group in optimiser.param_groups for parameter in group["params"]}
+        held = {id(parameter) for parameter in trained_parameters(optimiser)}
         return [name for name, parameter in self.parameters.items()
                 if parameter.requires_grad and id(parameter) not in held]
 

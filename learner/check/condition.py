@@ -94,10 +94,9 @@ def condition(learn: Learner) -> dict[str, Any]:
     for name, thing in {"the optimiser": learn.optimiser, **modules}.items():
         found[f"the number of hooks on {name}"] = _hooks_on(thing)
     for name, thing in {"learn": learn, "the optimiser": learn.optimiser, **modules}.items():
-        found |= {f"{attribute} of {name}": function for attribute,
-                  function in _own_functions(thing).items()}
-    return found | {f"{cls.__name__}.{name}": value for (cls, name),
-                    value in _methods_in_use(learn).items()}
+        for attribute, function in _own_functions(thing).items(): found[f"{attribute} of {name}"] = function
+    for (cls, name), value in _methods_in_use(learn).items(): found[f"{cls.__name__}.{name}"] = value
+    return found
 
 # %% ../../nbs/check/condition.ipynb #1e9e730b
 class _Absent:
@@ -116,8 +115,8 @@ def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
 def in_short(value: Any) -> str:
     "A value in a message."
     if isinstance(value, Tensor): return f"a tensor of shape {tuple(value.shape)}"
-    text = getattr(value, "__qualname__",
-                   "another function") if callable(value) else " ".join(repr(value).split())
+    if callable(value): text = getattr(value, "__qualname__", "another function")
+    else: text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 # %% ../../nbs/check/condition.ipynb #055338df

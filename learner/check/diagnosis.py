@@ -185,24 +185,36 @@ class Question:
     bars: bool = True  # while it is wrong, a training says nothing more
     treat: Callable[[Learner, Finding], None] | None = None  # removes the fault from a copy
 
-QUESTIONS = (Question("finite data", treat=_make_finite),
-             Question("finite weights", treat=_fill_weights),
-             Question("label range", treat=_wrap_labels), Question("outputs", treat=_widen),
-             Question("frozen", treat=_thaw), Question("does not run"), Question("loss shapes"),
-             Question("constant input", treat=_vary_input),
-             Question("label values", treat=_draw_labels), Question("preprocessing", bars=False),
-             Question("input scale", treat=_scale_input), Question("label order"),
-             Question("overlap", bars=False), Question("contradictions", bars=False),
-             Question("batch leak"), Question("dropout", treat=_drop_nothing),
-             Question("dropout in evaluation"), Question("last activation", treat=_uncover),
-             Question("no gradient"), Question("unused parameters", bars=False),
-             Question("dead units", treat=_revive),
-             Question("vanishing gradient", treat=_initialise_again), Question("zero gradient"),
-             Question("no non-linearity", bars=False), Question("unused input", bars=False),
-             *(Question(name)
-               for name in ("learning rate", "finite loss", "constant predictions", "one batch",
-                            "labels and inputs", "held-out data")),
-             Question("first loss", bars=False))
+QUESTIONS = (
+    Question("finite data", treat=_make_finite),
+    Question("finite weights", treat=_fill_weights),
+    Question("label range", treat=_wrap_labels),
+    Question("outputs", treat=_widen),
+    Question("frozen", treat=_thaw),
+    Question("does not run"),
+    Question("loss shapes"),
+    Question("constant input", treat=_vary_input),
+    Question("label values", treat=_draw_labels),
+    Question("preprocessing", bars=False),
+    Question("input scale", treat=_scale_input),
+    Question("label order"),
+    Question("overlap", bars=False),
+    Question("contradictions", bars=False),
+    Question("batch leak"),
+    Question("dropout", treat=_drop_nothing),
+    Question("dropout in evaluation"),
+    Question("last activation", treat=_uncover),
+    Question("no gradient"),
+    Question("unused parameters", bars=False),
+    Question("dead units", treat=_revive),
+    Question("vanishing gradient", treat=_initialise_again),
+    Question("zero gradient"),
+    Question("no non-linearity", bars=False),
+    Question("unused input", bars=False),
+    *map(Question, ("learning rate", "finite loss", "constant predictions", "one batch",
+                    "labels and inputs", "held-out data")),
+    Question("first loss", bars=False),
+)
 _ORDER = [question.name for question in QUESTIONS]
 _BY_NAME = {question.name: question for question in QUESTIONS}
 
@@ -259,8 +271,8 @@ class Diagnosis:
     def __repr__(self) -> str:
         asked = sum(not finding.skipped for finding in self.answers)
         if self: return f"The doctor finds nothing: {asked} questions asked, all is well."
-        lines = [f"{i}. {finding.name}: {finding.message}" for i,
-                 finding in enumerate(self.causes, 1)]
+        lines = [f"{number}. {finding.name}: {finding.message}"
+                 for number, finding in enumerate(self.causes, 1)]
         head = f"The doctor finds {len(lines)} cause{'s' * (len(lines) > 1)}, gravest first:"
         effects = list(dict.fromkeys(self.explained.names))
         what = "these" if len(lines) > 1 else "this"

@@ -106,8 +106,8 @@ def _dead_units(model: nn.Module, calls: ForwardCalls) -> Finding:
     name = "dead units"
     if not calls.fired: return skipped(name, "there is no ReLU")
     if calls.examples < ENOUGH: return skipped(name, f"fewer than {ENOUGH} examples")
-    shares = {place: max(1 - float(unit.float().mean()) for unit in units) for place,
-              units in calls.fired.items()}
+    shares = {place: max(1 - float(unit.float().mean()) for unit in units)
+              for place, units in calls.fired.items()}
     bad = {place: share for place, share in shares.items() if share >= DEAD}
     if not bad:
         return passed(name, f"in every layer at least {1 - max(shares.values()):.0%} of the ReLU "

@@ -18,8 +18,7 @@ from torch.overrides import TorchFunctionMode
 from ..base.tree import map_tensors
 from .findings import Finding, Findings, fault, passed, skipped
 from .looking import any_loader, described, first_batches, has_rows, hooked, listed
-from .looking import on_a_copy, rows_in
-from .looking import take, visit
+from .looking import on_a_copy, rows_in, take, visit
 from ..loop.learner import Learner
 
 # %% ../../nbs/check/leakage.ipynb #386e4b74
@@ -103,8 +102,8 @@ def _by_gradient(probe: _Prober, rows: list[int]) -> dict[int, list[int]]:
         weights = [torch.randn(output.shape[1:], device=output.device).to(output)
                    for output in outputs]
         for row in rows:
-            total = torch.stack([(output[row] * weight).sum() for output,
-                                 weight in zip(outputs, weights, strict=True)])
+            weighted = zip(outputs, weights, strict=True)
+            total = torch.stack([(output[row] * weight).sum() for output, weight in weighted])
             try:
                 grads = torch.autograd.grad(total.sum(), inputs, retain_graph=True,
                                             allow_unused=True)

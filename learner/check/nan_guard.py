@@ -102,13 +102,13 @@ class _Watch:
     def __init__(self, model: nn.Module, modules: bool):
         self.trace = _Trace()
         self.scaled: bool | None = None  # whether a scaler looks at the gradients; None: unknown
-        self.parameters = [(f"the gradient of {name}", parameter) for name,
-                           parameter in model.named_parameters() if parameter.requires_grad]
-        self.handles = [module.register_forward_hook(partial(self._note,
-                                                             name="the output of "
-                                                                  f"{described(model, path)}"))
-                        for path, module in model.named_modules() if modules and path
-                        and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))]
+        self.parameters = [(f"the gradient of {name}", parameter)
+                           for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.handles: list[Any] = []
+        for path, module in model.named_modules() if modules else ():
+            if not path or isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict): continue
+            note = partial(self._note, name=f"the output of {described(model, path)}")
+            self.handles.append(module.register_forward_hook(note))
 
     def _note(self, module: nn.Module, args: Any, output: Any, name: str) -> None:
         self.trace.add(name, output)

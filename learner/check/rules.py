@@ -31,6 +31,7 @@ from ..loop.dispatch import Staged
 from ..loop.learner import Learner
 from ..loop.stages import Callback, CancelException, FunctionCallback, StageTree, hooks_of
 from ..loop.stages import providers_of
+from ..loop.state import has_state
 
 # %% ../../nbs/check/rules.ipynb #0776a5f2
 def check_runs(bench: Bench) -> Iterator[Finding]:
@@ -99,10 +100,7 @@ def _moments(callback: Callback, tree: StageTree) -> list[_Moment]:
 
 # %% ../../nbs/check/rules.ipynb #4fbf3ead
 def _planted(
-    callback: Callback,
-    moment: _Moment,
-    tree: StageTree,
-    at: int,
+    callback: Callback, moment: _Moment, tree: StageTree, at: int,
 ) -> tuple[_Fault, list[Callback]]:
     "A fault for a moment, and all callbacks in order."
     kind, stage = tree.parse(moment.hook) or ("", "")
@@ -214,9 +212,6 @@ def _second_train(bench: Bench) -> str:
     return ""
 
 # %% ../../nbs/check/rules.ipynb #7653c195
-def _has_state(callback: Any) -> bool:
-    return hasattr(callback, "state_dict") and hasattr(callback, "load_state_dict")
-
 def _through_a_file(state: Any) -> Any:
     "A state saved and loaded again; raises what `torch.save` and `torch.load` raise."
     file = io.BytesIO()
@@ -232,8 +227,8 @@ class _Trainings(NamedTuple):
 def _two_trainings(bench: Bench, renew: bool = False) -> _Trainings:
     "Train a learner twice; the second time perhaps with a fresh callback that has the state."
     def held(callback: Any) -> dict[str, Any]:
-        return values(callback.state_dict(),
-                      "state") if _has_state(callback) else own_values(callback, learn)
+        if has_state(callback): return values(callback.state_dict(), "state")
+        return own_values(callback, learn)
 
     with bench.learner() as learn:
         callback: Any = bench.fresh()
@@ -241,7 +236,7 @@ def _two_trainings(bench: Bench, renew: bool = False) -> _Trainings:
         first = held(callback)
         if renew:
             fresh: Any = bench.fresh()
-            if _has_state(callback): fresh.load_state_dict(_through_a_file(callback.state_dict()))
+            if has_state(callback): fresh.load_state_dict(_through_a_file(callback.state_dict()))
             callback = fresh
         learn.train(2, callbacks=callback)
         second = held(callback)
@@ -262,7 +257,7 @@ def check_repeats(bench: Bench) -> Iterator[Finding]:
     if bench.once(_second_train):
         yield fault("repeats", f"{again} raised {bench.once(_second_train)}; start afresh in "
                                "before_train")
-    elif not _has_state(bench.sample):
+    elif not has_state(bench.sample):
         carried, moved = bench.once(_carried_over)
         if carried and not moved:
             yield fault("repeats", f"{again} differs from one with a fresh callback in "
@@ -312,13 +307,13 @@ def _resume_problem(bench: Bench) -> str:
     for has, lacks in (("state_dict", "load_state_dict"), ("load_state_dict", "state_dict")):
         if hasattr(sample, has) and not hasattr(sample, lacks):
             return f"it has {has} and no {lacks}; add the other one"
-    has_state = _has_state(sample)
-    if bench.once(_second_train) or (sample.watches and not has_state):
+    keeps_state = has_state(sample)
+    if bench.once(_second_train) or (sample.watches and not keeps_state):
         return ""  # another rule's; nothing to keep
-    problem = _state_problem(bench) if has_state else ""
+    problem = _state_problem(bench) if keeps_state else ""
     if problem: return problem
     carried, moved = bench.once(_carried_over)
-    if carried and has_state:
+    if carried and keeps_state:
         return ("training resumed from its state differs from training that never stopped: "
                 f"{carried[0]}; put all that changes into state_dict, or reset it in before_train")
     if carried and moved:
@@ -433,14 +428,13 @@ class Rule:
     promise: str  # in words, of a callback that keeps it
     check: Callable[[Bench], Iterable[Finding]]
 
-RULES = (Rule("runs", "it runs in train, in validate and in test, and can be copied", check_runs),
-         Rule("interrupts", "stopped at any of its hooks, it leaves the learner whole",
-              check_interrupts),
-         Rule("repeats", "a second train with it starts right", check_repeats),
-         Rule("resumes", "training resumes from its state as if it had never stopped",
-              check_resumes), Rule("leaks", "after train it holds no batch, graph or learner, and "
-                                            "it grows by little", check_leaks),
-         Rule("syncs", "it does not read from the device in every batch", check_syncs),
-         Rule("order", "other watchers may stand before it or after it", check_order),
-         Rule("watches", "training without it is the same, if it says that it only looks",
-              check_watches))
+RULES = (
+    Rule("runs", "it runs in train, in validate and in test, and can be copied", check_runs),
+    Rule("interrupts", "stopped at any of its hooks, it leaves the learner whole", check_interrupts),
+    Rule("repeats", "a second train with it starts right", check_repeats),
+    Rule("resumes", "training resumes from its state as if it had never stopped", check_resumes),
+    Rule("leaks", "after train it holds no batch, graph or learner, and it grows by little", check_leaks),
+    Rule("syncs", "it does not read from the device in every batch", check_syncs),
+    Rule("order", "other watchers may stand before it or after it", check_order),
+    Rule("watches", "training without it is the same, if it says that it only looks", check_watches),
+)

@@ -138,29 +138,27 @@ class _Writer:
         if failure is not None: raise failure
 
 # %% ../../nbs/keep/checkpoint.ipynb #67f8acb6
-class _Monitored:
-    "A column, and the best of a state as far as it is by this column."
+def _can_come(owner: Callback, monitor: str | None, learn: Learner) -> bool:
+    "Whether a column can come: one of a phase without a loader never does, and a misspelt one is named."
+    if monitor is None: return False
+    if monitor.startswith("validation_") and "validation" not in learn.dataloaders: return False
+    try: check_monitor(owner, monitor, learn)
+    except MonitorError as error:
+        warnings.warn(f"{error}; without one, no checkpoint is the best", stacklevel=3)
+        return False
+    return True
+
+class _Best:
+    "Which epoch had the best value of a column."
 
     def __init__(self, monitor: str | None, mode: str | None):
         self.monitor = monitor
         self.mode = None if monitor is None else check_mode("Checkpoint", monitor, mode)
         self.found: dict[str, Any] | None = None
-        self.replaced = ""  # what to tell of a state with the best by another column
+        self.replaced = ""  # what to say of a state with the best by another column
         self.measured = True  # in this training
 
-    def begin(self, owner: Callback, learn: Learner) -> None:
-        "See whether the column can come; one of a phase without a loader never does."
-        self.measured = self.monitor is not None
-        if self.monitor is None: return
-        if self.monitor.startswith("validation_") and "validation" not in learn.dataloaders:
-            self.measured = False
-            return
-        try: check_monitor(owner, self.monitor, learn)
-        except MonitorError as error:
-            self.measured = False
-            warnings.warn(f"{error}; without one, no checkpoint is the best", stacklevel=3)
-
-    def take(self, owner: Callback, found: Mapping[str, Any] | None) -> None:
+    def load(self, owner: Callback, found: Mapping[str, Any] | None) -> None:
         "Go on from the best of a state; one by another column cannot be compared and is forgotten."
         self.found = None if found is None else dict(found)
         self.replaced = ""
@@ -169,11 +167,7 @@ class _Monitored:
         self.replaced = another_monitor(owner, before, now)
         if self.replaced: self.found = None
 
-# %% ../../nbs/keep/checkpoint.ipynb #bd310e81
-class _Best(_Monitored):
-    "Remembers which epoch had the best value of a column."
-
-    def look(self, owner: Callback, learn: Learner, name: str) -> None:
+    def compare(self, owner: Callback, learn: Learner, name: str) -> None:
         "Compare the epoch that has just ended; raises MonitorError."
         if self.monitor is None or not self.measured: return
         value = monitored(owner, self.monitor, learn)
@@ -181,8 +175,7 @@ class _Best(_Monitored):
         if self.found is not None:
             before = self.found["value"]
             if not (value < before if self.mode == "min" else value > before): return
-        self.found = {"checkpoint": name, "monitor": self.monitor, "value": value,
-                      "mode": self.mode}
+        self.found = {"checkpoint": name, "monitor": self.monitor, "value": value, "mode": self.mode}
 
 # %% ../../nbs/keep/checkpoint.ipynb #a9a985b8
 class _Stored(Callback):
@@ -224,13 +217,8 @@ class _Stored(Callback):
         self._folder.remove_old(name, best.get("checkpoint", ""), self.keep)
 
 # %% ../../nbs/keep/checkpoint.ipynb #bcb8f1a9
-class _Remembering(_Stored):
-    "The state of a Checkpoint itself, and what it can tell before training."
-
-    def _look_ahead(self, learn: Learner) -> None:
-        "Warn of a best value that never comes, and of batches that cannot be given again."
-        self._best.begin(self, learn)
-        learn.cursor.warn_once([*unready_loaders(learn), *filter(None, [self._best.replaced])])
+class _Ending(_Stored):
+    "The state of a Checkpoint itself, and what it saves when training ends early."
 
     def state_dict(self) -> dict[str, Any]:
         "Whose checkpoints these are, which is the best, and how far the next is."
@@ -244,20 +232,7 @@ class _Remembering(_Stored):
             case _: raise ValueError("the state does not say which checkpoint is the best")
         if not isinstance(state["training"], str): raise ValueError("the state does not name its training")
         self.training, self.taken = state["training"], check_whole("taken", state["taken"], 0)
-        self._best.take(self, best)
-
-# %% ../../nbs/keep/checkpoint.ipynb #33e091c9
-class _Opening(_Remembering):
-    "How the folder is opened when training begins."
-
-    def _open(self, learn: Learner) -> None:
-        self.check_folder(learn)
-        with learn.cursor.signals.held(): self._folder.open(self.training, self._best.found or {})
-        self.check_folder(learn)  # another training may have come first
-
-# %% ../../nbs/keep/checkpoint.ipynb #038e7c9b
-class _Ending(_Opening):
-    "What a Checkpoint saves when training ends early, and how it releases its folder."
+        self._best.load(self, best)
 
     def cancelled_train(self, learn: Learner) -> None:
         rows = len(learn.history)  # the file of the last epoch stays: other weights may be back now
@@ -281,7 +256,15 @@ class _Saving(_Ending):
     def before_train(self, learn: Learner) -> None:
         self._last_time = monotonic()
         self._look_ahead(learn)
-        if learn.is_main: self._open(learn)
+        if not learn.is_main: return
+        self.check_folder(learn)
+        with learn.cursor.signals.held(): self._folder.open(self.training, self._best.found or {})
+        self.check_folder(learn)  # another training may have come first
+
+    def _look_ahead(self, learn: Learner) -> None:
+        "Warn of a best value that never comes, and of batches that cannot be given again."
+        self._best.measured = _can_come(self, self._best.monitor, learn)
+        learn.cursor.warn_once([*unready_loaders(learn), *filter(None, [self._best.replaced])])
 
     def after_batch(self, learn: Learner) -> None:
         self.taken += 1
@@ -293,7 +276,7 @@ class _Saving(_Ending):
 
     def after_epoch(self, learn: Learner) -> None:
         name = self._name(learn)
-        try: self._best.look(self, learn, name)
+        try: self._best.compare(self, learn, name)
         except MonitorError:  # a name that is misspelt costs no epoch
             self._save(learn)
             raise

@@ -68,18 +68,18 @@ class Comparison:
         own = f"{collective} in {running_hook(self.codes)}{where}"
         ranks.announced += 1
         ranks.store.set(f"collective {ranks.announced} {ranks.rank}", own)
-        found = [own if rank == ranks.rank else self.heard(rank, own) for rank in range(ranks.world)]
+        found = [own if rank == ranks.rank else self._announced_by(rank, own) for rank in range(ranks.world)]
         if len({*found}) == 1: return
         places = ", ".join(f"rank {rank} makes {each}" for rank, each in enumerate(found))
         raise RankError(f"the ranks make different collectives: {places}; a collective has to be made on every rank, "
                         "so call it whatever the rank is")
 
-    def heard(self, rank: int, own: str) -> str:
+    def _announced_by(self, rank: int, own: str) -> str:
         "What another rank says of its next collective."
         ranks, until = self.ranks, monotonic() + self.ranks.timeout
         key = f"collective {ranks.announced} {rank}"
         while not ranks.store.check([key]):
-            if ranks.word(): raise OtherRankError(ranks.word())
+            if ranks.failure(): raise OtherRankError(ranks.failure())
             if monotonic() > until: raise RankError(f"rank {ranks.rank} makes {own}, and rank {rank} makes none")
             sleep(0.001)
         return str(ranks.store.get(key).decode())

@@ -89,7 +89,7 @@ def use_own_device() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 # %% ../../nbs/keep/ranks.ipynb #68ea33da
-class _Meeting(Alone):
+class _Group(Alone):
     "A process group for tensors on the device, one for what has to be agreed on, and a store."
 
     def __init__(self, timeout: float):
@@ -112,7 +112,7 @@ class _Meeting(Alone):
         self.timeout, self.announced = timeout, 0  # collectives that were compared before they were made
         self.collectives = {"sum": 0, "gather": 0, "add_up": 0, "share": 0}
 
-    def __deepcopy__(self, memo: Any) -> "_Meeting": return self  # there is one in a process
+    def __deepcopy__(self, memo: Any) -> "_Group": return self  # there is one in a process
 
     def mesh(self, device: str) -> Any:
         "All ranks in a row, with one kind of device each, for what torch shares out among them."
@@ -127,7 +127,7 @@ class _Meeting(Alone):
             if self.dist.is_initialized(): self.dist.destroy_process_group()
 
 # %% ../../nbs/keep/ranks.ipynb #d68d457a
-class _Together(_Meeting):
+class _Collectives(_Group):
     "What ranks do together; every one of them has to."
 
     def sum_later(self, numbers: list[float]) -> Callable[[], list[float]]:
@@ -178,11 +178,11 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0] + notes.partition("\n")[0]
 
 # %% ../../nbs/keep/ranks.ipynb #570226c5
-class Ranks(_Together):
+class Ranks(_Collectives):
     "The processes that train together."
 
-    def word(self) -> str:
-        "What a rank that has failed has left; empty if there is none."
+    def failure(self) -> str:
+        "What the first rank to fail has written into the store; empty if none has."
         with suppress(Exception):
             if self.store.check(["failure"]): return self.store.get("failure").decode()
         return ""
@@ -191,26 +191,27 @@ class Ranks(_Together):
         "Tell the others of an error that ends this rank; returns what it ends with."
         if is_lost(error) and not isinstance(error, RankError): return self._lost(error)
         text = f"rank {self.rank}: {described(error)}"
-        found = text
-        with suppress(Exception): found = self.store.compare_set("failure", "", text).decode()
-        self.ended = found
-        if found == text: return error
-        return OtherRankError(found)
+        self.ended = self._write_failure(text)
+        return error if self.ended == text else OtherRankError(self.ended)
+
+    def _write_failure(self, text: str) -> str:
+        "Write why a rank has failed, unless another one was first; returns what is written there."
+        with suppress(Exception): return self.store.compare_set("failure", "", text).decode()
+        return text
 
     def _lost(self, error: BaseException) -> BaseException:
-        "A rank that is gone has left word, or was killed: then those who are there find out who."
+        "A rank that is gone has written why, or was killed: then those that are left find out which."
         with suppress(Exception): self.store.set(f"alive {self.rank}", "1")
         until = monotonic() + _GRACE
-        while not self.word() and monotonic() < until - _GRACE / 2: sleep(0.05)
-        self.ended = self.word()
+        while not self.failure() and monotonic() < until - _GRACE / 2: sleep(0.05)
+        self.ended = self.failure()
         if self.ended: return OtherRankError(self.ended)
         missing = []
         with suppress(Exception):
             missing = [r for r in range(self.world) if not self.store.check([f"alive {r}"])]
         gone = f"rank {', '.join(map(str, missing))}" if missing else "another rank"
         text = f"{gone}: it has ended without a word (killed, or out of memory)"
-        found = text
-        with suppress(Exception): found = self.store.compare_set("failure", "", f"{text} ").decode()
+        found = self._write_failure(f"{text} ")
         self.ended = text
         first = min((r for r in range(self.world) if r not in missing), default=0)
         if first != self.rank: return OtherRankError(found)
@@ -230,7 +231,7 @@ class Watch:
 
     def _look(self) -> None:
         while not self.done.wait(0.5):
-            word = self.ranks.word()
-            if not word or self.done.wait(_GRACE): continue
-            if word.startswith(f"rank {self.ranks.rank}:"): print(word, file=sys.stderr, flush=True)
+            failure = self.ranks.failure()
+            if not failure or self.done.wait(_GRACE): continue
+            if failure.startswith(f"rank {self.ranks.rank}:"): print(failure, file=sys.stderr, flush=True)
             os._exit(1)  # it waits for a rank that will not come

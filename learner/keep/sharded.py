@@ -18,7 +18,7 @@ from ..base.words import did_you_mean
 from .gradients import Body, Buffers, Detour, MeanGradients
 from .shards import ShardError
 from ..loop.attached import attached_modules
-from ..loop.state import groups_of
+from ..loop.updates import trained_parameters
 
 # %% ../../nbs/keep/sharded.ipynb #3027b5f5
 _WHOLE = "it reads whole weights on the first process, where only a part of them is"
@@ -46,7 +46,7 @@ def check_can_share(learn: Any) -> None:
             raise ShardError(f"{name} has parameters that are trained, and Distributed(shard=True) shares out those of "
                              "the model alone; use Distributed() or make it a part of the model")
     own = {id(parameter) for parameter in learn.model.parameters()}
-    if any(id(parameter) not in own for group in groups_of(learn.optimiser) for parameter in group["params"]):
+    if any(id(parameter) not in own for parameter in trained_parameters(learn.optimiser)):
         raise ShardError("the optimiser trains a parameter that is not one of the model's, and Distributed(shard=True) "
                          "shares out those of the model alone; use Distributed()")
 
@@ -109,7 +109,7 @@ class PartsOptimiser:
 
     def _cut(self, optimiser: Any, state: dict[str, Any]) -> dict[str, Any]:
         "A whole state in parts, before the optimiser takes it."
-        parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+        parameters = trained_parameters(optimiser)
         entries = {number: {name: part_of(value, parameters[number], name) for name, value in each.items()}
                    for number, each in state["state"].items()}
         return {**state, "state": entries}
@@ -245,18 +245,16 @@ class SharedGradients(MeanGradients):
     shared: Shared | None = None
     buffers: Buffers | None = None  # until they were checked after the first forward pass
 
-    def __init__(self, owner: Any, kinds: tuple[type[nn.Module], ...]):
-        super().__init__(owner)
-        self.kinds = kinds
+    def __init__(self, kinds: tuple[type[nn.Module], ...]): self.kinds = kinds  # of layers that are units
 
     def begin(self, learn: Any) -> None:
         if learn.evaluating or self.shared is not None: return
         check_can_share(learn)
         self.buffers = Buffers(learn.model)
-        owner = self.owner
-        owner.sum(learn, point="the sharing of weights")
-        self.shared = Shared(learn, self.kinds, owner.group.mesh(learn.device.type), partial(owner.ready, learn),
-                             partial(owner.sum, learn, point="a forward pass"))
+        ranks = learn.ranks
+        ranks.sum(learn, point="the sharing of weights")
+        self.shared = Shared(learn, self.kinds, ranks.group.mesh(learn.device.type), partial(ranks.check_all_ask, learn),
+                             partial(ranks.sum, learn, point="a forward pass"))
 
     def bring_together(self, learn: Any) -> None:
         if self.shared and self.shared.model is not learn.model:
@@ -266,7 +264,7 @@ class SharedGradients(MeanGradients):
         self.buffers = None
 
     def cancelled_step(self, learn: Any) -> None:
-        if learn.ranks is not self.owner: return
+        if not self.acts(learn): return
         raise ShardError("a step was left out, and Distributed(shard=True) does not keep gradients for the next one; "
                          "raise CancelBatchException instead") from None
 

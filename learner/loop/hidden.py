@@ -23,8 +23,8 @@ from torch.utils.data import IterableDataset
 
 from ..base.parts import cannot_restore, places_in
 from .attached import attached_modules, by_class
-from .foreign import ATTRIBUTES
-from .passes import passes_of
+from .foreign import FOREIGN_ATTRIBUTES
+from .passes import all_loaders
 
 # %% ../../nbs/loop/hidden.ipynb #92421b1d
 def modules_of(learn: Any) -> dict[str, nn.Module]:
@@ -131,7 +131,7 @@ def _of_learner(learn: Any) -> Iterator[tuple[str, str, Any]]:
     owner = next(kind for kind in type(learn).__mro__ if "state_dict" in vars(kind))
     if not owner.__module__.startswith(_PACKAGE): return  # it has a way of its own
     classes = [kind for kind in type(learn).__mro__ if kind.__module__.startswith(_PACKAGE)]
-    known = {name for kind in classes for name in (*vars(kind), *kind.__annotations__)} - {*ATTRIBUTES}
+    known = {name for kind in classes for name in (*vars(kind), *kind.__annotations__)} - {*FOREIGN_ATTRIBUTES}
     for name, value in vars(learn).items():
         if name not in known and name not in _TIMES: yield type(learn).__name__, name, value
 
@@ -164,24 +164,22 @@ _SENTENCES = {
 Key = tuple[str, str, str]  # the kind of a holder, where it is, and the name of an attribute
 
 def sentences(learn: Any, keys: Iterable[Sequence[str]]) -> list[str]:
-    "What to tell of attributes that have changed, as far as there are such."
+    "Warnings about attributes that have changed, where the learner has them."
     holders = {**holders_of(learn), **_parts_of_loader(learn), type(learn).__name__: learn,
                "loss_func": getattr(learn.loss_func, "__self__", learn.loss_func)}
     return [_SENTENCES[kind].format(where, name) for kind, where, name in keys
             if kind in _SENTENCES and hasattr(holders.get(where), name)]
 
 # %% ../../nbs/loop/hidden.ipynb #9d1bd4b0
-def _loaders(learn: Any) -> list[Any]:
-    return [each for phase in learn.dataloaders for each in passes_of(learn.dataloaders, phase).values()]
-
 def unready_loaders(learn: Any) -> list[str]:
     "Sentences that name the loaders whose order cannot be made again."
-    return [why for why in map(cannot_restore, _loaders(learn)) if why]
+    return [why for why in map(cannot_restore, all_loaders(learn.dataloaders).values()) if why]
 
 def _attributes(learn: Any) -> dict[Key, Any]:
     "The marks of all attributes that are looked at, by kind, holder and name."
     parts = (learn, learn.optimiser, learn.dataloaders, learn.history, learn.cursor, learn.loss_func)
-    known = {*map(id, (*parts, *learn.callbacks, *modules_of(learn).values(), *_loaders(learn)))}
+    loaders = all_loaders(learn.dataloaders).values()
+    known = {*map(id, (*parts, *learn.callbacks, *modules_of(learn).values(), *loaders))}
     kinds = {"module": _of_modules(learn), "callback": _of_callbacks(learn), "learner": _of_learner(learn),
              "loss": _of_loss(learn), "loader": _of_loader(learn)}
     return {(kind, where, name): marks_of(value, known)

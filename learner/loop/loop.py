@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Prepared', 'Evaluation', 'Training', 'Logging', 'Values', 'Length', 'Plan', 'Rows', 'Frames', 'Walk', 'Framed',
-           'Calls', 'Ready', 'Loop']
+           'Calls', 'prepare_optimiser', 'Loop']
 
 # %% ../../nbs/loop/loop.ipynb #1736bce4
 import math
@@ -23,9 +23,9 @@ from ..base.parts import accepts, check_loaders, check_parts, is_optimiser, leng
 from ..base.parts import no_loss, not_scalar, place_model, set_learning_rate
 from ..base.batch import LABELS, Total, call_model, is_sum, loss_of, misfit, unpack, warn_again
 from ..base.words import PHASES, check_number, check_whole, kind_of
-from .attached import LossError, Modes, asked_by, attached_modules, check_asked, frames
-from .attached import warn_untrained
-from .foreign import speaks
+from .attached import LossError, Modes, asked_by, attached_modules, call_frames, check_asked
+from .attached import modules_to_train, warn_untrained
+from .foreign import with_hints
 from .passes import PASSES, Columns, Pass, passes_of, scalar
 from .stages import Callback, CancelEpochException, CancelException, CancelTrainException
 from .explain import Timed
@@ -48,7 +48,7 @@ class Prepared(Timed):
     labels_at: Any = LABELS  # the key, attribute or position of the labels in a batch; None: there are none
     inputs_at: Any = None  # those of what goes to the model; None: all but the labels
     predict_new: Callable[[Any], Any]  # a learner has it, for new data
-    ranks: Any = None  # the `Distributed` of a call that several processes make together
+    ranks: Any = None  # a call that several processes make together, while it lasts
     sums: bool = False  # the loss function says that it adds up over the examples of a batch
     _asked: tuple[str, ...] = ()  # fixtures that the loss function asks for
 
@@ -401,7 +401,7 @@ class Framed(Walk):
             try:
                 self.device = place_model(self.model, self._asked_device)
                 for module in attached: module.to(self.device)
-                with frames(self): yield
+                with call_frames(self): yield
             finally:  # also where an interrupt hit between a pass and its end
                 torch.set_grad_enabled(grad)
                 self._modes.restore()
@@ -414,7 +414,7 @@ class Framed(Walk):
 class Calls(Framed):
     "The calls for one pass."
 
-    @speaks
+    @with_hints
     def validate(self, callbacks: Callback | Iterable[Callback] | None = None) -> dict[str, Any]:
         """Make one pass over the validation data, and return its means.
 
@@ -426,7 +426,7 @@ class Calls(Framed):
         """
         return self._evaluate("validate", "validation", callbacks)
 
-    @speaks
+    @with_hints
     def test(self, callbacks: Callback | Iterable[Callback] | None = None) -> dict[str, Any]:
         "Make one pass over the test data, and return its means; like `validate` otherwise."
         return self._evaluate("test", "test", callbacks)
@@ -440,29 +440,20 @@ class Calls(Framed):
             return dict(self.results)
 
 # %% ../../nbs/loop/loop.ipynb #6008eb5a
-class Ready(Calls):
-    "What a training needs before it begins."
-
-    def trained(self) -> nn.Module:
-        "What a factory of optimisers gets the parameters of: the model, and a loss with parameters."
-        loss = self.loss_func
-        if not isinstance(loss, nn.Module) or not any(True for _ in loss.parameters()): return self.model
-        return nn.ModuleList([self.model, loss])
-
-    def _ready(self, learning_rate: float | None) -> None:
-        "Make the optimiser, or set its learning rate."
-        if self.optimiser is None:
-            raise TypeError("optimiser is None, which is enough to validate; to train, set learn.optimiser "
-                            "to a torch Optimizer or a factory such as torch.optim.AdamW")
-        if not is_optimiser(self.optimiser):
-            self.optimiser = make_optimiser(self.optimiser, self.trained(), learning_rate)
-        elif learning_rate is not None: set_learning_rate(self.optimiser, learning_rate)
-        self.optimiser.zero_grad()
-        warn_again()
-        warn_untrained(self)
+def prepare_optimiser(loop: Any, learning_rate: float | None) -> None:
+    "Make the optimiser of a loop, or set its learning rate; parameters that it leaves out are named."
+    if loop.optimiser is None:
+        raise TypeError("optimiser is None, which is enough to validate; to train, set learn.optimiser "
+                        "to a torch Optimizer or a factory such as torch.optim.AdamW")
+    if not is_optimiser(loop.optimiser):
+        loop.optimiser = make_optimiser(loop.optimiser, modules_to_train(loop), learning_rate)
+    elif learning_rate is not None: set_learning_rate(loop.optimiser, learning_rate)
+    loop.optimiser.zero_grad()
+    warn_again()
+    warn_untrained(loop)
 
 # %% ../../nbs/loop/loop.ipynb #39f4545f
-class Loop(Ready):
+class Loop(Calls):
     "Trains a model in stages, with callbacks that can read and change anything here."
     fixtures: ClassVar[tuple[str, ...]] = (
         "model", "optimiser", "loss_func", "dataloaders", "device", "history", "results",
@@ -494,6 +485,6 @@ class Loop(Ready):
         self.plan = Plan(epochs, check_whole("validation_epochs", validation_epochs))
         if learning_rate is not None: check_number("learning_rate", learning_rate)
         with self._call("train", callbacks, "train", *self.dataloaders):
-            self._ready(learning_rate)
+            prepare_optimiser(self, learning_rate)
             self.num_epochs, self.results = epochs, {}
             self._train(self.plan)

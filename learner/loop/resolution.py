@@ -41,9 +41,9 @@ def as_context(function: Callable[..., Any]) -> Callable[..., Any]:
 class Scope:
     "Which fixtures a hook can ask for: those of the routine, and those that callbacks provide."
 
-    def __init__(self, learn: Any, lent: Collection[str]):
+    def __init__(self, learn: Any, provided: Collection[str]):
         self.kind, self.tree = type(learn), learn.tree
-        own = vars(learn).keys() - {*lent}  # what callbacks have lent may be alive just now
+        own = vars(learn).keys() - {*provided}  # by callbacks, and perhaps alive just now
         self.taken = {"learn", *learn.fixtures, *self.tree.fixtures(), *own}
         self.owners: dict[str, list[tuple[str, str]]] = {}  # by fixture: stage and label of makers
 
@@ -116,10 +116,10 @@ class Asked:
 class _Provided:
     "The callbacks that are there, and the fixtures that they provide."
 
-    def __init__(self, learn: Any, added: list[Callback], lent: Collection[str] = ()):
+    def __init__(self, learn: Any, added: list[Callback], provided: Collection[str] = ()):
         self.added = added  # in order of addition, without their parts
         self.callbacks = in_order(with_parts(added))
-        self.tree, self.scope = learn.tree, Scope(learn, lent)
+        self.tree, self.scope = learn.tree, Scope(learn, provided)
         self.providers: dict[str, dict[str, Hook]] = {}  # by stage and fixture
         for callback in self.callbacks:
             for fixture, where, maker in providers_of(callback):
@@ -143,8 +143,8 @@ class _Provided:
 class Resolution(_Provided):
     "The hooks and providers of some callbacks; raises CallbackError for what cannot work."
 
-    def __init__(self, learn: Any, added: list[Callback], lent: Collection[str] = ()):
-        super().__init__(learn, added, lent)
+    def __init__(self, learn: Any, added: list[Callback], provided: Collection[str] = ()):
+        super().__init__(learn, added, provided)
         self.hooks: dict[str, dict[str, list[Hook]]] = {}  # by stage and kind, in firing order
         for callback in self.callbacks:
             for name, function in hooks_of(callback, self.tree):
@@ -278,8 +278,8 @@ class _Resolved(_Attached):
         for i, callback in enumerate(added):
             if any(callback is other for other in added[:i]):
                 raise CallbackError(f"callbacks: {callback!r} is there twice; add another instance")
-        lent = self._resolved.scope.owners if hasattr(self, "_resolved") else ()
-        self._resolved = Resolution(self, added, lent)
+        provided = self._resolved.scope.owners if hasattr(self, "_resolved") else ()
+        self._resolved = Resolution(self, added, provided)
         self._forget()
 
     @contextmanager

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['ResumeError', 'Place', 'order_state', 'set_order_state', 'batches_from', 'state_of', 'plain_name',
            'check_model_state', 'check_state', 'check_orders', 'check_loop_state', 'has_state', 'with_state',
-           'modules_beside', 'loaders_of', 'packed', 'gradients_left', 'lost', 'gather', 'whole_state', 'put',
-           'fitting_optimiser', 'put_gradients', 'trained_only', 'with_base']
+           'modules_beside', 'packed', 'gradients_left', 'lost', 'gather', 'whole_state', 'put', 'fitting_optimiser',
+           'put_gradients', 'trained_only', 'with_base']
 
 # %% ../../nbs/loop/state.ipynb #a5a8bd58
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -21,16 +22,17 @@ from torch.nn.parameter import is_lazy
 from ..base.hashing import hash_state
 from ..base.history import Mean, pack_rows, unpack_rows
 from ..base.made import kept_argument, lost_parts, recipe_of
-from ..base.parts import generators_of, is_optimiser, make_optimiser, samplers_of
+from ..base.parts import generators_of, is_optimiser, length_of, make_optimiser, samplers_of
 from ..base.provenance import kept_rng, rng_state, set_rng_state
 from ..base.tree import to_device
 from ..base.words import PHASES, PrintableError, did_you_mean, kind_of
-from .attached import attached_modules, by_class
+from .attached import attached_modules, by_class, modules_to_train
 from .hidden import changed_flags, check_hidden, flags_of, hidden_state, put_hidden
-from .optimiser_state import check_gradients, check_optimiser_state, groups_of, set_groups
-from .passes import passes_of
+from .optimiser_state import check_gradients, check_optimiser_state, form_of, groups_of, set_groups
+from .passes import all_loaders
 from .resolution import only_watches
 from .stages import Callback
+from .updates import trained_parameters
 
 # %% ../../nbs/loop/state.ipynb #d6929a95
 class ResumeError(PrintableError):
@@ -134,11 +136,8 @@ def check_model_state(model: nn.Module, state: Any, kind: str = "model") -> None
         if not isinstance(found, Tensor):
             raise ResumeError(f"{name} is {kind_of(found)} in the state, not a tensor; {other}")
         if (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
-            raise ResumeError(f"{name} is {_form(found)} in the state, and {_form(tensor)} in the "
+            raise ResumeError(f"{name} is {form_of(found)} in the state, and {form_of(tensor)} in the "
                               f"{kind}; {other}")
-
-def _form(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 # %% ../../nbs/loop/state.ipynb #f1b8a9d1
 def check_state(state: Any) -> None:
@@ -172,7 +171,7 @@ def _check_stream(stream: Mapping[str, Any]) -> None:
 # %% ../../nbs/loop/state.ipynb #55129e28
 def check_orders(learn: Any, loop: Mapping[str, Any]) -> None:
     "Raise ResumeError unless the loaders take the orders in a state; they stay as they are."
-    loaders, orders = loaders_of(learn), [*loop["orders"].items()]
+    loaders, orders = all_loaders(learn.dataloaders), [*loop["orders"].items()]
     for began in (loop.get("began"), (loop.get("stream") or {}).get("began")):
         if began and began["order"] != {}: orders.append(("train", began["order"]))
     if loop["place"][1] == "train" and loop["place"][2] and "train" not in loop["orders"]:
@@ -274,11 +273,6 @@ def modules_beside(learn: Any) -> dict[str, nn.Module]:
     return {name: module for name, module in found.items()
             if name.partition(".")[0] not in keep and module.state_dict()}
 
-def loaders_of(learn: Any) -> dict[str, Any]:
-    "Every loader by the prefix of its columns, such as \"train\" or \"validation_clean\"."
-    return {each.prefix: loader for phase in learn.dataloaders
-            for each, loader in passes_of(learn.dataloaders, phase).items()}
-
 def packed(steps: Mapping[str, list[float]]) -> dict[str, Tensor]:
     "Many numbers in the form that a file holds best."
     return {name: torch.tensor(values, dtype=torch.float64, device="cpu") for name, values in steps.items()}
@@ -286,7 +280,7 @@ def packed(steps: Mapping[str, list[float]]) -> dict[str, Tensor]:
 def gradients_left(learn: Any) -> list[Any] | None:
     "The gradients that a step which was left out has kept for the next batch; None if there are none."
     if any(getattr(callback, "keeps_gradients", False) for callback in learn.callbacks): return None
-    found = [p.grad for group in groups_of(learn.optimiser) for p in group["params"]]
+    found = [parameter.grad for parameter in trained_parameters(learn.optimiser)]
     if all(gradient is None for gradient in found): return None
     return [None if gradient is None else gradient.detach().clone() for gradient in found]
 
@@ -311,12 +305,18 @@ def lost(learn: Any, state: Mapping[str, Any]) -> list[str]:
     return lost_parts(state["made"], recipes(learn)) if state.get("made") else []
 
 # %% ../../nbs/loop/state.ipynb #7f294a71
+def _plan_state(cursor: Any, loader: Any) -> dict[str, Any]:
+    "How long the training and its loader are, and how far it has got in batches."
+    return {"steps": cursor.steps, "validation_steps": cursor.validation_steps,
+            "done": cursor.done, "stretch": cursor.stretch, "next_pass": cursor.stream.next_pass,
+            "length": length_of(loader), "validates": cursor.validates, "tests": cursor.tests}
+
 def gather(learn: Any) -> dict[str, Any]:
     "The state of callbacks and loop: everything that the model and the optimiser do not hold."
     cursor, history = learn.cursor, learn.history
     place, began = learn.place, cursor.began
     within = place.phase == "train" and place.batch > 0
-    orders = {name: order_state(loader) for name, loader in loaders_of(learn).items()}
+    orders = {name: order_state(loader) for name, loader in all_loaders(learn.dataloaders).items()}
     again = began if place.phase in PHASES[1:] else {}  # such a pass starts over
     if again: orders |= again["orders"]
     means, loader = learn.columns.means, learn.dataloaders.get("train")
@@ -330,8 +330,8 @@ def gather(learn: Any) -> dict[str, Any]:
         "rng": again["rng"] if again else rng_state(), "orders": orders,
         "optimiser": type(learn.optimiser).__name__, "began": dict(began) if within else None,
         "loader": loader.state_dict() if within and has_state(loader) else None,
-        "plan": cursor.plan_state(loader),
-        "stream": cursor.stream_state(loader),
+        "plan": _plan_state(cursor, loader),
+        "stream": cursor.stream.state(loader),
         "gradients": gradients_left(learn) if learn.is_running and cursor.under_way else None,
         "flags": changed_flags(learn, cursor.flags),
         "hidden": again.get("hidden") or hidden_state(learn, cursor.note), "unkept": cursor.unkept(learn),
@@ -374,30 +374,30 @@ def put(learn: Any, state: Mapping[str, Any]) -> None:
     _check_loaded(learn, state["callbacks"])
 
 # %% ../../nbs/loop/state.ipynb #bb5d8e16
+@contextmanager
+def _refused_as(text: str) -> Iterator[None]:
+    "Turn what a part raises that refuses its state into a ResumeError."
+    try: yield
+    except Exception as error: raise ResumeError(f"{text}: {error}") from error
+
 def _put_callbacks(learn: Any, states: Mapping[str, Any]) -> None:
     given = to_device(states, learn.device)
     for name, callback in with_state(learn.callbacks).items():
         if name not in given: continue
-        try: callback.load_state_dict(given[name])
-        except Exception as error:
-            raise ResumeError(f"the state of {name} does not fit: {error}") from error
+        with _refused_as(f"the state of {name} does not fit"): callback.load_state_dict(given[name])
 
 def _check_loaded(learn: Any, states: Mapping[str, Any]) -> None:
     "Ask the callbacks that can tell only now whether their states fit the learner."
     for name, callback in with_state(learn.callbacks).items():
         if name not in states or not hasattr(callback, "check_loaded"): continue
-        try: callback.check_loaded(learn)
-        except Exception as error:
-            raise ResumeError(f"the state of {name} does not fit: {error}") from error
+        with _refused_as(f"the state of {name} does not fit"): callback.check_loaded(learn)
 
 def _put_optimiser(optimiser: Any, state: Any) -> None:
     several = optimiser.values() if isinstance(optimiser, Mapping) else [optimiser]
     before = [dict(group) for group in groups_of(optimiser)]
     needed = [group.keys() & getattr(each, "defaults", {}).keys()  # loading may add to the defaults
               for each in several for group in each.param_groups]
-    try: optimiser.load_state_dict(state)
-    except Exception as error:
-        raise ResumeError(f"the optimiser rejects its state: {error}") from error
+    with _refused_as("the optimiser rejects its state"): optimiser.load_state_dict(state)
     for names, own, group in zip(needed, before, groups_of(optimiser), strict=True):
         for name in sorted(names - group.keys()):
             raise ResumeError(f"the state of the optimiser has a group without {name}")
@@ -414,15 +414,14 @@ def _put_loop(learn: Any, loop: Mapping[str, Any]) -> None:
     history.rows, history.keep_steps = unpack_rows(loop["rows"]), loop["keep_steps"]
     history.steps = {name: values.tolist() for name, values in loop["steps"].items()}
     cursor.place, cursor.first_row = Place(*loop["place"]), loop["first_row"]
-    cursor.next_pass = (loop.get("plan") or {}).get("next_pass", 0)
+    cursor.stream.next_pass = (loop.get("plan") or {}).get("next_pass", 0)
     if cursor.place.phase: learn.results = dict(loop["results"])
     learn._steps = {name: values.tolist() for name, values in loop["row_steps"].items()}
 
 # %% ../../nbs/loop/state.ipynb #479ca595
 def _put_module(name: str, module: nn.Module, state: Mapping[str, Any]) -> None:
-    try: module.load_state_dict({each: state[plain_name(each)] for each in module.state_dict()})
-    except Exception as error:  # names and shapes fit, so a module has its own way of loading
-        raise ResumeError(f"the {name} rejects its state: {error}") from error
+    with _refused_as(f"the {name} rejects its state"):  # names fit; a module may load in a way of its own
+        module.load_state_dict({each: state[plain_name(each)] for each in module.state_dict()})
 
 def fitting_optimiser(learn: Any, state: Mapping[str, Any]) -> Any:
     "The optimiser, made if there is only a factory; raises ResumeError if the state does not fit it."
@@ -432,7 +431,7 @@ def fitting_optimiser(learn: Any, state: Mapping[str, Any]) -> Any:
         groups = saved.get("param_groups")
         first = groups[0] if isinstance(groups, list) and groups else None
         rate = first.get("lr") if isinstance(first, Mapping) else None
-        optimiser = make_optimiser(optimiser, learn.trained(), rate)
+        optimiser = make_optimiser(optimiser, modules_to_train(learn), rate)
     kind, own = state["loop"]["optimiser"], type(optimiser).__name__
     if kind != own: raise ResumeError(f"the state is of {kind}, and the optimiser is {own}; use {kind}")
     try:
@@ -446,8 +445,7 @@ def put_gradients(learn: Any, gradients: Any) -> None:
     "Put the gradients back that a step which was left out has kept."
     if gradients is None: return
     learn.gathered = (-1,)  # of batches before
-    parameters = [p for group in groups_of(learn.optimiser) for p in group["params"]]
-    for parameter, gradient in zip(parameters, gradients, strict=True):
+    for parameter, gradient in zip(trained_parameters(learn.optimiser), gradients, strict=True):
         parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
 
 # %% ../../nbs/loop/state.ipynb #9db0aee5

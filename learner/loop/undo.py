@@ -21,8 +21,10 @@ from ..base.provenance import rng_state, set_rng_state
 from ..base.tree import copy_tree, to_device
 from .hidden import generators_in, modules_of
 from .optimiser_state import groups_of, hyperparameters
-from .state import has_state, loaders_of, modules_beside, order_state
+from .passes import all_loaders
+from .state import has_state, modules_beside, order_state
 from .state import set_order_state, with_state
+from .updates import trained_parameters
 
 # %% ../../nbs/loop/undo.ipynb #f44f6a51
 def _weights_of(module: nn.Module) -> Callable[[], None]:
@@ -53,13 +55,13 @@ def _attributes_of(owner: Any, *names: str) -> Callable[[], None]:
 def _optimiser_of(learn: Any) -> Callable[[], None]:
     "What puts the optimiser, or its factory, back."
     optimiser = learn.optimiser
-    state = optimiser.state_dict() if is_optimiser(optimiser) else None
-    groups = hyperparameters(optimiser)
-    gradients = [(p, p.grad) for group in groups_of(optimiser) for p in group["params"]]
+    if not is_optimiser(optimiser): return partial(setattr, learn, "optimiser", optimiser)
+    state, groups = optimiser.state_dict(), hyperparameters(optimiser)
+    gradients = [(parameter, parameter.grad) for parameter in trained_parameters(optimiser)]
 
     def put_back() -> None:
         learn.optimiser = optimiser
-        if state is not None: optimiser.load_state_dict(state)
+        optimiser.load_state_dict(state)
         for group, values in zip(groups_of(optimiser), groups, strict=False): group.update(values)
         for parameter, gradient in gradients: parameter.grad = gradient
     return put_back
@@ -69,7 +71,7 @@ def _loaders_of(learn: Any, state: Mapping[str, Any]) -> list[Callable[[], Any]]
     "What puts the orders of the loaders back, and the state of one that has its own."
     loader, loop = learn.dataloaders.get("train"), state["loop"]
     orders: list[Callable[[], Any]] = [partial(set_order_state, each, order_state(each))
-                                       for each in loaders_of(learn).values()]
+                                       for each in all_loaders(learn.dataloaders).values()]
     owns = [loop.get("loader"), (loop.get("stream") or {}).get("loader")]
     if any(own is not None for own in owns) and has_state(loader):
         with suppress(Exception):  # one that has none before it has begun
@@ -94,7 +96,8 @@ class Undo:
     "What a learner had before a state was put in, until the first batch can come."
 
     def __init__(self, learn: Any):
-        self.actions: list[Callable[[], Any]] = [_attributes_of(learn.cursor)]
+        self.actions: list[Callable[[], Any]] = [
+            _attributes_of(learn.cursor), _attributes_of(learn.cursor.stream)]
         self.noted = False
 
     def note(self, learn: Any, state: Mapping[str, Any]) -> None:

@@ -128,8 +128,8 @@ def drop_gradients(learn: Any, error: BaseException) -> None:
 # %% ../../nbs/loop/updates.ipynb #d9b6d5b2
 def set_mode(optimiser: Any, training: bool) -> None:
     "Tell an optimiser that has modes whether training or evaluation begins."
-    tell = getattr(optimiser, "train" if training else "eval", None)
-    if callable(tell) and is_optimiser(optimiser): tell()
+    switch = getattr(optimiser, "train" if training else "eval", None)
+    if callable(switch) and is_optimiser(optimiser): switch()
 
 @contextmanager
 def in_mode(learn: Any, training: bool) -> Iterator[None]:

@@ -64,8 +64,8 @@ def _wait_for_the_start(
 ) -> NoReturn:
     "Pass on what the new process says until it falls silent; then it is training, or has ended."
     try:
-        while heard := os.read(pipe, 4096):
-            sys.stdout.write(heard.decode(errors="replace"))
+        while text := os.read(pipe, 4096):
+            sys.stdout.write(text.decode(errors="replace"))
             sys.stdout.flush()
         while True:
             ended, status = os.waitpid(child, os.WNOHANG)

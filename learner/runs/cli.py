@@ -96,20 +96,20 @@ def _report(run_dir: str) -> None:
 
 # %% ../../nbs/runs/cli.ipynb #1fc78973
 @contextmanager
-def _said_soon(text: str) -> Iterator[None]:
+def _announced(text: str) -> Iterator[None]:
     "Print a line when the block has succeeded, or while it runs if it takes longer than 0.3 s."
-    said = threading.Event()
+    printed = threading.Event()
 
-    def tell() -> None:
-        said.set()
+    def announce() -> None:
+        printed.set()
         if text: say(text)
-    timer = threading.Timer(0.3, tell)
+    timer = threading.Timer(0.3, announce)
     timer.start()
     try: yield
     finally:
         timer.cancel()
         timer.join()
-    if not said.is_set(): tell()
+    if not printed.is_set(): announce()
 
 # %% ../../nbs/runs/cli.ipynb #302fb251
 def _check_least(option: str, value: int | None, least: int, meaning: str = "") -> None:
@@ -218,7 +218,7 @@ def _train(
     if detach and processes > 1: raise UsageError("--detach trains in one process; leave out --processes")
     if detach: _detach(run_dir)
     allowed = list(allow) or None
-    with _said_soon("" if quiet else f"{config}, to be kept in {run_dir}: loading PyTorch ..."):
+    with _announced("" if quiet else f"{config}, to be kept in {run_dir}: loading PyTorch ..."):
         resolve(config, settings, allow=allowed)  # mistakes are answered before data are loaded
     with _training(run_dir):
         options: dict[str, Any] = {"fingerprints": fingerprints} if fingerprints else {}

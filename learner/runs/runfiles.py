@@ -49,12 +49,11 @@ def csv_text(rows: Rows, columns: Sequence[str], head: bool = True) -> str:
     lines = ([plain(row.get(name)) for name in columns] for row in rows)
     return csv_lines([columns, *lines] if head else lines)
 
-def write_rows(path: AnyPath, rows: Rows, columns: Sequence[str] | None = None,
-               sync: bool = True) -> None:
+def write_rows(path: AnyPath, rows: Rows, columns: Sequence[str] | None = None) -> None:
     "Replace a file by rows as CSV; the columns are those given, else as they appear."
     rows = list(rows)
     if columns is None: columns = list(dict.fromkeys(name for row in rows for name in row))
-    write_text(path, csv_text(rows, columns), sync=sync)
+    write_text(path, csv_text(rows, columns))
 
 # %% ../../nbs/runs/runfiles.ipynb #2bc0a6a6
 class GrowingTable:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..base.parts import accepts, is_optimiser
-from ..base.words import check_whole, did_you_mean, mode_of
+from ..base.words import check_whole, did_you_mean, mode_of, printable
 from ..loop.learner import Learner
 from ..loop.loop import Length
 from ..loop.stages import Callback
@@ -138,7 +138,7 @@ class _WithState(_Lengths):
 
     def _check_kind(self, state: Mapping[str, Any], kind: type) -> None:
         if state and state["kind"] != kind.__name__:
-            raise ScheduleError(f"{self}: the state is of {state['kind']!r:.40}, and the factory makes "
+            raise ScheduleError(f"{self}: the state is of {printable(state['kind'])}, and the factory makes "
                                 f"{kind.__name__}; load it into a schedule like the one that it "
                                 "came from")
 

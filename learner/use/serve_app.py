@@ -118,12 +118,17 @@ def _of_model(error: BaseException) -> RequestError:
     return RequestError(f"the model cannot take these {FIELD}: {line}", field=FIELD)
 
 # %% ../../nbs/use/serve_app.ipynb #0556952b
-class _Asking:
-    "How a request becomes an answer of a model."
-    models: Models
-    limits: Limits
-    bodies: _Bodies
-    threads: dict[str, ThreadPoolExecutor]
+async def _answered(answer: Awaitable[Any]) -> Any:
+    "An answer of the model, or RequestError."
+    try: return await answer
+    except Exception as error: raise _of_model(error) from error
+
+class _Requests:
+    "How a request becomes a batch, and a batch an explanation, in threads that leave the server free."
+
+    def __init__(self, limits: Limits):
+        self.limits, self.explaining = limits, 0
+        self.threads = {"bodies": ThreadPoolExecutor(2), "saliency": ThreadPoolExecutor(1)}
 
     async def batch(self, served: Served, request: Request, body: bytes) -> Any:
         "What a request asks about; raises RequestError."
@@ -134,35 +139,47 @@ class _Asking:
         if len(body) <= _SMALL and body[:1] in b'{\x93': return served.reader(body, kind)
         return await self._in_thread("bodies", served.reader, body, kind)
 
-    async def _in_thread(self, name: str, work: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self.threads[name], work, *args)
-
-    async def answered(self, answer: Awaitable[Any]) -> Any:
-        "An answer of the model, or RequestError."
-        try: return await answer
-        except Exception as error: raise _of_model(error) from error
-
-# %% ../../nbs/use/serve_app.ipynb #c1dcfa27
-class _Explaining(_Asking):
-    "How a request becomes an explanation."
-    explaining: int
-
-    async def explain(self, served: Served, batch: Any) -> Any:
+    async def explanation(self, served: Served, batch: Any) -> Any:
         "An explanation; only a few may wait at the same time."
         if self.explaining >= _EXPLAINING:
             raise RequestError("the server is busy with other explanations; try again in a "
                                "second", 503, retry=1)
         self.explaining += 1
         work = asyncio.ensure_future(self._in_thread("saliency", served.explain, batch))
-        work.add_done_callback(self._explained)
+        work.add_done_callback(self._end_explanation)
         try:
-            async with asyncio.timeout(self.limits.seconds):
-                return await self.answered(asyncio.shield(work))
+            async with asyncio.timeout(self.limits.seconds): return await _answered(asyncio.shield(work))
         except TimeoutError: raise late(self.limits.seconds) from None
 
-    def _explained(self, work: "asyncio.Future[Any]") -> None:
+    def _end_explanation(self, work: "asyncio.Future[Any]") -> None:
         self.explaining -= 1
         if not work.cancelled(): work.exception()  # it is known to whoever still waits
+
+    async def _in_thread(self, name: str, work: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self.threads[name], work, *args)
+
+# %% ../../nbs/use/serve_app.ipynb #d8231f17
+class _Access:
+    "Which names the server answers to, and the key that it asks for."
+
+    def __init__(self, key: str | None, hosts: Collection[str] | None): self.key, self.hosts = key, hosts
+
+    def check_host(self, request: Request) -> None:
+        "Raise RequestError for another name: a foreign page may have been given this address."
+        if self.hosts is None: return
+        host = request.headers.get("host", "").rpartition("]")[2].partition(":")[0] or "::1"
+        if host not in self.hosts:
+            names = ", ".join(self.hosts)
+            raise RequestError(f"this server answers to {names}, not to {host[:100]}", 403)
+
+    def check_key(self, request: Request) -> None:
+        "Raise RequestError unless the right key is given."
+        if self.key is None: return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer": given = request.headers.get("x-api-key", "")
+        if hmac.compare_digest(given.encode(), self.key.encode()): return
+        raise RequestError("the key is missing or wrong; send the header Authorization: Bearer KEY",
+                           401)
 
 # %% ../../nbs/use/serve_app.ipynb #1f3cb5f3
 _PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"),
@@ -173,23 +190,40 @@ _POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'se
 def _asset(name: str) -> str:
     return files("learner.use").joinpath("assets", name).read_text(encoding="utf-8")
 
-class _Routes(_Explaining):
+async def _page(name: str, kind: str, request: Request) -> Response:
+    headers = {"content-security-policy": _POLICY, "x-content-type-options": "nosniff",
+               "cache-control": "no-cache", "referrer-policy": "no-referrer"}
+    return Response(_asset(name), media_type=kind, headers=headers)
+
+def _measured(models: Models, held: int) -> str:
+    "The metrics of a server, in the format of Prometheus."
+    meter = models.meter
+    meter.set("learner_body_bytes", held)
+    for name, served in models.items():
+        meter.set("learner_waiting_examples", served.batcher.waiting, model=name)
+    return meter.text()
+
+# %% ../../nbs/use/serve_app.ipynb #4187073b
+class _Routes:
     "What the server answers to."
+    models: Models
+    bodies: _Bodies
+    requests: _Requests
+    access: _Access
     stopping: bool
-    key: str | None
 
     async def predict(self, request: Request) -> Response:
         with self.models.find(request.path_params.get("name")) as served:
             async with self.bodies.read(request) as body:
-                batch = await self.batch(served, request, body)
-                rows = await self.answered(served.batcher.submit(batch))
+                batch = await self.requests.batch(served, request, body)
+                rows = await _answered(served.batcher.submit(batch))
         return _JSON({"model": served.name, "predictions": rows})
 
     async def saliency(self, request: Request) -> Response:
         with self.models.find(request.path_params.get("name")) as served:
             async with self.bodies.read(request) as body:
-                batch = await self.batch(served, request, body)
-                return _JSON(await self.explain(served, batch))
+                batch = await self.requests.batch(served, request, body)
+                return _JSON(await self.requests.explanation(served, batch))
 
     async def about(self, request: Request) -> Response:
         info = self.models.find(request.path_params.get("name")).info()
@@ -203,42 +237,11 @@ class _Routes(_Explaining):
         if self.stopping: raise RequestError("the server is stopping", 503, retry=5)
         return _JSON({"status": "ok", "models": list(self.models)})
 
-# %% ../../nbs/use/serve_app.ipynb #d8231f17
-class _Guarded(_Routes):
-    "The routes with what stands before and behind each."
-    hosts: Collection[str] | None
-
     async def metrics(self, request: Request) -> Response:
-        meter = self.models.meter
-        meter.set("learner_body_bytes", self.bodies.held)
-        for name, served in self.models.items():
-            meter.set("learner_waiting_examples", served.batcher.waiting, model=name)
-        return Response(meter.text(), media_type="text/plain; version=0.0.4")
+        return Response(_measured(self.models, self.bodies.held), media_type="text/plain; version=0.0.4")
 
     async def openapi(self, request: Request) -> Response:
-        return _JSON(openapi(self.models, self.key is not None))
-
-    async def page(self, name: str, kind: str, request: Request) -> Response:
-        headers = {"content-security-policy": _POLICY, "x-content-type-options": "nosniff",
-                   "cache-control": "no-cache", "referrer-policy": "no-referrer"}
-        return Response(_asset(name), media_type=kind, headers=headers)
-
-    def check_host(self, request: Request) -> None:
-        "Raise RequestError for another name: a page of elsewhere may have been given this address."
-        if self.hosts is None: return
-        host = request.headers.get("host", "").rpartition("]")[2].partition(":")[0] or "::1"
-        if host not in self.hosts:
-            names = ", ".join(self.hosts)
-            raise RequestError(f"this server answers to {names}, not to {host[:100]}", 403)
-
-    def check_key(self, request: Request) -> None:
-        "Raise RequestError unless the key is given that is asked for."
-        if self.key is None: return
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer": given = request.headers.get("x-api-key", "")
-        if hmac.compare_digest(given.encode(), self.key.encode()): return
-        raise RequestError("the key is missing or wrong; send the header Authorization: Bearer KEY",
-                           401)
+        return _JSON(openapi(self.models, self.access.key is not None))
 
 # %% ../../nbs/use/serve_app.ipynb #82086504
 def _refusal(error: RequestError) -> Response:
@@ -265,28 +268,26 @@ def _fault(error: Exception) -> Response:
 # %% ../../nbs/use/serve_app.ipynb #e4ddf66e
 Handler = Callable[[Request], Awaitable[Response]]
 
-class _Endpoints(_Guarded):
-    "What every route has in common."
-
-    def _route(self, path: str, handler: Handler, method: str, needs_key: bool = True) -> Route:
-        async def endpoint(request: Request) -> Response:
-            start = time.perf_counter()
-            try:
-                self.check_host(request)
-                if needs_key: self.check_key(request)
-                response = await handler(request)
-            except RequestError as error: response = _refusal(error)
-            except ClientDisconnect: response = Response(status_code=400)  # nobody will read it
-            except Exception as error: response = _fault(error)
-            if self.stopping: response.headers["connection"] = "close"
-            meter, seconds = self.models.meter, time.perf_counter() - start
-            meter.add("learner_requests_total", route=path, status=response.status_code)
-            meter.observe("learner_request_seconds", seconds, route=path)
-            return response
-        return Route(path, endpoint, methods=[method])
+def _route(app: Any, path: str, handler: Handler, method: str, needs_key: bool = True) -> Route:
+    "A route of an application, with what all of them have in common."
+    async def endpoint(request: Request) -> Response:
+        start = time.perf_counter()
+        try:
+            app.access.check_host(request)
+            if needs_key: app.access.check_key(request)
+            response = await handler(request)
+        except RequestError as error: response = _refusal(error)
+        except ClientDisconnect: response = Response(status_code=400)  # nobody will read it
+        except Exception as error: response = _fault(error)
+        if app.stopping: response.headers["connection"] = "close"
+        meter, seconds = app.models.meter, time.perf_counter() - start
+        meter.add("learner_requests_total", route=path, status=response.status_code)
+        meter.observe("learner_request_seconds", seconds, route=path)
+        return response
+    return Route(path, endpoint, methods=[method])
 
 # %% ../../nbs/use/serve_app.ipynb #1880d145
-class Application(_Endpoints):
+class Application(_Routes):
     """Answers requests about models: an application of ASGI.
 
     Args:
@@ -300,19 +301,17 @@ class Application(_Endpoints):
 
     def __init__(self, models: Models, key: str | None = None,
                  hosts: Collection[str] | None = None):
-        self.models, self.key, self.hosts, self.limits = models, key, hosts, models.limits
-        self.bodies, self.stopping, self.explaining = _Bodies(self.limits), False, 0
-        self.threads = {"bodies": ThreadPoolExecutor(2), "saliency": ThreadPoolExecutor(1)}
-        posts = {"/predict": self.predict, "/saliency": self.saliency}
+        self.models, self.access, self.stopping = models, _Access(key, hosts), False
+        self.bodies, self.requests = _Bodies(models.limits), _Requests(models.limits)
         gets = {"/model": self.about, "/models": self.listed, "/metrics": self.metrics,
                 "/openapi.json": self.openapi, "/models/{name}": self.about}
-        routes = [self._route(path, handler, "POST") for start in ("", "/models/{name}")
-                  for path, handler in ((start + end, each) for end, each in posts.items())]
-        routes += [self._route(path, handler, "GET") for path, handler in gets.items()]
-        open_to_all = {path: partial(self.page, *asset) for path, asset in _PAGE.items()}
-        routes += [self._route(path, handler, "GET", False)
+        open_to_all: dict[str, Handler] = {path: partial(_page, *asset) for path, asset in _PAGE.items()}
+        routes = [_route(self, start + path, handler, "POST") for start in ("", "/models/{name}")
+                  for path, handler in (("/predict", self.predict), ("/saliency", self.saliency))]
+        routes += [_route(self, path, handler, "GET") for path, handler in gets.items()]
+        routes += [_route(self, path, handler, "GET", needs_key=False)
                    for path, handler in ({"/health": self.health} | open_to_all).items()]
-        self._predict = self._route("/predict", self.predict, "POST").endpoint
+        self._predict = routes[0].endpoint
         self._app = Starlette(routes=routes, exception_handlers={HTTPException: _not_routed})
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:

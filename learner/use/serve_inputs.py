@@ -44,27 +44,26 @@ class RequestError(InputError):
 _NPY = re.compile(rb"\{\s*'descr':\s*'([^'\\]{2,9})',\s*'fortran_order':\s*(True|False),\s*"
                   rb"'shape':\s*\(((?:\d+\s*,\s*)*\d*)\),?\s*\}\s*")  # the header, which is not evaluated
 
-def _header(data: bytes, name: str) -> tuple[Any, bool, tuple[int, ...], int]:
+def _header(data: bytes) -> tuple[Any, bool, tuple[int, ...], int]:
     "The dtype, the order and the shape that a file claims, and where its numbers begin."
     import numpy as np
     start = 10 if data[6:7] == b"\x01" else 12
     end = start + int.from_bytes(data[8:start], "little")
     found = _NPY.fullmatch(data[start:end]) if end - start < 1000 else None
     if found is None or not data.startswith(b"\x93NUMPY"):
-        raise RequestError(f"{name} is not a .npy file of one array that can be read", 400, name)
+        raise RequestError(f"{FIELD} is not a .npy file of one array that can be read", 400, FIELD)
     try: dtype = np.dtype(found[1].decode())
     except (TypeError, ValueError):
-        raise RequestError(f"{name} is a .npy file of an unknown dtype", 400, name) from None
+        raise RequestError(f"{FIELD} is a .npy file of an unknown dtype", 400, FIELD) from None
     shape = tuple(int(size) for size in found[3].split(b",") if size.strip())
     return dtype, found[2] == b"True", shape, end
 
 # %% ../../nbs/use/serve_inputs.ipynb #016bd635
-def read_npy(data: bytes, name: str = FIELD) -> Any:
+def read_npy(data: bytes) -> Any:
     """The array of a `.npy` file of numbers.
 
     Args:
         data: All of the file.
-        name: Of the field, for messages.
 
     Returns:
         An array of NumPy, which shares the memory of the data and cannot be written to.
@@ -77,15 +76,15 @@ def read_npy(data: bytes, name: str = FIELD) -> Any:
         (8, 8)
     """
     import numpy as np
-    dtype, by_columns, shape, start = _header(data, name)
+    dtype, by_columns, shape, start = _header(data)
     if dtype.kind not in "biuf":
-        raise RequestError(f"{name} is an array of {dtype}, which are not numbers", field=name)
+        raise RequestError(f"{FIELD} is an array of {dtype}, which are not numbers", field=FIELD)
     if len(shape) > 16 or any(size < 1 for size in shape):
-        raise RequestError(f"{name} has the shape {shape}, which holds no example", field=name)
+        raise RequestError(f"{FIELD} has the shape {shape}, which holds no example", field=FIELD)
     size, there = math.prod(shape) * dtype.itemsize, len(data) - start
     if size != there:
-        raise RequestError(f"{name} has the shape {shape} of {dtype}, which takes {size:,} bytes, "
-                           f"and {there:,} follow the header", 400, name)
+        raise RequestError(f"{FIELD} has the shape {shape} of {dtype}, which takes {size:,} bytes, "
+                           f"and {there:,} follow the header", 400, FIELD)
     flat = np.frombuffer(data, dtype, offset=start)
     return flat.reshape(shape, order="F" if by_columns else "C")
 

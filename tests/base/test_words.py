@@ -20,9 +20,7 @@ from learner.base.words import (
     format_value,
     kind_of,
     mode_of,
-    named_loaders,
     plain,
-    read_column,
     split_column,
     with_article,
 )
@@ -98,16 +96,7 @@ def test_plain(value, wanted):
     json.dumps(plain(value), allow_nan=False)
 
 
-def test_columns_of_named_loaders():
-    names = named_loaders({"train": [1], "validation": {"a": [1], "a_b": [1]}, "test": [1]})
-    assert names == {"validation": ("a", "a_b")}
-    table = {"validation_a_loss": ("validation", "a", "loss"), "validation_a_b_loss": ("validation", "a_b", "loss"), "validation_a": ("validation", "", "a"),
-             "validation_a_": ("validation", "", "a_"), "validation_loss": ("validation", "", "loss"), "test_a_loss": ("test", "", "a_loss"), "epoch": ("", "", "epoch")}
-    for name, parts in table.items(): assert read_column(name, names) == parts and str(read_column(name, names)) == name
-
-
-def test_the_name_of_a_loader_says_nothing_about_its_values():
-    assert mode_of("validation_error_free_accuracy") is None and mode_of("validation_error_free_accuracy", {"validation": ["error_free"]}) == "max"
+def test_a_name_with_two_meanings_is_not_guessed(): assert mode_of("validation_error_free_accuracy") is None
 
 
 @pytest.mark.parametrize("spoken", ["an int", "an optimiser", "an ndarray", "an LSTM", "an MSELoss", "an F1", "a ReLU", "a Metric", "a list", "a UNet", "a UUID",

@@ -13,7 +13,7 @@ from torch import nn
 
 from learner.keep.checkpoint import Checkpoint
 from learner.keep.distributed import Distributed
-from learner.keep.ranks import OtherRankError
+from learner.keep.ranks import OtherRankError, meet
 from learner.keep.shards import ShardError
 from learner.loop.stages import Callback, CancelBatchException, CancelEpochException, CancelTrainException
 from learner.steer.accumulate import Accumulate
@@ -143,10 +143,10 @@ def test_two_ranks_train_what_one_trains_and_measure_it_exactly(tmp_path):
 
 def test_the_first_rank_alone_writes_and_shows_and_collectives_are_few(tmp_path):
     def train(rank):
-        writer, own = Writer(), Distributed()
-        learn = make(writer, Progress(), own, Checkpoint(tmp_path / "run", minutes=1e-9), metrics())
+        writer = Writer()
+        learn = make(writer, Progress(), Distributed(), Checkpoint(tmp_path / "run", minutes=1e-9), metrics())
         learn.train(2, learning_rate=0.01)
-        counted = dict(own.group.collectives)
+        counted = dict(meet(600.0).collectives)
         assert writer in learn.callbacks
         return writer.calls, counted
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import learner
 from learner.loop.data import DataLoaders
-from learner.loop.foreign import ARGUMENTS, ATTRIBUTES, NAMES
+from learner.loop.foreign import FOREIGN_ARGUMENTS, FOREIGN_ATTRIBUTES, FOREIGN_NAMES
 from learner.loop.learner import Learner
 
 WORDS = {"in", "for", "or", "of", "the", "with", "that", "among", "callbacks", "a", "as", "values", "every", "step", "itself",
@@ -47,15 +47,15 @@ def exists(name, learn):
 
 
 def test_no_word_takes_the_place_of_a_name_of_ours():
-    assert [word for word in ATTRIBUTES if type(vars(learner.loop.learner.Shown)[word]).__name__ != "Word"] == []
+    assert [word for word in FOREIGN_ATTRIBUTES if type(vars(learner.loop.learner.Shown)[word]).__name__ != "ForeignName"] == []
     learn = fresh()
     learn.train(1, 0.1)
-    assert [word for word in ATTRIBUTES if hasattr(learn, word)] == []
-    assert not {*NAMES} & {*learner.all.__all__}
-    assert not {*ATTRIBUTES} & {*dir(learn)}  # Tab offers none
+    assert [word for word in FOREIGN_ATTRIBUTES if hasattr(learn, word)] == []
+    assert not {*FOREIGN_NAMES} & {*learner.all.__all__}
+    assert not {*FOREIGN_ATTRIBUTES} & {*dir(learn)}  # Tab offers none
 
 
-@pytest.mark.parametrize(("word", "ours"), [*ATTRIBUTES.items(), *NAMES.items(), *ARGUMENTS.items()])
+@pytest.mark.parametrize(("word", "ours"), [*FOREIGN_ATTRIBUTES.items(), *FOREIGN_NAMES.items(), *FOREIGN_ARGUMENTS.items()])
 def test_what_a_word_is_answered_with_exists(word, ours):
     learn = fresh()
     for name in names_in(ours):
@@ -68,7 +68,7 @@ def test_what_a_word_is_answered_with_exists(word, ours):
 @pytest.mark.parametrize("word", ["fit", "to_fp16", "metrics", "compile", "show_batch"])
 def test_an_attribute_is_answered(word):
     with pytest.raises(AttributeError) as caught: getattr(fresh(), word)
-    assert str(caught.value) == f"Learner has no {word}; use {ATTRIBUTES[word]}"
+    assert str(caught.value) == f"Learner has no {word}; use {FOREIGN_ATTRIBUTES[word]}"
 
 
 def test_arguments_are_answered():
@@ -77,7 +77,7 @@ def test_arguments_are_answered():
                         (lambda **words: Learner(nn.Linear(3, 2), torch.optim.SGD, F.cross_entropy, data, **words), {"metrics": []})):
         with pytest.raises(TypeError) as caught: call(**words)
         word, = words
-        assert str(caught.value).endswith(f"() has no argument {word}; use {ARGUMENTS[word]}")
+        assert str(caught.value).endswith(f"() has no argument {word}; use {FOREIGN_ARGUMENTS[word]}")
     with pytest.raises(TypeError, match=r"train\(\) has no argument epoch; did you mean epochs\?"): learn.train(epoch=3)
     with pytest.raises(TypeError, match=r"Learner\(\) has no argument metrics"): Learner(nn.Linear(3, 2), None, F.cross_entropy, data, metrics=[])
 
