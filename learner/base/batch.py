@@ -235,6 +235,7 @@ def _arguments_of(data: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(data, Mapping): return (), dict(data)
     return (tuple(data), {}) if isinstance(data, tuple | list) else ((data,), {})
 
+# %% ../../nbs/base/batch.ipynb #72e3bf13
 _MISFIT = re.compile(r"positional argument|unexpected keyword argument|multiple values for arg")
 
 def misfit(model: Any, data: Any, error: Exception) -> Exception:
