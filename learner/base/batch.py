@@ -269,6 +269,7 @@ def misfit(model: Any, data: Any, error: Exception) -> Exception:
                      f"Learner(..., inputs=...) to say which go to it; inputs={number} gives it "
                      "one, even a list, as one argument")
 
+# %% ../../nbs/base/batch.ipynb #daf41beb
 def not_tensors(labels: Any, error: Exception) -> Exception:
     """The error for a loss function that was given labels which are not tensors, with the fix.
 

@@ -251,6 +251,7 @@ def _unused(data: Any, leaves: Mapping[str, Tensor], base: Tensor, outputs: _Out
                                "pass, or leave it out of the batch", place=place)
     return passed(name, "every input makes a difference")
 
+# %% ../../nbs/check/forward.ipynb #bef74c32
 def _from_outside(copy: Learner) -> list[Finding]:
     "Findings about the model as a function."
     data, size = copy.data, copy.batch_size
