@@ -265,6 +265,7 @@ def misfit(model: Any, data: Any, error: TypeError) -> TypeError:
                      f"Learner(..., inputs=...) to say which go to it; inputs={number} gives it "
                      "one, even a list, as one argument")
 
+# %% ../../nbs/base/batch.ipynb #0394b703
 def not_tensors(labels: Any, error: Exception) -> Exception:
     """The error for a loss function that was given labels which are not tensors, with the fix.
 
@@ -308,6 +309,7 @@ def _sizes_in(where: str, value: Any) -> Iterator[_Sizes]:
             for name, part in _parts_of(value).items():
                 yield from _sizes_in(f"{where}.{name}", part)
 
+# %% ../../nbs/base/batch.ipynb #e5fa2650
 def _counted(value: Any) -> int | None:
     "The number of examples of an object that has a length; None where its tensors contradict it."
     if not is_leaf(value) or not hasattr(value, "__len__"): return None

@@ -225,6 +225,7 @@ def no_gradient(
     return ("the loss needs no gradient: it depends on no parameter that is trained; "
             "is the model frozen, the loss detached, or inference mode on?")
 
+# %% ../../nbs/base/parts.ipynb #bceba403
 def no_step(
     optimiser: Any,
     error: TypeError,  # that its step has raised
