@@ -24,11 +24,18 @@ class LinkNames(SphinxPostTransform):
             page, _, anchor = self.places.get(literal.astext().removesuffix("()"), "").partition(
                 "#"
             )
-            if not page or page == here or not self.may_link(literal):
+            foreign = here.startswith("coming_from/") and self.in_first_column(literal)
+            if not page or page == here or foreign or not self.may_link(literal):
                 continue
             address = self.app.builder.get_relative_uri(here, page) + (anchor and f"#{anchor}")
             link = nodes.reference("", "", literal.deepcopy(), internal=True, refuri=address)
             literal.parent.replace(literal, link)
+
+    def in_first_column(self, node):
+        "There a table has the names of another library, which may be spelt like ours."
+        while node and not isinstance(node, nodes.entry):
+            node = node.parent
+        return node is not None and node.parent.index(node) == 0
 
     def may_link(self, node):
         "Links do not nest, and titles stand in the sidebar too."

@@ -11,8 +11,22 @@ from notebooks import FOLDERS
 from pages import main_names, modules, public
 
 from learner import Learner
+from learner.loop.learner import HIDDEN_FROM_TAB
 from learner.loop.stages import KINDS, TREE
 from learner.runs import cli
+
+FIXTURES = {
+    "batch": "the batch as the loader gave it, on the device once it is prepared",
+    "batch_num": "the number of the batch in its pass, from 0",
+    "batch_size": "how many examples the batch has, its weight in every mean",
+    "data": "what the model gets of the batch",
+    "epoch": "the number of the epoch, from 0",
+    "labels": "what the loss compares the predictions with, or None",
+    "loss": "the loss of the batch, a tensor without dimensions",
+    "num_epochs": "how many epochs the training has",
+    "phase": "which pass it is: `train`, `validation` or `test`",
+    "predictions": "what the model gave",
+}
 
 _HEAD = "`from learner import {name}`, from [`{module}`](modules/{short}.md)"
 
@@ -42,10 +56,15 @@ def entry(name, value, level, inherited=True):
         return f"```text\n{name} = {short_repr(value)}\n```"
     parts = [f"```python\n{signature(name, value)}\n```", markdown(doc, value)]
     if inspect.isclass(value):
-        for method, static, bound in methods(value):
+        inner = HIDDEN_FROM_TAB if value is Learner else ()  # comes last
+        below = level + 1
+        for method, static, bound in sorted(methods(value), key=lambda each: each[0] in inner):
             if not inherited and method not in vars(value):
                 continue
-            parts.append(f"{'#' * (level + 1)} {name}.{method}")
+            if method in inner and below == level + 1:
+                parts.append(f"{'#' * below} What callbacks and subclasses use")
+                below += 1
+            parts.append(f"{'#' * below} {name}.{method}")
             if isinstance(static, property):
                 parts += [markdown(inspect.getdoc(static))]
             else:
@@ -173,7 +192,9 @@ def ticked(names):
 
 def hooks_page():
     "All hooks and fixtures, from the table of stages."
-    outline = "\n".join(f"{'    ' * depth}{stage.name}" for depth, stage in TREE.outline())
+    outline = "\n".join(
+        f"{'  ' * depth + stage.name:26}{stage.about}" for depth, stage in TREE.outline()
+    )
     kinds = {
         "before_X": "when X opens",
         "around_X": "a generator that yields once, where X runs",
@@ -187,7 +208,10 @@ def hooks_page():
             stages.append(stage_section(stage, depth))
         seen.add(stage.name)
     groups = [f"`{group}`\n: {ticked(members)}" for group, members in TREE.groups.items()]
-    lives = [f"`{name}`\n: {escaped(TREE.lifetime(name))}" for name in sorted(TREE.fixtures())]
+    lives = [
+        f"`{name}`\n: {FIXTURES[name]}; {escaped(TREE.lifetime(name))}"
+        for name in sorted(TREE.fixtures())
+    ]
     return "\n\n".join(
         [
             "# Hooks and fixtures",

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .tree import is_leaf, is_record, to_device
 from .parts import accepts
+from .given import given
 from .words import did_you_mean, kind_of
 
 # %% ../../nbs/base/batch.ipynb #a8d13518
@@ -236,8 +237,8 @@ def _arguments_of(data: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 _MISFIT = re.compile(r"positional argument|unexpected keyword argument|multiple values for arg")
 
-def misfit(model: Any, data: Any, error: TypeError) -> TypeError:
-    """The error for a model that does not accept the data of a batch, with the fix.
+def misfit(model: Any, data: Any, error: Exception) -> Exception:
+    """The error for a model that fails on the data of a batch, with the fix.
 
     Args:
         model: A module or any function.
@@ -245,8 +246,10 @@ def misfit(model: Any, data: Any, error: TypeError) -> TypeError:
         error: What it raised.
 
     Returns:
-        An error that says more; the original one if it has nothing to do with the batch.
+        An error that says more, or the original one: with a note on the shapes, unless it has
+        nothing to do with the batch.
     """
+    if not isinstance(error, TypeError): return given(error, data=data)
     args, kwargs = _arguments_of(data)
     if any(type(value).__module__ == "numpy" for value in (*args, *kwargs.values())):
         return TypeError(f"{error}: the batch holds arrays of NumPy; make tensors of them in the "
@@ -259,9 +262,9 @@ def misfit(model: Any, data: Any, error: TypeError) -> TypeError:
                          "default of None there, and return no loss without them")
     if not _MISFIT.search(str(error)) or ("*" not in takes and accepts(forward, *args, **kwargs)):
         return error
-    given = f"the keywords {', '.join(kwargs)}" if kwargs else f"{len(args)} arguments"
+    gets = f"the keywords {', '.join(kwargs)}" if kwargs else f"{len(args)} arguments"
     number = 0 if isinstance(data, tuple | list) else "..."
-    return TypeError(f"{error}: the batch gives the model {given}, and it takes {takes}; pass "
+    return TypeError(f"{error}: the batch gives the model {gets}, and it takes {takes}; pass "
                      f"Learner(..., inputs=...) to say which go to it; inputs={number} gives it "
                      "one, even a list, as one argument")
 
@@ -278,7 +281,7 @@ def not_tensors(labels: Any, error: Exception) -> Exception:
     """
     array = type(labels).__module__ == "numpy"
     numbers = isinstance(labels, list | tuple) and bool(labels) and isinstance(labels[0], Number)
-    if not (array or numbers): return error
+    if not (array or numbers) or not isinstance(error, TypeError | AttributeError): return error
     what = "an array of NumPy" if array else f"{kind_of(labels)} of numbers"
     return TypeError(f"{error}: the labels are {what}; make a tensor of them in the loader")
 

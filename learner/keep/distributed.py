@@ -22,7 +22,7 @@ from ..base.provenance import rng_state, set_rng_state
 from ..base.words import check_number, check_whole
 from .debugging import announced, first_writer
 from .gradients import DDPGradients, Gradients, TreeGradients
-from .part_means import Parts, Sums, added_up, check_parts, merged
+from .part_means import Parts, Sums, added_up, check_parts, load_parts, load_whole, merged
 from .ranks import Alone, OtherRankError, RankError, Ranks, Watch, is_lost, meet
 from .ranks import use_own_device, world_size
 from .sharded import SharedGradients, check_kinds
@@ -133,8 +133,8 @@ def _parts_of_pass(call: Any, learn: Any) -> Parts:
     "The parts of a pass at its first batch: new ones, or those that a state brings."
     parts, loaded = Parts(learn, call.mine), call.owner.loaded
     call.owner.loaded = None
-    if loaded and loaded["shards"] == call.shards: parts.load(loaded)
-    elif 0 in call.mine: parts.load_whole(learn.columns)  # a state of other shards, or of none
+    if loaded and loaded["shards"] == call.shards: load_parts(parts, loaded)
+    elif 0 in call.mine: load_whole(parts, learn.columns)
     learn.columns.means.clear()
     parts.close(learn)
     return parts

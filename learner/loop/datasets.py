@@ -25,6 +25,7 @@ from torch import Tensor
 from ..base.files import AnyPath, read_bytes
 from ..base.words import PrintableError, check_whole
 from .data import DataLoaders, TensorLoader, hashed_permutation
+from .frames import users_frames
 
 # %% ../../nbs/loop/datasets.ipynb #311bbecb
 def _check_labels(labels: Any) -> Tensor:
@@ -164,6 +165,7 @@ def _image_loaders(
     return DataLoaders(**loaders, classes=classes)
 
 # %% ../../nbs/loop/datasets.ipynb #5484416e
+@users_frames
 def digits(batch_size: int = 64, validation: float | int | None = 0.1, seed: int = 0,
            test: bool = True) -> DataLoaders:
     """Handwritten digits: 1,797 images, Nx1x8x8, float32 from 0 to 1, and labels, int64.
@@ -225,6 +227,7 @@ def _bytes_to_floats(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     images, labels = batch
     return images.float().div_(255), labels
 
+@users_frames
 def fashion_mnist(root: str | os.PathLike[str] | None = None, batch_size: int = 256,
                   validation: float | int | None = 0.1, seed: int = 0,
                   test: bool = True) -> DataLoaders:

@@ -23,6 +23,7 @@ from torch.utils.data import IterableDataset
 
 from ..base.parts import cannot_restore, places_in
 from .attached import attached_modules, by_class, has_state, named_parts
+from .foreign import FOREIGN_ATTRIBUTES
 from .passes import all_loaders
 from .stages import FunctionCallback, label_of
 
@@ -131,7 +132,7 @@ def _of_learner(learn: Any) -> Iterator[tuple[str, str, Any]]:
     owner = next(kind for kind in type(learn).__mro__ if "state_dict" in vars(kind))
     if not owner.__module__.startswith(_PACKAGE): return  # it has a way of its own
     classes = [kind for kind in type(learn).__mro__ if kind.__module__.startswith(_PACKAGE)]
-    known = {name for kind in classes for name in (*vars(kind), *kind.__annotations__)}
+    known = {name for kind in classes for name in (*vars(kind), *kind.__annotations__)} - {*FOREIGN_ATTRIBUTES}
     for name, value in vars(learn).items():
         if name not in known and name not in _TIMES: yield type(learn).__name__, name, value
 

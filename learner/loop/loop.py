@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.history import History
+from ..base.given import given
 from ..base.parts import check_loaders, check_parts, is_optimiser, length_of, make_optimiser
 from ..base.parts import no_gradient, no_loss, no_step, not_scalar, place_model, set_learning_rate
 from ..base.batch import LABELS, Total, call_model, is_sum, loss_of, misfit, not_tensors
@@ -25,7 +26,7 @@ from ..base.batch import unpack, warn_again, warn_of_no_loss
 from ..base.words import PHASES, check_number, check_whole, kind_of
 from .attached import LossError, Modes, asked_by, attached_modules, call_frames, check_asked
 from .attached import modules_to_train, warn_untrained
-from .frames import users_frames
+from .foreign import with_hints
 from .passes import PASSES, Columns, Pass, passes_of, scalar
 from .stages import Callback, CancelEpochException, CancelException, CancelTrainException
 from .explain import Timed
@@ -71,7 +72,7 @@ class Prepared(Timed):
         if inputs is not None: return self.predict_new(inputs)
         data = self.data
         try: self.predictions = self.model(data) if isinstance(data, Tensor) else call_model(self.model, data)
-        except TypeError as error: raise misfit(self.model, data, error) from error.__cause__
+        except Exception as error: raise misfit(self.model, data, error) from error.__cause__
 
 # %% ../../nbs/loop/loop.ipynb #4676fb0e
 class Evaluation(Prepared):
@@ -82,7 +83,9 @@ class Evaluation(Prepared):
         "Compare predictions with labels."
         function: Any = self.call_loss if self._asked or self.loss_func is None else self.loss_func
         try: self.loss = loss = function(self.predictions, self.labels)
-        except (TypeError, AttributeError) as error: raise not_tensors(self.labels, error) from error.__cause__
+        except Exception as error:
+            raise given(not_tensors(self.labels, error), predictions=self.predictions,
+                        labels=self.labels) from error.__cause__
         if isinstance(loss, Tensor) and loss.ndim == 0: return
         if loss is not None or self.loss_func is not None or not (self.evaluating or self.optimiser is None):
             raise LossError(no_loss(loss, self.loss_func))
@@ -91,7 +94,6 @@ class Evaluation(Prepared):
     def call_loss(self, predictions: Any, labels: Any) -> Any:
         "The loss function's value, or the loss that the model computed itself."
         if self.loss_func is None: return loss_of(predictions)
-        if not self._asked: return self.loss_func(predictions, labels)
         asked = {name: self if name == "learn" else getattr(self, name) for name in self._asked}
         return self.loss_func(predictions, labels, **asked)
 
@@ -409,10 +411,8 @@ class Framed(Walk):
 class Calls(Framed):
     "The calls for one pass."
 
-    @users_frames
-    def validate(
-        self, callbacks: Callback | Iterable[Callback] | None = None,
-    ) -> dict[str, Any]:
+    @with_hints
+    def validate(self, callbacks: Callback | Iterable[Callback] | None = None) -> dict[str, Any]:
         """Make one pass over the validation data, and return its means.
 
         Args:
@@ -423,7 +423,7 @@ class Calls(Framed):
         """
         return self._evaluate("validate", "validation", callbacks)
 
-    @users_frames
+    @with_hints
     def test(self, callbacks: Callback | Iterable[Callback] | None = None) -> dict[str, Any]:
         "Make one pass over the test data, and return its means; like `validate` otherwise."
         return self._evaluate("test", "test", callbacks)

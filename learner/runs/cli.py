@@ -303,7 +303,7 @@ def _evaluate(
     allow: Sequence[str] = (),  # a module of your own that the run names
     **settings: Any,
 ) -> None:
-    "Measure a run on validation or test data, with changed settings if need be."
+    "Measure a run on validation or test data, or with other settings."
     for key in settings:
         near = did_you_mean(f"--{key}", ("--split", "--checkpoint", "--allow"))
         if near: raise UsageError(f"--{key} is not an option of evaluate{near}")
@@ -311,9 +311,12 @@ def _evaluate(
     with mistakes(), _ends_in_order():
         from learner.runs.runs import evaluate_run
         found = evaluate_run(run_dir, split, checkpoint, allow, None, settings)
-    say(f"{run_dir}, checkpoint {found.checkpoint.stem}, on {split} data:")
+    changed = ", ".join(f"{key}={value}" for key, value in settings.items())
+    words = f"on {split} data{f', with {changed}' if changed else ''}"
+    say(f"{run_dir}, checkpoint {found.checkpoint.stem}, {words}:")
     for name, value in found.items(): say(f"{name}  {value:.6g}")
 
+# %% ../../nbs/runs/cli.ipynb #25d49325
 @command
 def _rerun(
     run_dir: str,  # a run
@@ -324,7 +327,7 @@ def _rerun(
     allow: Sequence[str] = (),  # a module of your own that the run names
     quiet: bool = False,  # print no rows
 ) -> None:
-    "Train again with the same settings and seed, and say whether the result is the same."
+    "Train again with the same settings, and compare the results."
     if not overwrite and os.path.lexists(new_dir): create_run(new_dir)
     count = _processes(check_record(run_dir, allow), processes)
     with _training(new_dir):
@@ -367,7 +370,7 @@ def _compare(
     run_b: str,  # another
     /,
 ) -> None:
-    "Show what differs between two runs: settings, code, data, results, and from which step on."
+    "Show what differs between two runs, and from which step on."
     with mistakes():
         from learner.runs.compare import compare_runs
         say(compare_runs(run_a, run_b))
@@ -379,7 +382,7 @@ def _show(
     allow: Sequence[str] = (),  # a module of your own that a run names
     **settings: Any,
 ) -> None:
-    "Print all settings with their values, as a file that can be trained from; or what a checkpoint holds."
+    "Print the settings to train from, or what a checkpoint holds."
     if os.path.isfile(config) and not config.endswith((".yaml", ".yml", ".json")):
         with mistakes():
             from learner.runs.made import describe

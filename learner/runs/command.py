@@ -116,7 +116,9 @@ def _check(command: Command, given: Sequence[str]) -> None:
     wanted = [p.name.upper() for p in command.positionals]
     if command.repeats or len(given) == len(wanted): return
     if len(given) < len(wanted):
-        raise UsageError(f"{wanted[len(given)]} is missing: {command.usage}")
+        usage = command.usage
+        for name, word in zip(wanted, given, strict=False): usage = usage.replace(name, printable(word), 1)
+        raise UsageError(f"{wanted[len(given)]} is missing: {usage}")
     extra = given[len(wanted)]
     fix = f"write --{extra}" if "=" in extra else command.usage
     raise UsageError(f"{extra!r} is one word too many: {fix}")

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..base.files import list_names
 from ..base.words import did_you_mean, flatten, kind_of, printable, PrintableError, shortened
+from ..loop.frames import users_frames
 from ..keep.fingerprints import FingerprintError, Record, first_difference, read_fingerprints
 from .ranking import format_cell
 from .rundir import RunError, is_run
@@ -326,6 +327,7 @@ def _compare_folders(found: Differences, a: RunFiles, b: RunFiles) -> None:
     found.notes += [f"{run.folder} is {run.status}" for run in (a, b) if run.status != "finished"]
 
 # %% ../../nbs/runs/compare.ipynb #f9b37f1c
+@users_frames
 def compare_runs(a: Any, b: Any) -> Comparison:
     """What differs between two runs.
 

@@ -122,8 +122,8 @@ def view_elsewhere(rows: Sequence[Mapping[str, Any]], epochs: int, plot: bool) -
 class _Looking:
     "What has been shown of a run so far, and how more of it is shown."
 
-    def __init__(self, folder: AnyPath, plot: bool = True):
-        self.folder, self.plot = Path(folder), plot
+    def __init__(self, folder: AnyPath, plot: bool = True, every: float = 0.0):
+        self.folder, self.plot, self.every = Path(folder), plot, every
         self.view: View | None = None
         self.shown = 0  # rows of the history
         self.moment: Moment | None = None  # that was shown last
@@ -133,6 +133,7 @@ class _Looking:
         "Open the view, with the rows that are there."
         planned = moment.epochs if moment else len(rows)
         self.view = view_elsewhere(rows, max(planned - len(rows), 1), self.plot)
+        self.view.late = self.every
         self.view.earlier(rows)
         if moment: self.view.under_way(moment.seconds)
         self.shown, self.place = len(rows), None
@@ -164,6 +165,8 @@ class Watcher(_Looking):
     Args:
         folder: of the run.
         plot: draw the losses; in a notebook only.
+        every: seconds from one look to the next. Epochs that are shorter than ten of them have no
+            time in their rows, since it would be that of the looks.
     """
 
     def look(self) -> bool:
@@ -204,7 +207,7 @@ def watch_run(folder: AnyPath, plot: bool = True, every: float = 0.5) -> None:
     Example:
         >>> watch_run("runs/first")
     """
-    watcher = Watcher(read_run(folder).folder, plot)
+    watcher = Watcher(read_run(folder).folder, plot, every)
     try:
         while watcher.look(): sleep(every)
     except KeyboardInterrupt:

@@ -28,6 +28,7 @@ from ..loop.stages import Callback
 from .runfiles import GrowingTable
 from ..watch.progress import LogView, Progress, TerminalView
 from ..watch.recorder import StepLog
+from ..watch.views import time_of_row
 
 # %% ../../nbs/runs/loggers.ipynb #3f8f757d
 def _name(part: Any) -> str: return getattr(part, "__name__", type(part).__name__)
@@ -253,7 +254,7 @@ class StarredRows(LogView):
     def row(self, row: Mapping[str, Any]) -> None:
         stars, began, self.began = self.best.add(row), self.began, monotonic()
         cells = {name: self._cell(value, name in stars) for name, value in row.items()}
-        if self.seconds: cells["seconds"] = f"{self.began - began:.1f}"
+        if self.seconds: cells["seconds"] = time_of_row(self.began - began, self.late)
         super().row(cells)
 
     def write(self, *lines: str) -> None:

@@ -17,6 +17,7 @@ from ..base.made import place_of
 from ..base.history import unpack_rows
 from ..base.store import read_checkpoint
 from ..base.words import format_value, printable
+from ..loop.frames import users_frames
 from ..loop.hidden import flags_of, put_flags
 from ..loop.learner import Learner
 from ..loop.state import check_state
@@ -133,6 +134,7 @@ def _put_frozen(learn: Learner, frozen: Any) -> None:
     put_flags(learn, dict.fromkeys(flags_of(learn), True), dict.fromkeys(frozen, False))
 
 # %% ../../nbs/runs/made.ipynb #be7d2f12
+@users_frames
 def load(
     path: AnyPath, allow: Iterable[str] = (), learner: type[Learner] | None = None, **parts: Any,
 ) -> Learner:
@@ -166,8 +168,7 @@ def load(
         raise TypeError(f"load() has no argument {name}; it takes {', '.join(sorted({*known, 'learner'}))}")
     state = read_checkpoint(path)
     check_state(state)
-    allowed = {allow} if isinstance(allow, str) else set(allow)
-    arguments = _parts_of(state, parts, allowed, path)
+    arguments = _parts_of(state, parts, {allow} if isinstance(allow, str) else {*allow}, path)
     if learner is None: _check_class(state["made"], path)
     learn = (learner or Learner)(**arguments)
     _put_frozen(learn, state["made"].get("frozen"))

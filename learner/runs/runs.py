@@ -18,6 +18,7 @@ from typing import Any
 from ..base.data_hash import loader_hash
 from ..base.files import AnyPath
 from ..base.words import check_whole, did_you_mean, flatten, plain, printable
+from ..loop.frames import users_frames
 from ..keep.checkpoint import Checkpoint, read_index
 from ..loop.learner import Learner
 from ..loop.stages import Callback, as_callbacks
@@ -33,6 +34,7 @@ _all_ = ["Run", "build"]
 Callbacks = Callback | Iterable[Callback] | None
 
 # %% ../../nbs/runs/runs.ipynb #93832755
+@users_frames
 def train_run(config: Any, folder: AnyPath, overrides: Mapping[str, Any] | None = None,
               overwrite: bool = False, allow: Iterable[str] | None = None,
               callbacks: Callbacks = None, **options: Any) -> Learner:
@@ -120,6 +122,7 @@ def _settings(files: RunFiles, allow: Iterable[str], *layers: Mapping[str, Any])
                        else list(allow))
 
 # %% ../../nbs/runs/runs.ipynb #2b348198
+@users_frames
 def load_run(folder: AnyPath, checkpoint: AnyPath = "best", allow: Iterable[str] = (),
              splits: Iterable[str] = ("train", "validation"), **settings: Any) -> Learner:
     """The learner of a run with the state of a checkpoint, ready to predict or to train on.
@@ -169,6 +172,7 @@ def _changed(files: RunFiles, learn: Learner) -> dict[str, Any]:
     return {name: value for name, value in now.items() if before.get(name) != value}
 
 # %% ../../nbs/runs/runs.ipynb #6a179268
+@users_frames
 def resume_run(folder: AnyPath, epochs: int | None = None, allow: Iterable[str] = (),
                callbacks: Callbacks = None) -> Learner:
     """Continue where a run stopped, exactly; a finished one is loaded.
@@ -263,6 +267,7 @@ class Evaluation(dict[str, Any]):
         return printable(f"{self.checkpoint.name} on {self.split}: {values}")
 
 # %% ../../nbs/runs/runs.ipynb #ea49ff47
+@users_frames
 def evaluate_run(folder: AnyPath, split: str = "validation", checkpoint: AnyPath = "best",
                  allow: Iterable[str] = (), callbacks: Callbacks = None,
                  overrides: Mapping[str, Any] | None = None) -> Evaluation:
@@ -360,6 +365,7 @@ def _differences(old: RunFiles, new: RunFiles) -> Iterator[str]:
             else: yield f"{name} was {was} and is {value}"
 
 # %% ../../nbs/runs/runs.ipynb #87c0f3ff
+@users_frames
 def rerun(folder: AnyPath, new_folder: AnyPath, allow: Iterable[str] = (),
           callbacks: Callbacks = None,
           overwrite: bool = False, command: list[str] | None = None) -> Rerun:

@@ -18,6 +18,7 @@ from typing import Any, overload
 from ..base.files import AnyPath, write_text
 from ..base.words import check_whole, csv_lines, no_formula, plain, printable
 from ..base.words import shortened
+from ..loop.frames import users_frames
 from .page import Defaults, curves, day, details, duration, page, setting
 from .ranking import USUAL, Score, ScoreError, Unranked, Where, check_arguments
 from .ranking import check_metric, check_status, data_sets, format_cell, known_of
@@ -331,6 +332,7 @@ class Scores(ShownRanking):
                               self._repr_html_(), foot, self.warnings()))
 
 # %% ../../nbs/runs/scores.ipynb #0ced9d81
+@users_frames
 def scores(folder: AnyPath, metric: str | None = None, top: int | None = 10,
            mode: str | None = None, by: str = "best",
            status: str | Collection[str] | None = "finished", where: Where | None = None) -> Scores:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..base.show import legend, new_axes
 from ..base.words import check_whole
+from ..loop.frames import users_frames
 from ..watch.confusion import confusion, plot_confusion
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def calibration_bins(probabilities: Tensor, labels: Tensor, bins: int = 10) -> t
     return count.long(), means[0], means[1]
 
 # %% ../../nbs/use/calibration.ipynb #23d1cbc0
+@users_frames
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 10) -> float:
     """The expected calibration error: how far "how sure" is from "how often right", on average.
 
@@ -69,6 +71,7 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 10) -> 
     return float((count * (sure - right).abs()).sum() / count.sum())
 
 # %% ../../nbs/use/calibration.ipynb #30ae33ec
+@users_frames
 def reliability(probabilities: Tensor, labels: Tensor, *, bins: int = 10, ax: "Axes | None" = None) -> "Axes":
     """Draw how often a model is right against how sure it says it is.
 
@@ -97,6 +100,7 @@ def reliability(probabilities: Tensor, labels: Tensor, *, bins: int = 10, ax: "A
     return ax
 
 # %% ../../nbs/use/calibration.ipynb #70f1ffa3
+@users_frames
 def threshold_table(probabilities: Tensor, labels: Tensor, points: int = 101) -> dict[str, Tensor]:
     """What each threshold between two classes would give.
 
@@ -132,6 +136,7 @@ def _second(probabilities: Tensor) -> Tensor:
     return probabilities[:, -1]
 
 # %% ../../nbs/use/calibration.ipynb #849ab6b2
+@users_frames
 def threshold_curves(probabilities: Tensor, labels: Tensor, *, points: int = 101,
                      ax: "Axes | None" = None) -> "Axes":
     """Draw precision, recall, F1 and accuracy against the threshold between two classes.
@@ -154,6 +159,7 @@ def threshold_curves(probabilities: Tensor, labels: Tensor, *, points: int = 101
     return ax
 
 # %% ../../nbs/use/calibration.ipynb #f8be0ffe
+@users_frames
 def slice_table(predictions: Tensor, labels: Tensor, slices: Mapping[str, Tensor]) -> dict[str, tuple[int, float]]:
     """How many examples each slice has, and how many of them are right.
 
@@ -180,6 +186,7 @@ def slice_table(predictions: Tensor, labels: Tensor, slices: Mapping[str, Tensor
     return found
 
 # %% ../../nbs/use/calibration.ipynb #87a6e457
+@users_frames
 def confusion_by_slice(predictions: Tensor, labels: Tensor, slices: Mapping[str, Tensor], *,
                        classes: Sequence[str] | None = None, ax: Any = None) -> Any:
     """Draw a confusion matrix for each slice.

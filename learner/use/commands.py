@@ -29,7 +29,7 @@ def _export(
         from learner.use.export import export_run
         try: say(export_run(run_dir, folder, checkpoint, allow, onnx))
         except ImportError as error: raise UsageError(str(error)) from None
-    say(f"written: {folder}; its README.md says how it is asked")
+    say(f"The model is in {folder}; its README.md says how to use it.")
 
 @command
 def _verify(

@@ -29,12 +29,13 @@ from ..base.provenance import git_state, kept_rng
 from ..base.rows import leaves_of, logits_of, take
 from ..base.tree import map_tensors, to_device
 from ..base.words import check_whole, format_value, plain
+from ..loop.frames import users_frames
 from ..loop.stages import Callback, CancelBatchException, CancelEpochException
 from ..runs.config import settings_of
 from ..runs.facts import command_line, versions
-from ..runs.runfiles import mapping_in, read_run
+from ..runs.runfiles import list_in, mapping_in, read_run
 from ..runs.runs import load_run
-from .folder import FILES, TOLERANCE, ExportError, Parts, Verification, in_structure
+from .folder import EXTRA, FILES, TOLERANCE, ExportError, Parts, Verification, in_structure
 from .folder import largest_difference, onnx_outputs, structure_of, verify, write_folder
 from .inputs import ImageReader, columns_of, describe, form_of, names_of
 from .predict import predictor_of
@@ -259,17 +260,24 @@ def facts_of(learn: Any) -> dict[str, Any]:
             "settings": None if made is None else made.record(), "scores": plain(last),
             "command": None if command is None else shlex.join(command), "versions": versions()}
 
-def facts_of_run(folder: AnyPath, checkpoint: str) -> dict[str, Any]:
-    "What a run folder says of how its model was trained; the same as `facts_of` gives."
+def facts_of_run(folder: AnyPath, learn: Any) -> dict[str, Any]:
+    """What a run folder says of how a model was trained; the same as `facts_of` gives.
+
+    Args:
+        folder: The run.
+        learn: What `load_run` gave for one of its checkpoints, whose scores they are.
+    """
     files = read_run(folder)
-    meta, command = files.meta, files.meta.get("command")
-    scores = {name: entry.get("best") for name, entry in files.score.items() if isinstance(entry, Mapping)}
-    for entry in meta.get("evaluations") or ():
-        if isinstance(entry, Mapping) and isinstance(entry.get("results"), Mapping): scores |= entry["results"]
+    meta, command, checkpoint = files.meta, files.meta.get("command"), Path(learn.loaded_from).name
+    scores = plain(learn.history.rows[-1]) if len(learn.history) else {}
+    for entry in list_in(meta, "evaluations"):
+        same = isinstance(entry, Mapping) and entry.get("checkpoint") == checkpoint
+        if same and not entry.get("settings"): scores |= dict(mapping_in(entry, "results"))
     return {"data": mapping_in(meta, "data"), "git": mapping_in(meta, "git"),
             "settings": {key: files.config.get(key) for key in ("config", "settings")}, "scores": scores,
             "command": shlex.join(map(str, command)) if isinstance(command, list) else None,
-            "versions": mapping_in(meta, "versions"), "checkpoint": checkpoint}
+            "versions": mapping_in(meta, "versions"), "checkpoint": checkpoint,
+            "starts": len(list_in(meta, "starts")), "epochs": meta.get("epochs")}
 
 # %% ../../nbs/use/export.ipynb #7e91c588
 def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> list[str]:
@@ -284,11 +292,16 @@ def _fenced(text: Any) -> list[str]:
 def _about_data(facts: Mapping[str, Any]) -> list[str]:
     "Where the model comes from."
     git = facts.get("git") or {}
-    code = f"commit `{git.get('commit')}`" if git.get("commit") else "no commit"
-    if git.get("dirty"): code += ", with uncommitted changes"
+    code = "Trained with code that was not under version control."
+    if git.get("commit"):
+        code = f"Trained with the code of commit `{git['commit']}`{', with uncommitted changes' * bool(git.get('dirty'))}."
     settings = facts.get("settings")
-    lines = ["## Where it comes from", "", f"Trained by {code}.", ""]
+    lines = ["## Where it comes from", "", code, ""]
     if facts.get("command"): lines += ["The command that trained it:", "", *_fenced(facts["command"])]
+    again = facts.get("starts", 1) - 1
+    if again > 0:
+        times = "once" if again == 1 else f"{again} times"
+        lines += [f"Training was resumed {times}, up to {facts.get('epochs')} epochs in all.", ""]
     lines += ["SHA-256 of the data:", "", *_table(("part", "hash"), facts.get("data") or {})]
     if settings:
         from learner.runs.text import write_yaml
@@ -296,6 +309,10 @@ def _about_data(facts: Mapping[str, Any]) -> list[str]:
     return [*lines, *_table(("package", "version"), facts.get("versions") or {})]
 
 # %% ../../nbs/use/export.ipynb #e74c3582
+def _of_checkpoint(facts: Mapping[str, Any]) -> list[str]:
+    name = str(facts.get("checkpoint") or "").removesuffix(".safetensors")
+    return [f"Of checkpoint {name}:", ""] if name else []
+
 def card(parts: Parts, facts: Mapping[str, Any], differences: Mapping[str, float], command: str) -> str:
     """The model card, in Markdown.
 
@@ -309,15 +326,18 @@ def card(parts: Parts, facts: Mapping[str, Any], differences: Mapping[str, float
     inputs = {slot: describe(leaf) for slot, leaf in
               zip(names_of(parts.form), leaves_of(parts.form), strict=True)}
     classes = ", ".join(map(str, parts.classes)) if parts.classes else "without names"
+    files = {file: text for file, text in FILES.items() if file not in EXTRA or file in differences}
     return "\n".join([
         "---", "library_name: learner", "tags: [pytorch, torch-export]", "---", f"# {name}", "",
-        "## How it is asked", "", "```python", "from learner.use.folder import Exported",
-        'Exported(".").predictor(example)', "```", "",
+        "## How to use it", "", "```python", "from learner.use.folder import Exported", "",
+        'exported = Exported("FOLDER")          # the path of this folder; everything in it is checked',
+        "exported.predictor(example)            # one example or a batch of them: label, probabilities, outputs",
+        "```", "",
         *_table(("input", "one example"), inputs),
         f"Classes: {classes}. Outputs become probabilities by: {parts.probabilities or 'nothing'}. "
         f"Pictures: {parts.read or 'none'}.", "",
-        "## How well it did", "", *_table(("measure", "value"), facts.get("scores") or {}),
-        *_about_data(facts), "## What is in the folder", "", *_table(("file", "content"), FILES),
+        "## Results", "", *_of_checkpoint(facts), *_table(("measure", "value"), facts.get("scores") or {}),
+        *_about_data(facts), "## What is in the folder", "", *_table(("file", "content"), files),
         f"Largest difference from the answers of the training code on {len(leaves_of(parts.answers)[0])} examples:", "",
         *_table(("format", "difference"), {key: f"{value:.3g}" for key, value in differences.items()}),
         "Made by:", "", *_fenced(command), "Checked by: `learner verify FOLDER`", "",
@@ -350,6 +370,7 @@ def _parts_of(learn: Any, predictor: Any, formats: _Formats, examples: Any, answ
                  more, predictor.preparation.columns or columns_of(examples))
 
 # %% ../../nbs/use/export.ipynb #f2f7f4d2
+@users_frames
 def export(learn: Any, folder: AnyPath, example: Any = None, *, onnx: bool = False,
            read: ImageReader | None = None, classes: Sequence[str] | None = None,
            columns: Sequence[str] | None = None, probabilities: str | None = None, count: int = 8,
@@ -359,8 +380,7 @@ def export(learn: Any, folder: AnyPath, example: Any = None, *, onnx: bool = Fal
     Args:
         learn: A learner that is not running; it stays as it is.
         folder: For the model; an older export in it is replaced.
-        example: One example or several, as for `predict`; they are stored with their answers. By
-            default from the learner's first loader.
+        example: One or several, as for `predict`, to store with their answers; by default of the data.
         onnx: Whether to write an ONNX model too, with the extra `onnx`.
         read: How a picture becomes an example; by default as the data do, if that is an `ImageReader`.
         classes, columns, probabilities: As for `predictor_of`.
@@ -392,6 +412,7 @@ def export(learn: Any, folder: AnyPath, example: Any = None, *, onnx: bool = Fal
     return verify(folder)
 
 # %% ../../nbs/use/export.ipynb #fd48b357
+@users_frames
 def export_run(run: AnyPath, folder: AnyPath, checkpoint: str = "best", allow: Iterable[str] = (),
                onnx: bool = False) -> Verification:
     """Export a checkpoint of a run, with what its folder says of how it was trained.
@@ -411,4 +432,4 @@ def export_run(run: AnyPath, folder: AnyPath, checkpoint: str = "best", allow: I
     words = ["learner", "export", os.fspath(run), os.fspath(folder), f"--checkpoint={checkpoint}"]
     if onnx: words.append("--onnx")
     command = shlex.join([*words, *(f"--allow={module}" for module in allow)])
-    return export(learn, folder, onnx=onnx, facts=facts_of_run(run, checkpoint), command=command)
+    return export(learn, folder, onnx=onnx, facts=facts_of_run(run, learn), command=command)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..base.files import AnyPath, is_file, open_file, read_json
 from ..base.words import did_you_mean
+from ..loop.frames import users_frames
 
 # %% ../../nbs/use/hub.ipynb #68a5921b
 LIMIT = 2**36  # bytes of a file of weights
@@ -48,6 +49,7 @@ def _files(folder: Path) -> list[str]:
     return found
 
 # %% ../../nbs/use/hub.ipynb #b899d8fe
+@users_frames
 def read_weights(folder: AnyPath) -> dict[str, Tensor]:
     """The weights of a folder by name.
 
@@ -86,6 +88,7 @@ def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: other for name, other in pairs if name != other}
 
 # %% ../../nbs/use/hub.ipynb #86843f86
+@users_frames
 def load_weights(model: nn.Module, folder: AnyPath, prefix: str = "") -> None:
     """Load the weights of a folder into a model; where one does not fit, nothing is changed.
 

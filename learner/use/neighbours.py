@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..base.show import show_images
 from ..base.words import check_whole
+from ..loop.frames import users_frames
 from ..loop.learner import Learner
 from .asked import Model, opened, scores_function
 
@@ -61,6 +62,7 @@ def _inputs_of_layer(model: Model, batch: Tensor, layer: str | None) -> Tensor:
     return found[0].detach().cpu().float().flatten(1)
 
 # %% ../../nbs/use/neighbours.ipynb #35691dff
+@users_frames
 def nearest(model: Model, example: Tensor, x: Tensor, *, count: int = 8,
             layer: str | None = None) -> tuple[Tensor, Tensor]:
     """The nearest of many examples, as the model sees them.
@@ -83,6 +85,7 @@ def nearest(model: Model, example: Tensor, x: Tensor, *, count: int = 8,
     return found.indices, found.values
 
 # %% ../../nbs/use/neighbours.ipynb #8fdee806
+@users_frames
 def show_neighbours(model: Model, example: Tensor, x: Tensor, *, labels: Tensor | None = None,
                     classes: Sequence[str] | None = None, count: int = 7, layer: str | None = None,
                     ax: "Axes | None" = None) -> "Axes":

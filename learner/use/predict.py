@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary, finalize
 from ..base.batch import LABELS
 from ..base.rows import check_rows, leaves_of, logits_of
 from ..base.tree import map_tensors
+from ..loop.frames import users_frames
 from ..loop.stages import Callback, CancelBatchException, CancelEpochException
 from .answers import Answer, Answers, probabilities_of
 from .inputs import InputError, Preparation, preparation_of
@@ -152,6 +153,7 @@ class OpenPass(_Answered):
 def _classes_of(learn: Any, classes: Sequence[str] | None) -> list[str] | None:
     return class_names(learn, next(iter(learn.dataloaders), ""), classes)
 
+@users_frames
 def predictor_of(learn: Any, *, example: Any = None, read: Callable[[Any], Any] | None = None,
                  classes: Sequence[str] | None = None, columns: Sequence[str] | None = None,
                  probabilities: str | None = None, batch_size: int = 256) -> Predictor:
@@ -191,6 +193,7 @@ def _preparation(learn: Any) -> Preparation:
     return known[1]
 
 # %% ../../nbs/use/predict.ipynb #399c5d38
+@users_frames
 def predict(learn: Any, inputs: Any, *, read: Callable[[Any], Any] | None = None,
             classes: Sequence[str] | None = None, probabilities: str | None = None,
             batch_size: int = 256) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..base.provenance import kept_rng
 from ..base.show import colour_bar, legend, new_axes
 from ..base.words import check_whole
+from ..loop.frames import users_frames
 from .asked import Model, scores_function
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Plane:
         return flat.reshape(len(points), *self.shape)
 
 # %% ../../nbs/use/regions.ipynb #55861b5d
+@users_frames
 def decision_regions(model: Model, x: Tensor, y: Tensor | None = None, *,
                      inputs: tuple[int, int] | None = None, classes: Sequence[str] | None = None,
                      size: int = 120, ax: "Axes | None" = None) -> "Axes":
@@ -84,9 +86,6 @@ def decision_regions(model: Model, x: Tensor, y: Tensor | None = None, *,
         classes: Names, for the legend.
         size: Points of the grid along each axis.
         ax: The axes to draw on; a new figure by default.
-
-    Returns:
-        The axes.
 
     Example:
         >>> decision_regions(learn, x, y)

@@ -17,6 +17,7 @@ from ..base.rows import leaves_of, logits_of
 from ..base.show import new_axes
 from ..base.tree import map_tensors
 from ..base.words import check_whole, did_you_mean
+from ..loop.frames import users_frames
 from ..loop.learner import Learner
 from .asked import Model, opened, scores_function
 from .inputs import Columns, columns_of, is_table, preparation_of
@@ -105,7 +106,7 @@ def _by_column(model: Model, batch: Any, target: int, typical: Any) -> Tensor:
 
 # %% ../../nbs/use/saliency.ipynb #6e93a9c5
 def _of_row(method: str, model: Model, batch: Any, target: int, baseline: float | None) -> Tensor:
-    "How much each column speaks for a score."
+    "How much each column supports a score."
     example = map_tensors(lambda leaf: leaf[0], batch)
     typical = columns_for(model, example).typical
     if baseline is not None:
@@ -119,7 +120,7 @@ def _of_row(method: str, model: Model, batch: Any, target: int, baseline: float 
 
 def _of_image(method: str, model: Model, batch: Tensor, target: int, layer: str | None,
               window: int | None, baseline: float) -> Tensor:
-    "How much each pixel speaks for a score."
+    "How much each pixel supports a score."
     if method == "occlusion":
         quarter = max(1, min(batch.shape[2:]) // 4)
         side = quarter if window is None else check_whole("window", window)
@@ -128,10 +129,11 @@ def _of_image(method: str, model: Model, batch: Tensor, target: int, layer: str 
     return found.detach().cpu()[0].sum(0)
 
 # %% ../../nbs/use/saliency.ipynb #549e39f6
+@users_frames
 def attributions(model: Model, example: Any, target: int | None = None, *,
                  method: str = "occlusion", layer: str | None = None, window: int | None = None,
                  baseline: float | None = None) -> Tensor:
-    """How much each pixel of an image, or each column of a table, speaks for a score.
+    """How much each pixel of an image, or each column of a table, supports a score.
 
     Args:
         model: A learner or a module; for occlusion also a predictor or a function of a batch.
@@ -145,7 +147,7 @@ def attributions(model: Model, example: Any, target: int | None = None, *,
             for columns the medians that the learner or the predictor knows.
 
     Returns:
-        Height x width, or one number for each column, on the CPU; positive where it speaks for the
+        Height x width, or one number for each column, on the CPU; positive where it supports the
         score.
 
     Raises:
@@ -167,7 +169,7 @@ def attributions(model: Model, example: Any, target: int | None = None, *,
 
 # %% ../../nbs/use/saliency.ipynb #3cf723b1
 def _draw_image(image: Tensor, found: Tensor, ax: Any) -> None:
-    "Draw over an image what speaks for a score and what against it."
+    "Draw over an image what supports a score and what against it."
     ax.imshow(image.detach().cpu().float().mean(0).numpy(), cmap="gray")
     limit = float(found.abs().max()) or 1.0
     strength = (found.abs() / limit).clamp(0, 1) * 0.75
@@ -185,12 +187,13 @@ def _draw_row(names: Sequence[str], values: Sequence[float], found: Tensor, ax: 
     ax.invert_yaxis()
 
 # %% ../../nbs/use/saliency.ipynb #e9afc369
+@users_frames
 def saliency(model: Model, example: Any, target: int | None = None, *, method: str = "occlusion",
              layer: str | None = None, window: int | None = None, baseline: float | None = None,
              names: Sequence[str] | None = None, ax: "Axes | None" = None) -> "Axes":
     """Draw which parts of an image, or columns of a table, speak for a score or against it.
 
-    Red speaks for it, and blue against it.
+    Red supports it, and blue counts against it.
 
     Args:
         model, example, target, method, layer, window, baseline: As for `attributions`.

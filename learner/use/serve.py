@@ -13,6 +13,7 @@ import secrets
 import socket
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, Thread
@@ -20,6 +21,7 @@ from typing import Any, Self
 from weakref import WeakSet
 
 from ..base.words import printable
+from ..loop.frames import users_frames
 from ..runs.command import say
 from .serve_batches import Limits
 from .serve_models import Models
@@ -48,8 +50,12 @@ def check_access(host: str, key: str | None, public: bool) -> None:
     raise ValueError(f"host is {host}, so others on the network can ask the model; give a key, or "
                      "public=True (--public) to let everybody ask")
 
-def _listen(host: str, port: int) -> socket.socket:
-    "A socket that listens; raises ValueError if the address is not available."
+def _listen(host: str, port: int | None) -> socket.socket:
+    "A socket that listens, without a port on the first free one from 8000 on; raises ValueError."
+    if port is None:
+        for each in range(8000, 8100):
+            with suppress(ValueError): return _listen(host, each)
+        port = 0
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     if not 0 <= port < 2**16: raise ValueError(f"port is {port}; it must be from 0 to 65535")
     try: return socket.create_server((host, port), family=family, backlog=1024)
@@ -134,10 +140,12 @@ class _Shown(_Runs):
 
     def __repr__(self) -> str:
         names = ", ".join(self.models)
-        ended = self._thread is not None and not self._thread.is_alive()
-        return f"{names} {'was served' if ended else 'served'} at {self.url}"
+        return f"{names} {'was served' if self._ended() else 'served'} at {self.url}"
+
+    def _ended(self) -> bool: return self._thread is not None and not self._thread.is_alive()
 
     def _repr_html_(self) -> str:
+        if self._ended(): return html.escape(repr(self))
         source, title = html.escape(self.url), html.escape(repr(self))
         return (f'<iframe src="{source}/" title="{title}" width="100%" height="720" '
                 'style="border: 0"></iframe>')
@@ -148,7 +156,8 @@ class Service(_Shown):
 
     Args:
         models: The models to serve.
-        host, port: The address to listen on; port 0 takes any free port.
+        host, port: The address to listen on; port 0 takes any free port, and None the first free
+            one from 8000 on.
         key: The key that clients have to send; with None, anyone who reaches the server may ask.
         public: Whether others in the network may ask without a key.
         watch: Seconds between checks for changes in the folders of the models; with None, they are
@@ -162,7 +171,7 @@ class Service(_Shown):
         ValueError: The port is not available, or the server would be open to anyone.
     """
 
-    def __init__(self, models: Models, host: str = "127.0.0.1", port: int = 8000, *,
+    def __init__(self, models: Models, host: str = "127.0.0.1", port: int | None = 8000, *,
                  key: str | None = None, public: bool = False, watch: float | None = None):
         check_installed()
         check_access(host, key, public)
@@ -182,7 +191,8 @@ class Service(_Shown):
         self._ready.set()
 
 # %% ../../nbs/use/serve.ipynb #9f6fbb3c
-def serve(models: Any, *, host: str = "127.0.0.1", port: int = 8000, key: str | None = None,
+@users_frames
+def serve(models: Any, *, host: str = "127.0.0.1", port: int | None = None, key: str | None = None,
           public: bool = False, watch: float | None = None, limits: Limits | None = None,
           checkpoint: str = "best", allow: Sequence[str] = ()) -> Service:
     """Serve a model in the background; in a notebook the value shows the page.
@@ -193,7 +203,7 @@ def serve(models: Any, *, host: str = "127.0.0.1", port: int = 8000, key: str | 
         models: A learner, a predictor, or the path of a run or of an exported folder; or a mapping
             of names to these. A learner is copied, and may train on.
         host: The address to listen on; by default only this machine can reach it.
-        port: The port; 0 takes any free one.
+        port: The port; by default 8000, or the next one that is free. 0 takes any free one.
         key: The key that clients have to send as `Authorization: Bearer KEY`; None asks for none.
         public: Whether others in the network may ask without a key.
         watch: Seconds between checks for changes in the folders of the models; with None, call

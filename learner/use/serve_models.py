@@ -221,7 +221,7 @@ class _Answers(_Used):
         return results(self.predictor(batch), self.predictor.classes)
 
     def explain(self, batch: Any) -> dict[str, Any]:
-        "How much each pixel or column of one example speaks for the answer; raises RequestError."
+        "How much each pixel or column of one example supports the answer; raises RequestError."
         if not self.can_explain:
             raise RequestError(f"the model {self.name} takes neither images of channels x height x "
                                "width nor rows of a table, and only these can be explained")

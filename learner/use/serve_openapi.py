@@ -130,7 +130,7 @@ def _asking(served: Served, rows: int, prefix: str, end: str) -> dict[str, Any]:
     asked = {f"{prefix}/predict": _post(served, rows, f"predict{end}", f"Ask {served.name}.",
                                         _PREDICTIONS)}
     if not served.info()["saliency"]: return asked
-    summary = f"What of an example speaks for the answer of {served.name}."
+    summary = f"How much each part of an example supports the answer of {served.name}."
     return asked | {f"{prefix}/saliency": _post(served, 1, f"saliency{end}", summary, _SALIENCY)}
 
 # %% ../../nbs/use/serve_openapi.ipynb #6debfff9

@@ -7,13 +7,15 @@ __all__ = ['dependence', 'partial_dependence', 'accuracy_or_r2', 'importances', 
 
 # %% ../../nbs/use/tables.ipynb #a2a1fbb2
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..base.show import legend, new_axes
+from ..base.show import legend, new_axes, on_any_page
 from ..base.words import check_whole, did_you_mean
+from ..loop.frames import users_frames
 from .asked import Model, scores_function
 
 if TYPE_CHECKING:
@@ -36,6 +38,16 @@ def _check_table(x: Any) -> Tensor:
         raise ValueError(f"x is {shape}; give a table, a tensor of examples x inputs")
     return x
 
+def _row_of(example: Any, x: Any, names: Sequence[str] | None) -> Tensor:
+    "An example as a table of one row; raises ValueError if it is not of the same inputs as the table."
+    count = _check_table(x).shape[1]
+    if not isinstance(example, Tensor) or example.numel() != count:
+        form = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
+        raise ValueError(f"example is {form}; give a row of x, of {count} inputs")
+    if names is not None and len(names) != count:
+        raise ValueError(f"names has {len(names)} names for {count} inputs")
+    return example.detach().clone().reshape(1, -1)
+
 def dependence(model: Model, x: Tensor, feature: int, values: Tensor) -> Tensor:
     "Scores where one input has each of some values and the others are as they are: V x N x scores."
     ask, rows = scores_function(model), []
@@ -46,6 +58,7 @@ def dependence(model: Model, x: Tensor, feature: int, values: Tensor) -> Tensor:
     return torch.stack(rows)
 
 # %% ../../nbs/use/tables.ipynb #8fea5854
+@users_frames
 def partial_dependence(model: Model, x: Tensor, feature: int | str, *, target: int | None = None,
                        names: Sequence[str] | None = None, points: int = 30, lines: int = 20,
                        ax: "Axes | None" = None) -> "Axes":
@@ -103,6 +116,7 @@ def accuracy_or_r2(scores: Tensor, y: Tensor) -> float:
     return float(1 - rest / all_of_it)
 
 # %% ../../nbs/use/tables.ipynb #5a3568fc
+@users_frames
 def importances(model: Model, x: Tensor, y: Tensor, *, repeats: int = 10, seed: int = 0) -> Tensor:
     """How much the score of a model falls when an input is shuffled.
 
@@ -132,6 +146,7 @@ def importances(model: Model, x: Tensor, y: Tensor, *, repeats: int = 10, seed: 
     return torch.from_numpy(found.importances)
 
 # %% ../../nbs/use/tables.ipynb #e06d7abe
+@users_frames
 def permutation_importance(model: Model, x: Tensor, y: Tensor, *, names: Sequence[str] | None = None,
                            repeats: int = 10, seed: int = 0, most: int = 20,
                            ax: "Axes | None" = None) -> "Axes":
@@ -158,6 +173,7 @@ def permutation_importance(model: Model, x: Tensor, y: Tensor, *, names: Sequenc
     return ax
 
 # %% ../../nbs/use/tables.ipynb #e65dbe22
+@users_frames
 def what_if(model: Model, example: Tensor, x: Tensor, *, names: Sequence[str] | None = None,
             most: int = 6, ax: "Axes | None" = None) -> "Axes":
     """Draw how the scores of one example change with each of its inputs, one at a time.
@@ -173,12 +189,12 @@ def what_if(model: Model, example: Tensor, x: Tensor, *, names: Sequence[str] | 
     Example:
         >>> what_if(learn, x[0], x)
     """
-    ask, row = scores_function(model), example.detach().reshape(1, -1)
+    ask, row = scores_function(model), _row_of(example, x, names)
     steps = torch.linspace(0, 1, 21)
     curves: list[tuple[float, int, Tensor]] = []
     now = ask(row)[0]
     top = int(now.argmax())
-    for number in range(_check_table(x).shape[1]):
+    for number in range(x.shape[1]):
         values = x[:, number].float().quantile(steps)
         rows = row.repeat(len(steps), 1)
         rows[:, number] = values.to(rows.dtype)
@@ -195,14 +211,40 @@ def what_if(model: Model, example: Tensor, x: Tensor, *, names: Sequence[str] | 
     return ax
 
 # %% ../../nbs/use/tables.ipynb #dcd2abbe
-def _draw_scores(ask: Callable[[Any], Tensor], row: Tensor, classes: Sequence[str] | None, ax: Any) -> None:
-    scores = ask(row)[0]
+def _draw_scores(scores: Tensor, classes: Sequence[str] | None, ax: Any) -> None:
+    "Bars of the scores of one example; those that are shares on an axis from 0 to 1."
     ax.clear()
-    ax.barh(range(len(scores)), scores.tolist())
+    on_any_page(ax)
+    bars = ax.barh(range(len(scores)), scores.tolist(), color="tab:blue")
+    ax.bar_label(bars, fmt="%.3g", padding=3, color=ax.title.get_color())
     ax.set_yticks(range(len(scores)), classes or [f"score {i}" for i in range(len(scores))])
     ax.invert_yaxis()
+    ax.margins(x=0.15)
+    if scores.min() >= 0 and scores.max() <= 1: ax.set_xlim(0, 1.15)
+    ax.spines[["top", "right"]].set_visible(False)
+
+def _png(figure: Any) -> bytes:
+    file = BytesIO()
+    figure.savefig(file, format="png", dpi=100)
+    return file.getvalue()
+
+def _panel(row: Tensor, x: Tensor, names: Sequence[str]) -> list[Any]:
+    "A slider for each input; each goes as far as the table, and as the example."
+    import ipywidgets as widgets  # type: ignore[import-untyped]
+    low, high = (torch.cat([row, x]).aminmax(dim=0))
+    label, panel = f"{min(30, max(map(len, names)))}ch", []
+    for i, name in enumerate(names):
+        value, least, most = (each.item() for each in (row[0, i], low[i], high[i]))
+        options = {"value": value, "min": least, "max": most, "description": name}
+        if row.is_floating_point():
+            panel.append(widgets.FloatSlider(**options, step=max(most - least, 1e-6) / 100))
+        else: panel.append(widgets.IntSlider(**options))
+        panel[-1].style.description_width = label
+        panel[-1].layout.width = f"calc({label} + 15em)"
+    return panel
 
 # %% ../../nbs/use/tables.ipynb #ff4fe6ec
+@users_frames
 def sliders(model: Model, example: Tensor, x: Tensor, *, names: Sequence[str] | None = None,
             classes: Sequence[str] | None = None) -> Any:
     """Sliders for the inputs of an example in a notebook, with the scores beside.
@@ -218,34 +260,27 @@ def sliders(model: Model, example: Tensor, x: Tensor, *, names: Sequence[str] | 
 
     Raises:
         ImportError: ipywidgets is not installed.
+        ValueError: The example is not a row of the table, or names and classes do not fit.
 
     Example:
         >>> sliders(learn, x[0], x)
     """
-    try: import ipywidgets as widgets  # type: ignore[import-untyped]
+    try: import ipywidgets as widgets
     except ImportError:
         raise ImportError("sliders need ipywidgets, which is not installed; pip install "
                           "'nblearner[widgets]', or draw with what_if(...)") from None
     from matplotlib.figure import Figure
-    ask, low, high = scores_function(model), _check_table(x).min(0).values, x.max(0).values
-    row, picture = example.detach().clone().reshape(1, -1), widgets.Image(format="png", width=400)
-    axes = Figure(figsize=(4, 3), layout="constrained").subplots()
-
+    ask, row = scores_function(model), _row_of(example, x, names)
+    count = ask(row).shape[1]
+    if classes is not None and len(classes) != count:
+        raise ValueError(f"classes has {len(classes)} names for {count} scores")
+    panel = _panel(row, x, names or [f"input {i}" for i in range(row.shape[1])])
+    picture = widgets.Image(format="png", layout={"width": "380px", "height": "auto", "align_self": "flex-start"})
+    axes = Figure(figsize=(4.4, 1 + 0.4 * min(count, 20)), layout="constrained").subplots()
     def draw(change: Any = None) -> None:
-        for number, slider in enumerate(panel): row[0, number] = slider.value
-        _draw_scores(ask, row, classes, axes)
+        if change is not None: row[0, panel.index(change["owner"])] = change["new"]
+        _draw_scores(ask(row)[0], classes, axes)
         picture.value = _png(axes.figure)
-    panel = [widgets.FloatSlider(float(row[0, i]), min=float(low[i]), max=float(high[i]),
-                                 step=max(float(high[i] - low[i]), 1e-6) / 100,
-                                 description=f"input {i}" if names is None else names[i])
-             for i in range(row.shape[1])]
-    for slider in panel: slider.observe(draw, "value")
     draw()
-    return widgets.HBox([widgets.VBox(panel), picture])
-
-# %% ../../nbs/use/tables.ipynb #35d51555
-def _png(figure: Any) -> bytes:
-    from io import BytesIO
-    file = BytesIO()
-    figure.savefig(file, format="png", dpi=100)
-    return file.getvalue()
+    for slider in panel: slider.observe(draw, "value")
+    return widgets.HBox([widgets.VBox(panel), picture], layout={"flex_flow": "row wrap"})

@@ -14,7 +14,8 @@ from time import monotonic, time
 from typing import Any
 
 from ..base.history import History
-from .views import View, comments_of, results_line, start_bar, update_bar
+from .views import View, comments_of, results_line, start_bar, time_of_row
+from .views import update_bar
 
 # %% ../../nbs/watch/notebook_view.ipynb #0fa89117
 class LossCurves:
@@ -170,7 +171,7 @@ class _NotebookPage(_Page):
         now = time()
         seconds, self.row_began = now - self.row_began, now
         update_bar(self.epochs_bar, self.before + self.done, "epochs")
-        self.add_row(row, f"{seconds:.1f}")
+        self.add_row(row, time_of_row(seconds, self.late))
         if self.graph: self.graph.add_row(self.first + self.done, row)
 
 # %% ../../nbs/watch/notebook_view.ipynb #3d0f1945

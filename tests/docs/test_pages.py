@@ -1,4 +1,6 @@
 """The pages to start with run, and so do the programs that stand beside those of other libraries."""
+import ast
+import inspect
 import json
 import os
 import re
@@ -82,6 +84,67 @@ def test_the_names_of_our_side_exist(name):
             missing += [word for word in re.findall(r"^([A-Z]\w+)\(", code) if word not in learner.all.__all__]
     assert missing == []
     assert rows > 10
+
+
+def calls_in(code):
+    "The calls in a piece of code, by the name that is called; nothing for what is not Python, such as a command."
+    try: tree = ast.parse(code)
+    except SyntaxError: return []
+    return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def resolved(name):
+    "What a table calls: a name of `learner`, a method of the learner, or a path."
+    import learner
+    from learner.steer import augment, precision
+    first, _, rest = name.partition(".")
+    roots = {"learn": learner.Learner, "augment": augment, "precision": precision, "history": None, "learner": None}
+    if first == "learner":
+        module, _, last = name.rpartition(".")
+        return getattr(import_module(module), last)
+    if first in roots: return getattr(roots[first], rest, None)
+    return getattr(learner, name, None) if name in learner.all.__all__ else None
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_calls_of_our_side_take_these_arguments(name):
+    checked = 0
+    for row in re.findall(r"^\| (?!---)(.+) \| (.+) \|$", text_of(name), re.MULTILINE):
+        for code in re.findall(r"`([^`]+)`", row[1]):
+            for called, call in calls_in(code):
+                function = resolved(called)
+                if function is None: continue
+                signature = inspect.signature(function)
+                known, many = signature.parameters, any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+                wrong = [word.arg for word in call.keywords if word.arg not in known and not many]
+                assert not wrong, (code, wrong)
+                places = [p for p in known.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name != "self"]
+                assert len(call.args) <= len(places) or any(p.kind is p.VAR_POSITIONAL for p in known.values()), code
+                checked += 1
+    assert checked > 5
+
+
+def blocks_of(page):
+    "All the Python of a page, in order: its cells, and what is fenced in its text."
+    fence = re.compile(r"```python\n(.*?)```", re.DOTALL)
+    if page.suffix == ".md": return fence.findall(page.read_text(encoding="utf-8"))
+    cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+    return [code for cell in cells for source in ["".join(cell["source"])]
+            for code in ([source] if cell["cell_type"] == "code" else fence.findall(source))]
+
+
+@pytest.mark.parametrize("page", [*starts(), DOCS / "start/serve.md"], ids=lambda page: page.stem)
+def test_whoever_copies_every_block_of_a_page_misses_no_name(page, tmp_path):
+    import learner
+    manager = pytest.importorskip("IPython.core.inputtransformer2").TransformerManager()  # for commands of a notebook
+    code = "\n".join(["get_ipython = None", *map(manager.transform_cell, blocks_of(page))])
+    code = code.replace("from learner import *", f"from learner import {', '.join(learner.all.__all__)}")
+    if page.stem == "serve": code = f"learn = None  # from Ten minutes, as the page says\n{code}"
+    file = tmp_path / f"{page.stem}.py"
+    file.write_text(code, encoding="utf-8")
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--select=F821,E9", "--output-format=concise", file],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def known_attributes():

@@ -687,7 +687,7 @@ def test_an_error_in_the_model_says_where():
             if len(x) < 16: raise IndexError("too few")
             return self.layer(x)
     with pytest.raises(IndexError) as caught: learner(Breaks()).train()
-    assert caught.value.__notes__ == ["in train (epoch 0, batch 4)"]
+    assert caught.value.__notes__ == ["data: float32 of shape (6, 5)", "in train (epoch 0, batch 4)"]
 
 
 def test_in_a_trial_who_steers_keeps_what_a_watcher_provides():

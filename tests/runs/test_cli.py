@@ -113,7 +113,7 @@ MISTAKES = [
     ("--overwrite", "there is no command --overwrite"),
     # train
     ("train", "learner train: CONFIG is missing: learner train CONFIG RUN_DIR [options] [--key=value ...]"),
-    ("train digits", "learner train: RUN_DIR is missing"),
+    ("train digits", "learner train: RUN_DIR is missing: learner train digits RUN_DIR [options]"),
     ("train digits runs/x epochs=3", "'epochs=3' is one word too many: write --epochs=3"),
     ("train digits runs/x runs/y", "'runs/y' is one word too many"),
     ("train digits runs/x -e 3", "-e is not an option; options begin with two dashes"),
@@ -272,6 +272,17 @@ def test_the_command_line_and_the_notebook_build_the_same(runs):
     from learner.runs.config import build
     from learner.runs.facts import model_hash
     assert read(runs / "runs/first/meta.json")["initial_model"] == model_hash(build("digits", **{"model.width": 2, "device": "cpu"}).model)
+
+
+def test_the_list_of_commands_fits_a_terminal(tmp_path, quick):
+    lines = passed(quick("--help", cwd=tmp_path)).splitlines()
+    assert len(lines) > 10 and max(map(len, lines)) <= 80
+
+
+def test_evaluating_with_changed_settings_says_so(runs, tmp_path, quick):
+    shutil.copytree(runs / "runs/first", tmp_path / "run")
+    out = passed(quick("evaluate", "run", "--model.dropout=0.5", cwd=tmp_path))
+    assert re.match(r"run, checkpoint epoch-\d{4}, on validation data, with model\.dropout=0\.5:\n", out)
 
 
 def test_evaluating_on_the_test_set_is_written_down(runs, tmp_path, quick):

@@ -21,7 +21,7 @@ from learner.runs.live import Moment, ProgressFile, ProgressReport, Watcher, out
 from learner.runs.rundir import RunError, RunLock, is_locked
 from learner.runs.runfiles import RunFiles, write_json
 from learner.runs.runs import Run
-from learner.watch.views import View
+from learner.watch.views import View, time_of_row
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOW = """
@@ -212,3 +212,21 @@ def test_only_the_process_that_trains_is_stopped(tmp_path, monkeypatch):
             write_json(run / "meta.json", {**RunFiles(run).meta, "pid": os.getpid()})
             assert stop_run(run, patience=0.1) is False and received == [signal.SIGTERM]
     finally: other.kill(); other.wait()
+
+
+@pytest.mark.parametrize(("every", "missing"), [(0.0, 0), (0.5, 1)])
+def test_a_row_that_may_be_seen_late_has_no_time(tmp_path, capsys, every, missing):
+    "The time between two looks is not that of an epoch."
+    watcher = Watcher(tmp_path / "run", every=every)
+
+    class Look(Callback):
+        priority = 1_000_000
+
+        def before_batch(self): watcher.look()
+    small(Run(tmp_path / "run", plots=False), Look()).train(4, 0.1, test=False)
+    watcher.look()
+    watcher.end(False, "")
+    head, *rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert head[-1] == "seconds" and len(rows) == 4
+    assert [len(row) for row in rows] == [len(head) - missing] * 4
+    assert time_of_row(60.0, watcher.view.late) == "60.0"

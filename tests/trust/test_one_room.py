@@ -17,7 +17,7 @@ FUNCTIONS = {  # by module
     "torch": {"load", "save", "from_file", "jit", "hub"}, "np": {"load", "save", "savez", "fromfile", "memmap", "loadtxt", "savetxt"}, "numpy": {"load", "save", "savez"},
     "runpy": None, "builtins": {"open"}, "csv": set(), "yaml": {"unsafe_load", "full_load"}}
 SAFE = {  # methods of the same names on what is not a path: a tree, the plan of a pass, TensorBoard's writer, a bar, sums of a batch
-    "ast.walk", "plan.open", "self.open", "board.open", "self.board.open", "self._folder.open", "self.tally.open", "self._sums.open"}
+    "ast.walk", "plan.open", "self.open", "board.open", "self.board.open", "self._folder.open", "self.parts.open", "self._sums.open"}
 
 # What is not in the room, and why that is right. Each entry has to be found, so that none outlives its reason.
 ALLOWED = {
@@ -32,9 +32,9 @@ ALLOWED = {
     ("runs/background.py", "os.listdir(f'/proc/{process}/fd')"): "whether a process holds the lock, which the kernel knows",
     ("keep/launch.py", "tempfile.TemporaryDirectory("): "a new folder with a name that nobody can guess, which only this user may enter; it goes with the call",
     ("keep/launch.py", "subprocess.Popen([sys.executable"): "the processes that the user has asked for; the learner is theirs",
-    ("keep/launch.py", "Path(self.folder, f'output {rank}').open('wb')"): "in that folder: an open file has to be handed to a process",
+    ("keep/launch.py", "Path(folder, f'output {rank}').open('wb')"): "in that folder: an open file has to be handed to a process",
     ("keep/launch.py", "pickle.dumps(message)"): "from one process of this user to another, over a socket in that folder, with a key",
-    ("keep/launch.py", "pickle.loads(end.recv_bytes())"): "what was sent so, once the key was proved",
+    ("keep/launch.py", "pickle.loads(each.recv_bytes())"): "what was sent so, once the key was proved",
     ("keep/launch.py", "pickle.loads(packed or b'')"): "an error that a process of this launch has sent, over that socket",
     ("base/warned.py", "mmap.mmap(-1"): "memory without a file, which processes that are forked here share",
     ("keep/launch.py", "pickle.load(file)"): "the learner that the parent has put in that folder",

@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -14,14 +15,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from learner.base.store import load_state, save_state
+from learner.base.words import format_value
 from learner.loop.data import TensorLoader
 from learner.loop.datasets import digits
 from learner.loop.learner import Learner
 from learner.loop.stages import Callback
 from learner.runs.cli import main
+from learner.runs.runfiles import read_run
+from learner.runs.runs import evaluate_run, resume_run, train_run
 from learner.steer.augment import TTA, BatchTransform, normalise
 from learner.steer.update import EMA
-from learner.use.export import ExportError, export, verify
+from learner.use.export import ExportError, export, export_run, verify
 from learner.use.folder import FILES, Exported, check_hashes
 from learner.use.hub import load_weights, read_weights
 from learner.use.program import ProgramError, check_program, run_program
@@ -168,7 +172,26 @@ def test_the_card_says_where_the_model_comes_from(tmp_path, capsys):
     for text in (meta["data"]["train"], meta["data"]["validation"], meta["git"]["commit"], "width: 4", "test_accuracy", "## Limits",
                  f"learner export {run} {folder} --checkpoint=best", "program.json", "float32 of shape (1, 8, 8)"):
         assert str(text) in card
-    assert all(f"| {name} |" in card for name in FILES)
+    assert all((f"| {name} |" in card) == (folder / name).exists() for name in FILES)
+
+
+def test_the_card_has_the_scores_of_the_checkpoint_and_of_no_other(tmp_path):
+    run = tmp_path / "run"
+    train_run("digits", run, {"model.width": 4, "epochs": 2}, plots=False)
+    resume_run(run, epochs=3)
+    for checkpoint, changes in (("epoch-0002", None), ("epoch-0003", None), ("epoch-0002", {"model.dropout": 0.9, "batch_size": 7})):
+        evaluate_run(run, "test", checkpoint, overrides=changes)
+    rows, meta = read_run(run).rows, read_run(run).meta
+    first, second, _ = meta["evaluations"]
+    assert first["results"] != second["results"]
+    export_run(run, tmp_path / "model", "epoch-0002")
+    text = (tmp_path / "model/README.md").read_text()
+    for name in ("train_loss", "train_accuracy", "validation_loss"): assert f"| {name} | {format_value(rows[1][name])} |" in text
+    assert f"| test_loss | {format_value(first['results']['test_loss'])} |" in text and "Of checkpoint epoch-0002:" in text
+    assert "Training was resumed once, up to 3 epochs in all." in text
+    assert "program.pt2" in text and "model.onnx" not in text  # the files that are there, and no others
+    listed = set(re.findall(r"^\| ([\w.]+\.\w+) \|", text, re.M))
+    assert listed >= {path.name for path in (tmp_path / "model").iterdir()}
 
 
 def test_verifying_does_without_training_code(exported):

@@ -179,6 +179,16 @@ def test_sliders_answer_and_a_picture_does_without(monkeypatch):
     before = box.children[1].value
     box.children[0].children[0].value += 1.0
     assert box.children[1].value != before
+    far = torch.tensor([9.0, 0.1234567])  # beyond the table: the sliders reach it, and what is not moved keeps every digit
+    asked = []
+    box = sliders(lambda rows: asked.append(rows.clone()) or plain(rows), far, x)
+    box.children[0].children[1].value = 0.5
+    assert torch.equal(asked[0][0], far) and asked[-1].tolist() == [[9.0, 0.5]]
+    whole = sliders(plain, torch.tensor([1, 2]), torch.tensor([[0, 0], [3, 3]]))
+    whole.children[0].children[0].value = 3
+    for wrong, words in ((x[0, :1], {}), (x[0], {"names": ["a"]}), (x[0], {"classes": ["one"]})):
+        with pytest.raises(ValueError, match=r"give a row of x|names for 2"): sliders(plain, wrong, x, **words)
+    with pytest.raises(ValueError, match="give a row of x, of 2 inputs"): what_if(plain, torch.zeros(5), x)
     monkeypatch.setitem(__import__("sys").modules, "ipywidgets", None)
     with pytest.raises(ImportError, match=r"nblearner\[widgets\]"): sliders(plain, x[0], x)
     what_if(plain, x[0], x)

@@ -541,9 +541,15 @@ def test_a_service_is_shown_stopped_and_used_with_with(learn):
     assert threading.active_count() > before and f'<iframe src="{service.url}/"' in service._repr_html_() and repr(service) == f"model served at {service.url}"
     service.stop()
     service.stop()
-    assert "was served" in repr(service)
+    assert "was served" in repr(service) and service._repr_html_() == repr(service)  # no frame around nothing
     with pytest.raises(httpx.ConnectError): httpx.get(service.url)
     assert service._thread.name == "server" and not service._thread.is_alive()
+
+
+def test_a_cell_that_is_run_again_serves_on_the_next_port(learn):
+    with serve(learn) as one, serve(learn) as other:
+        assert 8000 <= one.port < other.port < 8200 and httpx.get(f"{other.url}/health").status_code == 200
+        with pytest.raises(ValueError, match=f"port {one.port} of 127.0.0.1 is not available"): serve(learn, port=one.port)
 
 
 def test_without_the_extra_one_line_says_what_to_install(monkeypatch, learn, capsys, folder):

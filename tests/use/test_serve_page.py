@@ -148,6 +148,27 @@ def test_a_picture_of_another_size_is_scaled(browser, service):
         assert "text.png is not a picture" in one.page.inner_text("#error")
 
 
+def test_dark_ink_on_white_paper_is_inverted_for_a_model_of_light_strokes(browser, service):
+    from PIL import Image, ImageDraw
+    from playwright.sync_api import expect
+    picture = Image.new("L", (64, 48), "white")  # the seven of above, in black on white
+    ImageDraw.Draw(picture).line([(20, 9), (45, 9), (29, 40)], "black", 5, "curve")
+    picture.save(file := io.BytesIO(), "png")
+    with Page(browser, service.url, 390) as one:
+        one.page.set_input_files("#upload", {"name": "paper.png", "mimeType": "image/png", "buffer": file.getvalue()})
+        one.page.wait_for_selector("#answer:not([hidden])")
+        with one.page.expect_response(lambda answer: answer.url.endswith("/predict")): one.page.click("#invert")
+        expect(one.page.locator("#label")).to_have_text("7")
+        corner = "document.querySelector('#pad').getContext('2d').getImageData(2, 2, 1, 1).data[0]"
+        assert one.page.evaluate(corner) == 0  # what is shown is what was sent
+        one.page.click("#clear")
+        assert one.page.evaluate(corner) == 255  # and one draws in black on white from now on
+        one.page.click("#invert")
+        assert one.page.evaluate(corner) == 0 and not one.page.is_visible("#answer")
+        one.draw(*SEVEN)
+        assert one.label() == "7"
+
+
 @pytest.mark.parametrize("width", [1200, 390])
 def test_fields_are_filled_in(browser, service, width):
     from playwright.sync_api import expect

@@ -8,6 +8,7 @@ let models = [];
 let model = null;
 let file = null; // a picture that is sent as it is
 let drawn = false;
+let light = false; // whether one draws in black on white
 let turn = 0; // the question that is shown; answers to earlier ones are dropped
 
 function show(error) {
@@ -43,8 +44,8 @@ const isNamed = () => !(model.inputs.length === 1 && model.inputs[0].name === "i
 
 function begin(chosen) {
   model = chosen;
-  $("title").textContent = `Ask ${model.name}`;
-  document.title = `Ask ${model.name}`;
+  $("title").textContent = model.name === "model" ? "Ask the model" : `Ask the model “${model.name}”`;
+  document.title = $("title").textContent;
   $("picture").hidden = !isImage();
   $("fields").hidden = isImage() || !isTable();
   $("text").hidden = isImage() || isTable();
@@ -100,7 +101,7 @@ function example() {
 // Drawing
 
 const pad = () => $("pad").getContext("2d", {willReadFrequently: true});
-const paper = () => ($("light").checked ? ["#fff", "#000"] : ["#000", "#fff"]);
+const paper = () => (light ? ["#fff", "#000"] : ["#000", "#fff"]);
 
 function wipe() {
   const context = pad();
@@ -147,7 +148,30 @@ for (const end of ["pointerup", "pointercancel"])
     last = null;
   });
 $("clear").addEventListener("click", wipe);
-$("light").addEventListener("change", wipe);
+
+// Black for white: what was drawn or chosen, and what is drawn from now on.
+function swapped(canvas) {
+  const context = canvas.getContext("2d");
+  context.globalCompositeOperation = "difference";
+  context.fillStyle = "#fff";
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.globalCompositeOperation = "source-over";
+  return canvas;
+}
+async function invert() {
+  light = !light;
+  if (!drawn) return wipe();
+  swapped($("pad"));
+  if (file) {
+    const {width, height} = file.picture;
+    const canvas = make("canvas", "", {width, height});
+    canvas.getContext("2d").drawImage(file.picture, 0, 0);
+    swapped(canvas);
+    file = {chosen: await new Promise((done) => canvas.toBlob(done, "image/png")), picture: canvas};
+  }
+  return predict();
+}
+$("invert").addEventListener("click", invert);
 
 // Pictures
 
@@ -291,15 +315,15 @@ const colour = (name) => {
 
 // Show the picture or the bars, and the words beside them.
 function reveal(shares, table) {
-  $("why").textContent = shares ? "What speaks for it" : "What raises or lowers it";
-  $("pro").textContent = shares ? "speaks for the answer" : "raises the output";
-  $("contra").textContent = shares ? "speaks against it" : "lowers it";
+  $("why").textContent = shares ? "What the answer rests on" : "What raises or lowers it";
+  $("pro").textContent = shares ? "supports the answer" : "raises the output";
+  $("contra").textContent = shares ? "counts against it" : "lowers it";
   $("map").hidden = table;
   $("columns").hidden = $("meaning").hidden = !table;
   $("saliency").hidden = false;
 }
 
-// The input in grey, and over it what speaks for and against the answer, the stronger the less clear.
+// The input in grey, and over it what supports the answer and what counts against it, the stronger the less clear.
 async function overlay(values, sent, found) {
   const [height, width] = [values.length, values[0].length];
   const picture = await createImageBitmap(sent);
