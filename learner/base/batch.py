@@ -313,6 +313,7 @@ def _sizes_in(where: str, value: Any) -> Iterator[_Sizes]:
             for name, part in _parts_of(value).items():
                 yield from _sizes_in(f"{where}.{name}", part)
 
+# %% ../../nbs/base/batch.ipynb #e5fa2650
 def _counted(value: Any) -> int | None:
     "The number of examples of an object that has a length; None where its tensors contradict it."
     if not is_leaf(value) or not hasattr(value, "__len__"): return None

@@ -236,6 +236,7 @@ def _with_another(data: Any, chosen: Tensor, other: Tensor) -> Any:
     if not found: raise ValueError("the tensor is in an object that cannot be made again")
     return made
 
+# %% ../../nbs/check/forward.ipynb #4d2bf5ef
 def _unused(data: Any, leaves: Mapping[str, Tensor], base: Tensor, outputs: _Outputs) -> Finding:
     name = "unused input"
     if len(leaves) < 2: return skipped(name, "there is one input")

@@ -47,8 +47,9 @@ class _Trace:
     def begin(self, phase: str, epoch: int, batch_num: int) -> None:
         self.starts.append(_Start(len(self.values), phase, epoch, batch_num))
 
-    def note(self, name: str, value: Tensor) -> None:
-        self.values.append(value)
+    def note(self, name: str, value: Tensor | None) -> None:
+        if value is None: return  # there is no loss in an evaluation
+        self.values.append(value.detach())
         self.names.append(name)
 
     def add(self, name: str, tree: Any) -> None:
@@ -154,8 +155,7 @@ class NaNGuard(Callback):
         self.watch.trace.begin(learn.phase, learn.epoch, batch_num)
         self.watch.trace.add("the input", data)
 
-    def after_loss(self, loss: Tensor | None) -> None:
-        if loss is not None: self.watch.trace.note("the loss", loss.detach())
+    def after_loss(self, loss: Tensor | None) -> None: self.watch.trace.note("the loss", loss)
 
     def after_backward(self, learn: Learner) -> None:
         self.watch.note_gradients(learn)

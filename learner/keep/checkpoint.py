@@ -149,6 +149,7 @@ def _can_come(owner: Callback, monitor: str | None, learn: Learner) -> bool:
         return False
     return True
 
+# %% ../../nbs/keep/checkpoint.ipynb #d5a09280
 class _Best:
     "Which epoch had the best value of a column."
 

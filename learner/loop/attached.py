@@ -80,6 +80,7 @@ def _as_module(value: Any) -> nn.Module | None:
     if isinstance(value, nn.Parameter): return Loose([value])
     return value if isinstance(value, nn.Module) else None
 
+# %% ../../nbs/loop/attached.ipynb #7a675a2b
 def modules_in(function: Any, where: str, depth: int = 2) -> dict[str, nn.Module]:
     "The modules and single parameters that a function is, or holds, by where they are."
     module = _as_module(function)

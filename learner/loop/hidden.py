@@ -143,6 +143,7 @@ def _of_loss(learn: Any) -> Iterator[tuple[str, str, Any]]:
     if known or _ours(owner) or any(owner is each for each in learn.callbacks): return
     yield from (("loss_func", name, value) for name, value in getattr(owner, "__dict__", {}).items())
 
+# %% ../../nbs/loop/hidden.ipynb #57936618
 def _of_functions(learn: Any) -> Iterator[tuple[str, str, Any]]:
     "What has a state of its own and is used by a function that is a hook: a scheduler, an average."
     for callback in learn.callbacks:

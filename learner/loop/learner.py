@@ -27,7 +27,7 @@ from torch.nn.parameter import is_lazy
 from ..base.hashing import hash_state
 from ..base.history import History
 from ..base.batch import LABELS
-from ..base.parts import check_reads, is_optimiser, kept_order
+from ..base.parts import is_optimiser, kept_order
 from ..base.provenance import kept_rng, rng_state
 from ..base.store import read_checkpoint, save_state
 from ..base.tree import uncopied
@@ -37,7 +37,7 @@ from .attached import attached_modules
 from .foreign import FOREIGN_ATTRIBUTES, ForeignName, with_hints
 from .frames import users_frames
 from .hidden import sentences, unready_loaders
-from .lengths import lengths, readings, set_passes, set_steps
+from .lengths import lengths, set_passes, set_steps
 from .loop import Loop
 from .passes import all_loaders, passes_of
 from .resume import Cursor, begin, end_call, state_to_resume
@@ -252,7 +252,6 @@ class Trainer(Files):
                 self.cursor.num_epochs, self.cursor.validation_epochs = plan
                 set_passes(self.cursor, state, validate, test)
                 begin(self.cursor, self, state, rate)
-                check_reads(self.dataloaders, readings(self.cursor))
                 with self.cursor.kept(self): self._train(self.cursor)
 
 # %% ../../nbs/loop/learner.ipynb #3ca9501f

@@ -50,7 +50,6 @@ class Prepared(Timed):
     inputs_at: Any = None  # those of what goes to the model; None: all but the labels
     predict_new: Callable[[Any], Any]  # a learner has it, for new data
     ranks: Any = None  # a call that several processes make together, while it lasts
-    evaluating: bool = False  # a validation or test pass is under way
     sums: bool = False  # the loss function says that it adds up over the examples of a batch
     _asked: tuple[str, ...] = ()  # fixtures that the loss function asks for
 
@@ -78,6 +77,7 @@ class Prepared(Timed):
 # %% ../../nbs/loop/loop.ipynb #4676fb0e
 class Evaluation(Prepared):
     "The loss of a batch."
+    evaluating: bool = False  # a validation or test pass is under way
 
     def compute_loss(self) -> None:
         "Compare predictions with labels."

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from ..base.parts import is_optimiser, length_of, with_epochs
+from ..base.parts import check_reads, is_optimiser, length_of, with_epochs
 from ..base.provenance import rng_state, set_rng_state
 from ..base.nested import snapshot
 from ..base.store import read_checkpoint
 from ..base.tree import copy_tree, to_device
 from ..base.words import PHASES, check_whole, split_column
 from .hidden import Note, flags_of, hidden_state, put_flags, sentences, unready_loaders
+from .lengths import readings
 from .loop import Plan, prepare_optimiser
 from .passes import Pass, Stream, all_loaders, passes_of
 from .signals import Signals
@@ -381,6 +382,7 @@ def begin(cursor: Cursor, learn: Any, state: Any, learning_rate: float | None) -
         set_random(learn, state["loop"])
     learn.num_epochs = cursor.num_epochs
     cursor.learning_rate = state["loop"].get("learning_rate") if state else learning_rate
+    check_reads(learn.dataloaders, readings(cursor))
 
 def warn_of_losses(cursor: Cursor, learn: Any, state: Mapping[str, Any]) -> None:
     "Name what a training that goes on from a state has lost."

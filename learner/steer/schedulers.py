@@ -136,6 +136,7 @@ def step_wants(owner: Any, step: Callable[..., Any], wants: str | None = None) -
     raise ScheduleError(f"{owner}: {name} asks for {' and '.join(needed)}, which does not tell "
                         "what it wants; pass wants=\"epoch\", wants=\"update\" or wants=\"metric\"")
 
+# %% ../../nbs/steer/schedulers.ipynb #93156f74
 def metric_beside(step: Callable[..., Any]) -> str:
     "The name of a metric that a scheduler's step takes if there is one; empty if it takes none."
     try: parameters = [*inspect.signature(step).parameters.values()]
