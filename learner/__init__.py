@@ -12,6 +12,8 @@ from importlib import import_module
 
 from importlib.util import find_spec
 
+from types import ModuleType
+
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ def __getattr__(name: str) -> Any:
     loaded = sys.modules.get("learner.all")
     if loaded is None or name not in loaded.__all__:
         module = _module(name)
-        if module: return import_module(module)
+        if module: return _with_hint(import_module(module), name)
     main = import_module("learner.all")
     if name in main.__all__: return getattr(main, name)
     from learner.loop.frames import without_ours
@@ -43,11 +45,27 @@ def __getattr__(name: str) -> Any:
         raise without_ours(ImportError(message, name="learner"))  # would say less
     raise without_ours(AttributeError(message))
 
+# %% ../nbs/init.ipynb #6609aab4
+class _Module(ModuleType):
+    "A module that says, when it is called, where the function of its name is."
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from learner.loop.frames import without_ours
+        name = self.__name__.rpartition(".")[2]
+        raise without_ours(TypeError(f"{self.__name__} is a module; its function is imported with: "
+                                     f"from {self.__name__} import {name}"))
+
+def _with_hint(module: ModuleType, name: str) -> ModuleType:
+    if type(module) is ModuleType and callable(getattr(module, name, None)): module.__class__ = _Module
+    return module
+
 # %% ../nbs/init.ipynb #e9202ed6
 def _missing(name: str, main: list[str]) -> str:
-    "What to say of a name that is not handed on: where it is, or which was meant."
+    "What to say of a name that is not handed on: whose it is, where it is, or which was meant."
     from learner._modidx import d
     from learner.base.words import did_you_mean
+    from learner.loop.foreign import FOREIGN_NAMES
+    if name in FOREIGN_NAMES: return f"learner has no {name}; use {FOREIGN_NAMES[name]}"
     known: Any = d["syms"]
     for module, symbols in known.items():
         if f"{module}.{name}" in symbols: return f"{name} is in {module}: from {module} import {name}"

@@ -337,6 +337,9 @@ class Accumulate(_Closing):
     """
     priority = -40  # in before_step the first, since it says whether there is a step
 
+    def __init__(self, n: int, weight: Callable[[Learner], float | Tensor] | None = None):
+        super().__init__(n, weight)
+
     def __repr__(self) -> str: return f"Accumulate({self.n})"
 
     def in_graph(self) -> InGraph:

@@ -100,6 +100,8 @@ class Profiler(_Timed):
         >>> profiler.table()
     """
 
+    def __init__(self, synchronise: bool = True): super().__init__(synchronise)
+
     def seconds(self, phase: str = "train") -> dict[str, float]:
         """What the parts of a pass took, in seconds a batch; they add up to the time of the pass.
 
