@@ -133,6 +133,7 @@ def guarded_updates(learn: Any) -> Iterator[None]:
 
 def _warn_of_no_step(learn: Any) -> None:
     if learn.update_guard.has_stepped() or getattr(learn, "epoch", 0): return  # once is enough
+    if not getattr(learn, "batches_done", 1): return  # all batches were cancelled
     warnings.warn(f"the routine of {type(learn).__name__} took no step in the first epoch, so nothing is "
                   'trained; it returns values to log, and calls self.act("backward", "step") itself',
                   stacklevel=2)
