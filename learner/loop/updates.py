@@ -78,6 +78,7 @@ class UpdateGuard:
 
     def __init__(self, learn: Any):
         self.learn, self.stepped = learn, False
+        self.cut_short = False  # whether a batch has not come to its end
         self.version = _versions(learn.optimiser)
         whole = learn.optimiser
         optimisers = list(whole.values()) if isinstance(whole, Mapping) else [whole]
@@ -133,6 +134,7 @@ def guarded_updates(learn: Any) -> Iterator[None]:
 
 def _warn_of_no_step(learn: Any) -> None:
     if learn.update_guard.has_stepped() or getattr(learn, "epoch", 0): return  # once is enough
+    if learn.update_guard.cut_short: return  # a batch was cancelled, perhaps each of them
     warnings.warn(f"the routine of {type(learn).__name__} took no step in the first epoch, so nothing is "
                   'trained; it returns values to log, and calls self.act("backward", "step") itself',
                   stacklevel=2)
@@ -148,6 +150,7 @@ def drop_gradients(learn: Any, error: BaseException) -> None:
     Those of a cancelled batch that are added to others already cannot be told apart, so all go, with a warning.
     """
     gathered, number = learn.gathered, learn.batch_num
+    if getattr(learn, "update_guard", None): learn.update_guard.cut_short = True
     several = bool(gathered) and gathered[0] < number and all(map(learn.has_opened, _FIXES))
     if several and isinstance(error, CancelBatchException):
         if gathered[-1] < number: return
