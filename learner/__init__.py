@@ -39,7 +39,7 @@ def __getattr__(name: str) -> Any:
         if module: return _with_hint(import_module(module), name)
     main = import_module("learner.all")
     if name in main.__all__: return getattr(main, name)
-    from learner.loop.frames import without_ours
+    from learner.base.frames import without_ours
     message = _missing(name, main.__all__)
     if sys._getframe(1).f_code.co_name == "_handle_fromlist":  # `from learner import name`, where Python
         raise without_ours(ImportError(message, name="learner"))  # would say less
@@ -50,7 +50,7 @@ class _Module(ModuleType):
     "A module that says, when it is called, where the function of its name is."
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from learner.loop.frames import without_ours
+        from learner.base.frames import without_ours
         name = self.__name__.rpartition(".")[2]
         raise without_ours(TypeError(f"{self.__name__} is a module; its function is imported with: "
                                      f"from {self.__name__} import {name}"))

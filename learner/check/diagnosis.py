@@ -26,7 +26,7 @@ from .leakage import batch_leakage
 from .looking import first_batches, loss_kind, on_a_copy, tensors_in, without_dropout
 from .survey import data
 from .trials import STEPS, short_trainings
-from ..loop.frames import users_frames
+from ..base.frames import users_frames
 from ..loop.learner import Learner
 from ..loop.stages import Callback
 from ..steer.initialise import LSUV

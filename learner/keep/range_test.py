@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..loop.learner import Learner
-from ..loop.frames import users_frames
+from ..base.frames import users_frames
 from ..loop.loop import LossError
 from ..base.words import check_number, check_whole, kind_of
 from ..base.parts import is_optimiser, samplers_of

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..base.files import AnyPath, read_bytes
 from ..base.words import PrintableError, check_whole
 from .data import DataLoaders, TensorLoader, hashed_permutation
-from .frames import users_frames
+from ..base.frames import users_frames
 
 # %% ../../nbs/loop/datasets.ipynb #311bbecb
 def _check_labels(labels: Any) -> Tensor:

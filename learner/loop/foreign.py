@@ -12,7 +12,7 @@ from functools import wraps
 from typing import Any
 
 from ..base.words import did_you_mean
-from .frames import users_frames
+from ..base.frames import users_frames
 
 _AMONG = "among the callbacks"
 _ONE_CYCLE = "BatchSchedule(partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=...))"

@@ -35,7 +35,7 @@ from ..base.warned import once_by_workers
 from ..base.words import check_number
 from .attached import attached_modules
 from .foreign import FOREIGN_ATTRIBUTES, ForeignName, with_hints
-from .frames import users_frames
+from ..base.frames import users_frames
 from .hidden import sentences, unready_loaders
 from .lengths import lengths, set_passes, set_steps
 from .loop import Loop

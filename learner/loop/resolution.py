@@ -16,7 +16,7 @@ from itertools import product
 from typing import Any, ClassVar
 
 from ..base.words import did_you_mean
-from .frames import users_frames
+from ..base.frames import users_frames
 from .stages import KINDS, STAGES, TREE, Callback, CallbackError, FunctionCallback
 from .stages import Stage, StageTree, absent_in, as_callbacks, check_kind, hooks_of
 from .stages import label_of, lives_in, providers_of, required

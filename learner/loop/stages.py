@@ -19,7 +19,7 @@ from textwrap import fill, indent
 from typing import Any, TypeVar
 
 from ..base.words import did_you_mean, with_article
-from .frames import users_frames
+from ..base.frames import users_frames
 
 # %% ../../nbs/loop/stages.ipynb #5cdc08df
 class CancelException(Exception):

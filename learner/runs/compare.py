@@ -18,7 +18,7 @@ from typing import Any
 
 from ..base.files import list_names
 from ..base.words import did_you_mean, flatten, kind_of, printable, PrintableError, shortened
-from ..loop.frames import users_frames
+from ..base.frames import users_frames
 from ..keep.fingerprints import FingerprintError, Record, first_difference, read_fingerprints
 from .ranking import format_cell
 from .rundir import RunError, is_run

@@ -17,7 +17,7 @@ from typing import Any
 from ..base.files import AnyPath, FileError
 from ..base.history import History
 from ..base.words import as_number, printable
-from ..loop.frames import users_frames
+from ..base.frames import users_frames
 from ..loop.learner import Learner
 from .loggers import StarredRows, StarredTerminal
 from .rundir import RunError, is_locked

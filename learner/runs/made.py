@@ -17,7 +17,7 @@ from ..base.made import place_of
 from ..base.history import unpack_rows
 from ..base.store import read_checkpoint
 from ..base.words import format_value, printable
-from ..loop.frames import users_frames
+from ..base.frames import users_frames
 from ..loop.hidden import flags_of, put_flags
 from ..loop.learner import Learner
 from ..loop.state import check_state

@@ -18,7 +18,7 @@ from typing import Any
 from ..base.data_hash import loader_hash
 from ..base.files import AnyPath
 from ..base.words import check_whole, did_you_mean, flatten, plain, printable
-from ..loop.frames import users_frames
+from ..base.frames import users_frames
 from ..keep.checkpoint import Checkpoint, read_index
 from ..loop.learner import Learner
 from ..loop.stages import Callback, as_callbacks

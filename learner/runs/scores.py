@@ -18,7 +18,7 @@ from typing import Any, overload
 from ..base.files import AnyPath, write_text
 from ..base.words import check_whole, csv_lines, no_formula, plain, printable
 from ..base.words import shortened
-from ..loop.frames import users_frames
+from ..base.frames import users_frames
 from .page import Defaults, curves, day, details, duration, page, setting
 from .ranking import USUAL, Score, ScoreError, Unranked, Where, check_arguments
 from .ranking import check_metric, check_status, data_sets, format_cell, known_of

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..base.show import legend, new_axes
 from ..base.words import check_whole
-from ..loop.frames import users_frames
+from ..base.frames import users_frames
 from ..watch.confusion import confusion, plot_confusion
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from ..base.provenance import git_state, kept_rng
 from ..base.rows import leaves_of, logits_of, take
 from ..base.tree import map_tensors, to_device
 from ..base.words import check_whole, format_value, plain
-from ..loop.frames import users_frames
+from ..base.frames import users_frames
 from ..loop.stages import Callback, CancelBatchException, CancelEpochException
 from ..runs.config import settings_of
 from ..runs.facts import command_line, versions

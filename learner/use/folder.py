@@ -21,7 +21,7 @@ from ..base.files import open_file, read_bytes, read_json, remove, tidy, write_b
 from ..base.hashing import hash_file
 from ..base.rows import leaves_of
 from ..base.store import load_state, save_state
-from ..loop.frames import users_frames
+from ..base.frames import users_frames
 from .inputs import Columns, ImageReader, Preparation, as_tensor, slots_of
 from .predictor import Predictor
 from .program import check_program, run_program

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..base.files import AnyPath, is_file, open_file, read_json
 from ..base.words import did_you_mean
-from ..loop.frames import users_frames
+from ..base.frames import users_frames
 
 # %% ../../nbs/use/hub.ipynb #68a5921b
 LIMIT = 2**36  # bytes of a file of weights

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..base.show import show_images
 from ..base.words import check_whole
-from ..loop.frames import users_frames
+from ..base.frames import users_frames
 from ..loop.learner import Learner
 from .asked import Model, opened, scores_function
 

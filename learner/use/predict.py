@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary, finalize
 from ..base.batch import LABELS
 from ..base.rows import check_rows, leaves_of, logits_of
 from ..base.tree import map_tensors
-from ..loop.frames import users_frames
+from ..base.frames import users_frames
 from ..loop.stages import Callback, CancelBatchException, CancelEpochException
 from .answers import Answer, Answers, probabilities_of
 from .inputs import InputError, Preparation, preparation_of

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..base.provenance import kept_rng
 from ..base.show import colour_bar, legend, new_axes
 from ..base.words import check_whole
-from ..loop.frames import users_frames
+from ..base.frames import users_frames
 from .asked import Model, scores_function
 
 if TYPE_CHECKING:

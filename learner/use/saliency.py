@@ -17,7 +17,7 @@ from ..base.rows import leaves_of, logits_of
 from ..base.show import new_axes
 from ..base.tree import map_tensors
 from ..base.words import check_whole, did_you_mean
-from ..loop.frames import users_frames
+from ..base.frames import users_frames
 from ..loop.learner import Learner
 from .asked import Model, opened, scores_function
 from .inputs import Columns, columns_of, is_table, preparation_of

@@ -21,7 +21,7 @@ from typing import Any, Self
 from weakref import WeakSet
 
 from ..base.words import printable
-from ..loop.frames import users_frames
+from ..base.frames import users_frames
 from ..runs.command import say
 from .serve_batches import Limits
 from .serve_models import Models

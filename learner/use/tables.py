@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..base.show import legend, new_axes, on_any_page
 from ..base.words import check_whole, did_you_mean
-from ..loop.frames import users_frames
+from ..base.frames import users_frames
 from .asked import Model, scores_function
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ class _Folder(ModuleType):
     "A module that says which function was meant when it is called."
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from learner.loop.frames import without_ours
+        from learner.base.frames import without_ours
         raise without_ours(TypeError("learner.watch is a folder of modules; to watch a run, "
                                      "call watch_run: from learner import watch_run"))
 

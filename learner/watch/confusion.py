@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..base.show import colour_bar, new_axes
 from ..base.words import check_whole, kind_of
-from ..loop.frames import users_frames
+from ..base.frames import users_frames
 from ..loop.learner import Learner
 from .outputs import loader_to_look_at, predictions as predictions_of
 from .look import check_names, class_names, form_of

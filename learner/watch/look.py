@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..base.show import show_images
 from ..base.words import check_whole, kind_of
-from ..loop.frames import users_frames
+from ..base.frames import users_frames
 from ..loop.learner import Learner
 from ..loop.stages import Callback, CancelEpochException, CancelTrainException
 from .outputs import Predictions, are_scores, class_names, flat, leaves_of

@@ -23,7 +23,7 @@ from ..base.rows import logits_of
 from ..base.tree import map_tensors
 from ..base.warned import ignored, quiet
 from ..base.words import PHASES, did_you_mean
-from ..loop.frames import users_frames
+from ..base.frames import users_frames
 from ..loop.learner import Learner
 from ..loop.passes import Pass
 from ..loop.stages import Callback

@@ -27,7 +27,7 @@ from ..base.rows import check_rows, join_rows, leaves_of, logits_of, take
 from ..base.tree import map_tensors
 from ..base.words import check_whole, did_you_mean, kind_of
 from ..loop.learner import Learner
-from ..loop.frames import users_frames
+from ..base.frames import users_frames
 from ..loop.passes import PASSES
 from ..loop.stages import Callback, CancelBatchException, CancelEpochException
 

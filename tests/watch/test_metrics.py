@@ -714,6 +714,7 @@ def test_a_value_that_was_logged_under_the_same_name():
     with pytest.raises(MetricError, match="metric a: train_a was logged already; rename one"): learn.train(1)
 
 
+@pytest.mark.filterwarnings("ignore:the routine of .* took no step")
 def test_a_routine_without_predictions():
     class Own(Learner):
         def train_batch(self): return {"loss": torch.tensor(1.0)}

@@ -491,6 +491,7 @@ def test_loader_longer_than_it_says(screen_and_clock, capsys):
     assert [line.split()[0] for line in screen(written, 80)[0] if line] == ["epoch", "0"]
 
 
+@pytest.mark.filterwarnings("ignore:the routine of .* took no step")
 def test_routine_without_a_loss(screen_and_clock, capsys):
     class Own(Learner):
         def train_batch(self):
