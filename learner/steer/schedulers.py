@@ -216,6 +216,7 @@ def _unlike(own: Any, found: Any, name: str = "") -> str:
 
 def _fits(own: Any, found: Any, name: str) -> bool:
     "Whether a single value can take the place of a scheduler's own."
+    if isinstance(own, Mapping | list | tuple): return False  # and the other is not one
     if isinstance(own, str): return bool(found == own)  # a mode, or the name of a hyperparameter
     if isinstance(own, bool) or isinstance(found, bool):
         return type(own) is type(found) and (name[:1] == "_" or found == own)
