@@ -176,6 +176,22 @@ def fault(error):
     return "several lines" if "\n" in str(error) else ""
 
 
+def wrong_in_training(found, loader, kind, length, when, path, value):
+    "What is wrong with how a training goes on from a state with one forged value; empty if nothing is."
+    where, learn = written(when, path, value), made(loader, kind)
+    torch.manual_seed(5)
+    before, batches = kept(learn), []
+    learn.on("before_batch", lambda learn: batches.append(learn.batch_num))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a loss that is NaN
+        try: learn.train(**length, resume=changed(found[when], path, value))
+        except Exception as error:
+            if batches: return f"{where}: failed in training: {type(error).__name__}: {error!s:.100}"
+            if bad := fault(error): return f"{where}: {bad}"
+            if kept(learn) != before: return f"{where}: refused, and changed ({error!s:.100})"
+    return ""
+
+
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # in torchdata
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # of torch, where a forged list is an index
 @pytest.mark.parametrize(("loader", "kind"), [("torch", "first"), ("own state", "first"), ("torch", "second"), ("package", "third"), ("package", "fourth"), ("torch", "fifth")])
@@ -206,24 +222,28 @@ def test_a_state_with_one_wrong_value_is_refused_whole(loader, kind, request):
     ("torch", "first", {"epochs": 3}), ("own state", "first", {"epochs": 3}), ("late", "third", {"epochs": 3}), ("torchdata", "third", {"epochs": 3}),
     ("torch", "second", {"epochs": 3}), ("package", "third", {"steps": 12, "validation_steps": 4}), ("torchdata", "first", {"steps": 12, "validation_steps": 4})])
 def test_a_training_with_one_wrong_value_is_refused_whole_before_its_first_batch_or_comes_to_its_end(loader, kind, length, request):
-    found, wrong = states(loader, kind, **length), []
+    found = states(loader, kind, **length)
     cases = cases_of(found, request, 60, 1, "loop", "callbacks", "optimiser")
-    for when, path, value in cases:
-        where, learn = written(when, path, value), made(loader, kind)
-        torch.manual_seed(5)
-        before, batches = kept(learn), []
-        learn.on("before_batch", lambda learn, batches=batches: batches.append(learn.batch_num))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a loss that is NaN
-            try: learn.train(**length, resume=changed(found[when], path, value))
-            except Exception as error:
-                if batches: wrong.append(f"{where}: failed in training: {type(error).__name__}: {error!s:.100}")
-                elif bad := fault(error): wrong.append(f"{where}: {bad}")
-                elif kept(learn) != before: wrong.append(f"{where}: refused, and changed ({error!s:.100})")
+    wrong = [bad for case in cases if (bad := wrong_in_training(found, loader, kind, length, *case))]
     assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong[:60])
 
 
-@pytest.mark.filterwarnings("ignore:BatchSchedule.*steps that it was made for are done")
+SCHEDULER = ("callbacks", "BatchSchedule", "scheduler")
+
+
+@pytest.mark.parametrize(("kind", "path", "value"), [
+    ("third", ("callbacks", "BatchSchedule"), None), ("third", ("callbacks", "BatchSchedule", "kind"), "x\x1b[2J"), ("third", (*SCHEDULER, "shares"), -1),
+    ("third", (*SCHEDULER, "shares", 0), torch.zeros(3)), ("third", ("callbacks", "BatchSchedule", "before", 0, "lr"), None),
+    ("third", ("callbacks", "EpochSchedule", "scheduler", "best"), torch.zeros(0)), ("second", ("optimiser", "param_groups", 0, "max_lr"), REMOVED),
+    ("second", (*SCHEDULER, "use_beta1"), -1), ("second", (*SCHEDULER, "total_steps"), True), ("second", (*SCHEDULER, "_schedule_phases", 1), -1),
+    ("second", (*SCHEDULER, "_schedule_phases", 1, "start_lr"), "x"), ("second", (*SCHEDULER, "_anneal_func_type"), "x"),
+    ("first", ("optimiser", "param_groups", 0, "betas", 0), -1), ("first", ("optimiser", "param_groups", 0, "amsgrad"), True),
+    ("first", ("optimiser", "param_groups", 0, "params", 1), True), ("first", ("callbacks", "Recorder", "num_steps"), 10**400), ("first", ("loop", "loader"), REMOVED)])
+def test_what_the_long_form_has_found_is_refused(kind, path, value):
+    found = states("torch", kind)
+    assert wrong_in_training(found, "torch", kind, {"epochs": 3}, "middle", path, value) == ""
+
+
 @pytest.mark.parametrize("when", ["middle", "end"])
 def test_a_state_that_is_handed_over_stays_as_it_is(when):
     for kind in KINDS:
