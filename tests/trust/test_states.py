@@ -244,6 +244,7 @@ def test_what_the_long_form_has_found_is_refused(kind, path, value):
     assert wrong_in_training(found, "torch", kind, {"epochs": 3}, "middle", path, value) == ""
 
 
+@pytest.mark.filterwarnings("ignore:BatchSchedule.*steps that it was made for are done")
 @pytest.mark.parametrize("when", ["middle", "end"])
 def test_a_state_that_is_handed_over_stays_as_it_is(when):
     for kind in KINDS:
