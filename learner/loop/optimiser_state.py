@@ -92,7 +92,8 @@ def _check_group(kind: type, own: Mapping[str, Any], group: Mapping[str, Any]) -
                              f"and in the optimiser {own[name]!r:.40}")
     if not kind.__module__.startswith("torch.optim"): return
     taken = signature(kind).parameters
-    values = {name: value for name, value in group.items() if name in taken and name not in ("params", *_HOW)}
+    values = {name: value for name, value in group.items()
+              if name in taken and name != "params" and not isinstance(value, bool)}
     try: kind([torch.nn.Parameter(torch.zeros(1, 1))], **values)  # Muon takes matrices alone
     except (ValueError, TypeError, ArithmeticError) as error:
         raise ValueError(f"the state of the optimiser does not fit: {error}") from None

@@ -257,3 +257,11 @@ def test_a_state_that_is_handed_over_stays_as_it_is(when):
         learn.train(5, resume=True)
         learn.train(1)
         assert hash_state(given) == before, kind
+
+
+def test_a_momentum_that_has_come_to_zero_is_put_in_with_nesterov_too():
+    learn = made()
+    learn.optimiser = torch.optim.SGD(learn.model.parameters(), 0.1, momentum=0.9, nesterov=True)
+    learn.optimiser.param_groups[0]["momentum"] = 0.0
+    learn.load_state_dict(learn.state_dict())
+    assert learn.optimiser.param_groups[0]["momentum"] == 0.0
