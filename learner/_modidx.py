@@ -4119,7 +4119,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'learner.use.inputs._zipped': ('use/inputs.html#_zipped', 'learner/use/inputs.py'),
                                     'learner.use.inputs.as_tensor': ('use/inputs.html#as_tensor', 'learner/use/inputs.py'),
                                     'learner.use.inputs.columns_of': ('use/inputs.html#columns_of', 'learner/use/inputs.py'),
-                                    'learner.use.inputs.describe': ('use/inputs.html#describe', 'learner/use/inputs.py'),
                                     'learner.use.inputs.fitted': ('use/inputs.html#fitted', 'learner/use/inputs.py'),
                                     'learner.use.inputs.form_of': ('use/inputs.html#form_of', 'learner/use/inputs.py'),
                                     'learner.use.inputs.has_columns': ('use/inputs.html#has_columns', 'learner/use/inputs.py'),

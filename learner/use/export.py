@@ -37,7 +37,8 @@ from ..runs.runfiles import list_in, mapping_in, read_run
 from ..runs.runs import load_run
 from .folder import EXTRA, FILES, TOLERANCE, ExportError, Parts, Verification, in_structure
 from .folder import largest_difference, onnx_outputs, structure_of, verify, write_folder
-from .inputs import ImageReader, columns_of, describe, form_of, names_of
+from ..base.given import form_in_words
+from .inputs import ImageReader, columns_of, form_of, names_of
 from .predict import predictor_of
 from .program import ProgramError, program_from, run_program
 from ..watch.outputs import predict as outputs_of
@@ -323,7 +324,7 @@ def card(parts: Parts, facts: Mapping[str, Any], differences: Mapping[str, float
         command: That made the folder.
     """
     name = ", ".join(map(str, parts.more.get("architectures") or ["model"]))
-    inputs = {slot: describe(leaf) for slot, leaf in
+    inputs = {slot: form_in_words(leaf) for slot, leaf in
               zip(names_of(parts.form), leaves_of(parts.form), strict=True)}
     classes = ", ".join(map(str, parts.classes)) if parts.classes else "without names"
     files = {file: text for file, text in FILES.items() if file not in EXTRA or file in differences}

@@ -15,7 +15,8 @@ from ..base.rows import check_rows, join_rows, leaves_of, take
 from ..base.tree import is_leaf
 from ..base.words import check_whole
 from .answers import Answer, Answers, answers, check_probabilities
-from .inputs import InputError, Preparation, describe, is_file_like, is_image
+from ..base.given import form_in_words
+from .inputs import InputError, Preparation, is_file_like, is_image
 
 # %% ../../nbs/use/predictor.ipynb #4fead03d
 class _Asking:
@@ -42,9 +43,9 @@ class _Asking:
             same = [slot.shape for slot in slots] == [leaf.shape[1:] for leaf in leaves]
             if same or len(slots) != len(leaves): raise
             reason = str(error).partition("\n")[0]
-            given = ", ".join(describe(leaf[0]) for leaf in leaves)
+            given = ", ".join(form_in_words(leaf[0]) for leaf in leaves)
             raise InputError(f"the model cannot take an example that is {given}; those of training "
-                             f"were {', '.join(map(describe, slots))} ({reason})") from error
+                             f"were {', '.join(map(form_in_words, slots))} ({reason})") from error
 
     def batch(self, examples: Sequence[Any]) -> Answers:
         "Answers for several examples: paths, pictures, arrays or tensors without rows."

@@ -26,7 +26,8 @@ from ..runs.rundir import is_run
 from ..runs.runs import checkpoint_of, load_run
 from .answers import Answers
 from .folder import Exported
-from .inputs import describe, is_table, names_of, slots_of
+from ..base.given import form_in_words
+from .inputs import is_table, names_of, slots_of
 from .predict import predictor_of
 from .predictor import Predictor
 from .serve_batches import Batcher, Limits
@@ -44,7 +45,7 @@ class Loaded:
 def _card(predictor: Predictor, title: str, about: Mapping[str, Any]) -> str:
     "A short model card for what has no folder with one."
     form = predictor.preparation.form
-    inputs = {name: describe(leaf) for name, leaf in
+    inputs = {name: form_in_words(leaf) for name, leaf in
               zip(names_of(form), leaves_of(form), strict=True)}
     classes = ", ".join(predictor.classes) if predictor.classes else "without names"
     rows = [f"- {name}: {format_value(value)}" for name, value in (inputs | dict(about)).items()]
