@@ -21,7 +21,7 @@ from learner import DataLoaders, Learner
 from learner.keep.distributed import Distributed
 from learner.loop.data import TensorLoader
 
-BATCH, BATCHES, TURNS, PROCESSES = 128, 240, 5, 2
+BATCH, BATCHES, TURNS, PROCESSES = 128, 240, 9, 2
 
 
 def net():
@@ -118,9 +118,10 @@ def main():
     print("ranks   DDP: bytes  rounds     ms   shards: bytes  rounds     ms   agreeing: rounds     ms")
     for ranks in (2, 8, 64, 256, 1024):
         moved = 2 * size * (ranks - 1) / ranks  # ring all-reduce; all-to-all and all-gather
-        ring, direct, tree = 2 * (ranks - 1), 2 * (ranks - 1), 2 * (ranks - 1).bit_length()
-        one, other, third = (1e3 * (b / 1.25e9 + n * 50e-6) for b, n in ((moved, ring), (moved, direct), (32, tree)))
-        print(f"{ranks:5} {moved:12,.0f} {ring:7} {one:6.1f} {moved:15,.0f} {direct:7} {other:6.1f} {tree:18} {third:6.1f}")
+        told = 24 * (ranks - 1)  # three numbers to each of the others, at once
+        ring, direct = 2 * (ranks - 1), ranks  # of all-to-all at once, and of all-gather in a ring
+        one, other, third = (1e3 * (b / 1.25e9 + n * 50e-6) for b, n in ((moved, ring), (moved, direct), (told, 1)))
+        print(f"{ranks:5} {moved:12,.0f} {ring:7} {one:6.1f} {moved:15,.0f} {direct:7} {other:6.1f} {1:18} {third:6.2f}")
 
 
 if __name__ == "__main__":

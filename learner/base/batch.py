@@ -454,7 +454,7 @@ def unpack(batch: Any, device: torch.device | None = None, labels: Any = LABELS,
     if (type(batch) is tuple or type(batch) is list) and labels == LABELS and inputs is None:
         try:
             data, target = batch
-            if type(data) is type(target) is Tensor and data.device == target.device == device:
+            if type(data) is type(target) is Tensor and data.device == target.device == (device or data.device):
                 size = target.shape[0]
                 if data.shape[0] == size: return batch, data, target, size
         except (ValueError, IndexError, RuntimeError): pass  # not a pair, a scalar, or nested

@@ -63,20 +63,20 @@ class Agreement:
     def agree_later(self, learn: Any, point: str, weight: float = 0.0) -> Callable[[], float]:
         "Say where this rank is; what is returned waits for the others, and completes the agreement."
         self.agreed = True
-        where = f"{point} ({learn.position()})" if learn.position() else point
-        number = zlib.crc32(repr((where, self.steps, self.key)).encode()) % 1_000_003
-        stop = {0: 0.0, 2: 1.0}.get(learn.cursor.signals.arrived, 1e6)
-        sums = self.group.sum_later([weight, number, number * number, stop])
-        return partial(self._compare, learn, where, sums)
+        position = learn.position()
+        where = f"{point} ({position})" if position else point
+        number = zlib.crc32(repr((where, self.steps, self.key)).encode())
+        answers = self.group.tell([number, weight, learn.cursor.signals.arrived])
+        return partial(self._compare, learn, where, answers)
 
-    def _compare(self, learn: Any, where: str, sums: Callable[[], list[float]]) -> float:
-        total, first, second, stops = sums()
-        if second * self.world != first * first: raise _apart(self, where)
+    def _compare(self, learn: Any, where: str, answers: Callable[[], list[list[float]]]) -> float:
+        numbers, weights, arrived = zip(*answers(), strict=True)
+        if len({*numbers}) > 1: raise _apart(self, where)
         self.cancelled = ""
         signals = learn.cursor.signals
-        if stops and not signals.noted: signals.noted = 15 if stops >= 1e6 else 2
-        self.stopping = bool(stops)
-        return total
+        if any(arrived) and not signals.noted: signals.noted = int(max(arrived))
+        self.stopping = any(arrived)
+        return sum(weights)
 
 # %% ../../nbs/keep/distributed.ipynb #da8ba751
 class Decisions(Agreement):
@@ -171,7 +171,7 @@ class _BatchInParts(Decisions):
                 seed_shard(self.key, self.shard)
                 routine()
                 self.parts.measure(learn, self.shard)
-                seen.append(_seen(learn))
+                if len(self.mine) > 1: seen.append(_seen(learn))
         finally:
             self.parts.close(learn)
             seed_shard(self.key, "main")  # also for the batch after one that is cancelled

@@ -156,11 +156,11 @@ class BackwardAgreement:
         self.total = answer()
 
 def _send(agreement, bucket):  # type: ignore[no-untyped-def]  # torch wants its own types here, or none
-    "DDP's own way to send a bucket, once all ranks are known to send it."
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+    "Send a bucket of gradients to be added up, once all ranks are known to send it."
+    from torch.distributed import all_reduce
 
     agreement()
-    return allreduce_hook(None, bucket)
+    return all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda sums: sums.value()[0])
 
 # %% ../../nbs/keep/gradients.ipynb #f346cfb4
 class _AgreeingInBackward(MeanGradients):
@@ -176,7 +176,7 @@ class _AgreeingInBackward(MeanGradients):
             self.left = [None if gradient is None else gradient.clone() for gradient in self.left]
         for parameter in self.parameters: parameter.grad = None
         agreement.answer = ranks.agree_later(learn, "a backward pass", weight)
-        return float(ranks.world) if adds_up(learn) else weight * ranks.world / ranks.size
+        return 1.0 if adds_up(learn) else weight / ranks.size
 
     def put_right(self, learn: Any) -> None:
         if learn.ranks.whole: return

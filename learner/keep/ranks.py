@@ -37,13 +37,9 @@ class Alone:
     "The ranks of a training in one process."
     rank, world = 0, 1
 
-    def sum(self, numbers: list[float]) -> list[float]:
-        "The sums of some numbers over all ranks, in double precision."
-        return self.sum_later(numbers)()
-
-    def sum_later(self, numbers: list[float]) -> Callable[[], list[float]]:
-        "Begin such a sum; what is returned waits for it."
-        return lambda: numbers
+    def tell(self, numbers: list[float]) -> Callable[[], list[list[float]]]:
+        "Begin to tell all ranks some numbers; what is returned waits for those of every rank, in order."
+        return lambda: [numbers]
 
     def gather(self, value: Any) -> list[Any]:
         "What every rank has, in order."
@@ -110,7 +106,7 @@ class _Group(Alone):
         self.ended = ""  # why there is nothing more to do together
         self.meshes: dict[str, Any] = {}  # by kind of device
         self.timeout, self.announced = timeout, 0  # collectives that were compared before they were made
-        self.collectives = {"sum": 0, "gather": 0, "add_up": 0, "share": 0}
+        self.collectives = {"tell": 0, "gather": 0, "add_up": 0, "share": 0}
 
     def __deepcopy__(self, memo: Any) -> "_Group": return self  # there is one in a process
 
@@ -130,15 +126,16 @@ class _Group(Alone):
 class _Collectives(_Group):
     "What ranks do together; every one of them has to."
 
-    def sum_later(self, numbers: list[float]) -> Callable[[], list[float]]:
-        self.collectives["sum"] += 1
-        vector = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-        work = self.dist.all_reduce(vector, group=self.control, async_op=True)
+    def tell(self, numbers: list[float]) -> Callable[[], list[list[float]]]:
+        self.collectives["tell"] += 1
+        own = torch.tensor([numbers] * self.world, dtype=torch.float64, device="cpu")
+        found = torch.empty_like(own)
+        work = self.dist.all_to_all_single(found, own, group=self.control, async_op=True)
 
-        def sums() -> list[float]:
+        def answers() -> list[list[float]]:
             work.wait()
-            return vector.tolist()
-        return sums
+            return found.tolist()
+        return answers
 
     def gather(self, value: Any) -> list[Any]:
         self.collectives["gather"] += 1

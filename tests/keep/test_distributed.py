@@ -152,7 +152,7 @@ def test_the_first_rank_alone_writes_and_shows_and_collectives_are_few(tmp_path)
 
     (calls, counted), other = values(2, train, tmp_path)
     assert (calls, other[0]) == (12, 0) and counted == other[1]
-    assert counted["sum"] == 2 * (6 + 2) + 4 + 2 + 1 + 12 * 3 + 2 and counted["add_up"] == 0
+    assert counted["tell"] == 2 * (6 + 2) + 4 + 2 + 1 + 12 * 3 + 2 and counted["add_up"] == 0
     # batches, passes, the call's two ends, DDP; a batch's checkpoint (whether, all here, its means), and an epoch's
     assert counted["gather"] == 4 + 1 + 12  # passes, the beginning of the call, a checkpoint a batch
     assert Checkpoint.latest(tmp_path / "run").stem == "epoch-0002"
