@@ -156,7 +156,7 @@ class _BatchInParts(Decisions):
     def each_part(self, learn: Any, routine: Callable[[], None]) -> None:
         "Run the routine of a batch for each shard of this process."
         __tracebackhide__ = True
-        self.key, self.agreed = draw_key(), False
+        self.key, self.agreed = draw_key(learn.epoch, learn.batch_num), False
         if self.parts is None or self.parts.whole is not learn.columns: self.parts = _parts_of_pass(self, learn)
         self.gradients.begin(learn)
         batch, done, seen = learn.batch, learn.batches_done, []
@@ -174,7 +174,7 @@ class _BatchInParts(Decisions):
                 if len(self.mine) > 1: seen.append(_seen(learn))
         finally:
             self.parts.close(learn)
-            seed_shard(self.key, "main")  # also for the batch after one that is cancelled
+            seed_shard(self.key)  # also for the batch after one that is cancelled
         if len(seen) > 1: _show_all(learn, seen)
         if learn.evaluating: self.agree(learn, "a batch")
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..base.tree import is_leaf, is_record
 from ..base.words import kind_of
-from ..loop.data import hashed_seeds
 
 # %% ../../nbs/keep/shards.ipynb #d3aa087b
 class ShardError(ValueError):
@@ -99,18 +98,21 @@ def joined(pieces: Sequence[Any], sizes: Sequence[int]) -> Any:
     return pieces[-1]
 
 # %% ../../nbs/keep/shards.ipynb #f63f0a96
-def draw_key() -> int:
-    "A number that decides the random numbers of all shards of the next batch."
-    return int(torch.empty((), dtype=torch.int64, device="cpu").random_().item())
+_GOLDEN = 0x9E3779B97F4A7C15  # 2**64 by the golden ratio: steps that never come near each other, as in SplitMix64
 
-def seed_shard(*key: Any) -> None:
-    "Seed the generators of Python, NumPy and PyTorch by a key, in microseconds."
+def draw_key(epoch: int, batch: int) -> int:
+    "A number that decides the random numbers of all shards of a batch."
+    drawn = int(torch.empty((), dtype=torch.int64, device="cpu").random_().item())
+    return (drawn + (epoch * 1_000_003 + batch) * _GOLDEN) % 2**63
+
+def seed_shard(key: int, shard: int | None = None) -> None:
+    "Seed the generators of Python, NumPy and PyTorch for a shard of a batch, or for what follows the batch."
     import numpy as np
 
-    seed = hashed_seeds(*key)[0]
+    seed = key if shard is None else (key + (shard + 1) * _GOLDEN) % 2**63
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed % 2**32)
     if not torch.accelerator.is_available(): return
     device = torch.accelerator.current_accelerator()
     if device is not None and device.type != "cpu": torch.get_device_module(device).manual_seed(seed)

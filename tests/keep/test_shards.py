@@ -1,0 +1,29 @@
+"""The random numbers of shards, over many batches."""
+import random
+
+import torch
+
+from learner.keep.shards import draw_key, seed_shard
+
+
+def test_the_keys_of_a_long_training_never_come_again():
+    torch.manual_seed(0)
+    keys, numbers = set(), []
+    for place in range(200_000):  # with 32 bits alone from one to the next, the 97,465th was one that had been there
+        keys.add(key := draw_key(*divmod(place, 50_000)))
+        seed_shard(key)
+        numbers.append(key % 2**32)
+    assert len(keys) == 200_000
+    seen = {}  # a seed of 32 bits may come again, but what follows it is another
+    again = [(seen[number], place) for place, number in enumerate(numbers) if seen.setdefault(number, place) != place]
+    assert len(again) < 25 and all(numbers[one + 1] != numbers[other + 1] for one, other in again if other < 199_999)
+
+
+def test_shards_of_a_batch_and_what_follows_it_have_numbers_of_their_own():
+    def drawn(key, shard=None):
+        seed_shard(key, shard)
+        return torch.rand(()).item(), random.random()
+
+    found = [drawn(7, shard) for shard in (None, *range(64))] + [drawn(8, shard) for shard in (None, *range(64))]
+    assert all(len({*each}) == len(found) for each in zip(*found, strict=True))
+    assert drawn(7, 3) == drawn(7, 3)
