@@ -65,13 +65,13 @@ class Gradients(Callback):
 # %% ../../nbs/keep/gradients.ipynb #14462dd1
 def weight_of(learn: Any) -> float:
     "How much this process's part of the batch counts: the number of its examples, or as Accumulate is told."
-    for callback in learn.callbacks:
+    for callback in learn.resolution.callbacks:
         if isinstance(callback, Accumulate): return callback.own_weight(learn)
     return float(learn.batch_size)
 
 def adds_up(learn: Any) -> bool:
     "Whether the losses of parts are sums, which are added up as they are."
-    return learn.sums and not any(isinstance(each, Accumulate) and each.weight for each in learn.callbacks)
+    return learn.sums and not any(isinstance(each, Accumulate) and each.weight for each in learn.resolution.callbacks)
 
 class MeanGradients(Gradients):
     "Gradients of which torch takes the mean over ranks, which all count the same for it."
@@ -289,9 +289,11 @@ class TreeGradients(_Checked):
         if len(self.vectors) != len(ranks.mine):
             raise ShardError("the routine of a batch takes several steps, and shards need exactly one; use "
                              "Distributed() without shards")
-        total = ranks.agree(learn, "a step", self.weight)
-        for number, parameters in enumerate(self.kinds.values()):
-            vector = ranks.group.add_up(tree_sum([each[number] for each in self.vectors]))
+        agreed = ranks.agree_later(learn, "a step", self.weight)
+        own = [tree_sum(of_kind) for of_kind in zip(*self.vectors, strict=True)]
+        total = agreed()
+        for parameters, summed in zip(self.kinds.values(), own, strict=True):
+            vector = ranks.group.add_up(summed)
             set_gradients(parameters, vector)
             if total not in (ranks.size, 0.0) and not adds_up(learn):
                 torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], ranks.size / total)

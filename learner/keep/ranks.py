@@ -152,11 +152,12 @@ class _Collectives(_Group):
     def add_up(self, vector: Tensor) -> Tensor:
         self.collectives["add_up"] += 1
         each = -(-len(vector) // self.world)
-        padded = torch.cat([vector, vector.new_zeros(each * self.world - len(vector))])
-        pieces = torch.empty_like(padded)
-        self.dist.all_to_all_single(pieces, padded)
-        own, whole = tree_sum(pieces.split(each)), torch.empty_like(padded)
-        self.dist.all_gather(list(whole.split(each)), own)
+        spare = each * self.world - len(vector)
+        sent = torch.cat([vector, vector.new_zeros(spare)]) if spare else vector
+        pieces, whole = torch.empty_like(sent), torch.empty_like(sent)
+        self.dist.all_to_all_single(pieces, sent)
+        own = tree_sum(pieces.split(each))
+        self.dist.all_to_all_single(whole, own.repeat(self.world))  # at once, where all_gather goes round in a ring
         return whole[:len(vector)]
 
 # %% ../../nbs/keep/ranks.ipynb #a957ff5f

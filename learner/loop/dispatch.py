@@ -165,13 +165,14 @@ class WholeStage(OpenStage):
         self.makers = {fixture: _Wrapper(learn, hook) for fixture, hook in providers.items()}
 
     def __enter__(self) -> None:
-        self.context = contextmanager(self._run)()
+        self.context = self._run()
         self.learn._frame.entered[self.stage.name] = self.context.gen
         self.context.__enter__()
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool | None:
         return self.context.__exit__(kind, error, traceback)
 
+    @contextmanager
     def _run(self) -> Generator[None, None, None]:
         with ExitStack() as last:  # unwinds backwards: first the cleanup hooks, in order
             last.callback(self.learn._frame.entered.pop, self.stage.name, None)
