@@ -290,7 +290,7 @@ class TreeGradients(_Checked):
             raise ShardError("the routine of a batch takes several steps, and shards need exactly one; use "
                              "Distributed() without shards")
         agreed = ranks.agree_later(learn, "a step", self.weight)
-        own = [tree_sum(of_kind) for of_kind in zip(*self.vectors, strict=True)]
+        own = [tree_sum(of_kind) for of_kind in zip(*self.vectors, strict=True)]  # while the others answer
         total = agreed()
         for parameters, summed in zip(self.kinds.values(), own, strict=True):
             vector = ranks.group.add_up(summed)

@@ -1,9 +1,13 @@
-"""The random numbers of shards, over many batches."""
+"""Shards over many batches: their random numbers, and what is not done in each batch."""
 import random
 
 import torch
+from torch import nn
 
+from learner import DataLoaders, Learner
+from learner.keep.distributed import Distributed
 from learner.keep.shards import draw_key, seed_shard
+from learner.loop import resolution
 
 
 def test_the_keys_of_a_long_training_never_come_again():
@@ -27,3 +31,16 @@ def test_shards_of_a_batch_and_what_follows_it_have_numbers_of_their_own():
     found = [drawn(7, shard) for shard in (None, *range(64))] + [drawn(8, shard) for shard in (None, *range(64))]
     assert all(len({*each}) == len(found) for each in zip(*found, strict=True))
     assert drawn(7, 3) == drawn(7, 3)
+
+
+def test_callbacks_are_sorted_as_often_for_many_batches_as_for_few(monkeypatch):
+    sort, sorted_for = resolution.in_order, []
+    monkeypatch.setattr(resolution, "in_order", lambda callbacks: sorted_for.append(1) or sort(callbacks))
+
+    def times(batches):
+        sorted_for.clear()
+        loader = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(batches)]
+        Learner(nn.Linear(3, 1), torch.optim.SGD, nn.functional.mse_loss, DataLoaders(train=loader), Distributed(shards=2)).train(1)
+        return len(sorted_for)
+
+    assert times(3) == times(30)
